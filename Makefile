@@ -1,0 +1,46 @@
+# Three commands; each sets up all it needs in .venv, once.
+#   make demo      distil five experts on the bundled world and guide with them (no ComfyUI needed)
+#   make test      all tests; those of the nodes run where a ComfyUI is at hand
+#   make comfyui   start ComfyUI with this pack in it
+# A ComfyUI is looked for at COMFYUI_PATH, then around this folder (ComfyUI/custom_nodes/<pack>), then in comfy-cli's default.
+
+PYTHON ?= python3
+BIN := .venv/bin
+AROUND := $(patsubst %/main.py,%,$(wildcard $(abspath ../..)/main.py))
+COMFYUI_PATH ?= $(or $(and $(wildcard ../../custom_nodes),$(AROUND)),$(patsubst %/main.py,%,$(wildcard $(HOME)/comfy/ComfyUI/main.py)))
+export COMFYUI_PATH
+NAME := $(notdir $(CURDIR))
+
+.PHONY: demo test comfyui bench
+
+demo: .venv/ready
+	$(BIN)/ppap demo
+
+bench: .venv/ready
+	$(BIN)/ppap bench --quick --json runs/bench/quick.json
+
+test: .venv/ready .venv/comfyui
+	$(BIN)/python -m pytest
+
+comfyui: .venv/ready .venv/comfyui
+	@test -n "$(COMFYUI_PATH)" || { echo "No ComfyUI found: pip install comfy-cli && comfy install, or set COMFYUI_PATH to yours."; exit 1; }
+	@test -e "$(COMFYUI_PATH)/custom_nodes/$(NAME)" || { ln -s "$(CURDIR)" "$(COMFYUI_PATH)/custom_nodes/$(NAME)" && \
+		echo "Linked this pack into $(COMFYUI_PATH)/custom_nodes."; }
+	cd "$(COMFYUI_PATH)" && "$(CURDIR)/$(BIN)/python" main.py $(ARGS)
+
+.venv/ready: requirements-dev.txt pyproject.toml
+	@echo "Setting up .venv (once; a few minutes, mostly downloading torch)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# What the ComfyUI at hand requires, with the torch of requirements-dev.txt; made again for another ComfyUI.
+.venv/comfyui: .venv/ready FORCE
+	@if [ -z "$(COMFYUI_PATH)" ]; then echo "No ComfyUI at hand: the tests of the nodes will be skipped."; \
+	elif [ "$$(cat $@ 2>/dev/null)" != "$(COMFYUI_PATH)" ]; then \
+		echo "Installing what the ComfyUI at $(COMFYUI_PATH) requires"; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r "$(COMFYUI_PATH)/requirements.txt" -c requirements-dev.txt \
+		&& echo "$(COMFYUI_PATH)" > $@; fi
+
+FORCE:

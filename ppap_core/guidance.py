@@ -1,0 +1,163 @@
+"""Guidance as a shift of the denoised prediction: one formula for every sampler, because samplers only ever see that.
+
+Every guider has an energy E, lower is better; for a classifier E = -log p(class | image), and the shift is classifier
+guidance (Dhariwal & Nichol 2021) written for the prediction.
+"""
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .guider import Guider
+from .noise import EVERYWHERE, NoiseInterval, as_seen, expand
+from .sampling import Denoiser
+
+log = logging.getLogger(__name__)
+
+
+def constant(sigma: float) -> float:
+    """The ramp that changes nothing."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A factor for the weight that goes from `first` where the window opens (its high end) to `last` where it closes.
+
+    Linear in log sigma; needs a window with two finite, positive ends. first = last = 1 changes nothing.
+    """
+
+    window: NoiseInterval
+    first: float = 1.0
+    last: float = 1.0
+
+    def __call__(self, sigma: float) -> float:
+        low, high = math.log(self.window.lo), math.log(self.window.hi)
+        share = min(max((high - math.log(sigma)) / (high - low), 0.0), 1.0)
+        return self.first + share * (self.last - self.first)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One guider's part in guidance. weight 0, a sigma outside the window, or a zero mask = not there."""
+
+    guider: Guider
+    weight: float = 1.0
+    window: NoiseInterval = EVERYWHERE
+    ramp: Callable[[float], float] = constant
+    mask: Tensor | None = None  # (B|1, 1, H, W) in [0, 1] on the grid of x
+
+    def strength(self, sigma: float) -> float:
+        """Weight of the gradient at a noise level; 0 when the network need not run."""
+        if sigma not in self.window or (self.mask is not None and not bool(self.mask.any())):
+            return 0.0
+        return self.weight * self.ramp(sigma)
+
+
+class Reading(NamedTuple):
+    """What one term did at one noise level."""
+
+    term: int         # its place among the terms
+    sigma: float
+    energy: Tensor    # (B,) before its shift
+    rms: Tensor       # (B,) size of its part of the shift, in units of the data, before the limit
+
+
+class Shift(NamedTuple):
+    """What guidance adds to a prediction (B, C, H, W), and what each term at work did."""
+
+    shift: Tensor
+    readings: list[Reading]
+
+
+def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Tensor, *, sigma_data: float = 0.5,
+                   max_rms: float = math.inf) -> Shift | None:
+    """The sum of all terms' shifts, to be added to the denoised prediction, or None where no term is at work.
+
+    x (B, C, H, W): the noisy state image + sigma * noise; sigma (B,), one value; denoised (B, C, H, W): the prediction.
+    A guider of the noisy view judges as_seen(x):    -sigma^2 weight dE/dx (the paper; exact for an exact E).
+    One of the denoised view judges the prediction:  -r^2 weight dE/d denoised, with the variance of the image given x
+    under a Gaussian prior, r^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2), so that a weight means the same in both.
+
+    max_rms: upper limit for the root mean square of the summed shift of each sample, in units of the data; infinity
+    changes nothing. Works under torch.inference_mode(), as long as the guiders' weights were made outside of it.
+    """
+    level, total, readings = _common_level(sigma), None, []
+    for index, term in enumerate(terms):
+        strength = term.strength(level)
+        if strength == 0:
+            continue
+        energy, gradient = energy_gradient(term.guider, x, sigma, denoised)
+        part = -strength * _step_size(term.guider.view, level, sigma_data) * gradient
+        if term.mask is not None:
+            part = part * _mask_for(term.mask, part)
+        part = _finite(part, term.guider.name, level)
+        readings.append(Reading(index, level, energy, _rms(part)))
+        total = part if total is None else total + part
+    return None if total is None else Shift(_limit(total, max_rms), readings)
+
+
+def guided(denoise: Denoiser, terms: Sequence[Term], *, sigma_data: float = 0.5, max_rms: float = math.inf,
+           on_shift: Callable[[Shift], None] | None = None) -> Denoiser:
+    """A denoiser with guidance: a denoiser again, so that guidance stacks and any sampler takes it."""
+    def denoise_guided(x: Tensor, sigma: Tensor) -> Tensor:
+        denoised = denoise(x, sigma)
+        shift = guidance_shift(terms, x, sigma, denoised, sigma_data=sigma_data, max_rms=max_rms)
+        if shift is None:
+            return denoised
+        if on_shift:
+            on_shift(shift)
+        return denoised + shift.shift
+    return denoise_guided
+
+
+def energy_gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor]:
+    """Energy (B,) and its gradient in what the guider looks at: x for the noisy view, denoised for the other."""
+    with torch.inference_mode(False), torch.enable_grad():
+        point = (x if guider.view == "noisy" else denoised).detach().clone().requires_grad_(True)
+        level = sigma.detach().clone()
+        energy = guider.energy(as_seen(point, level) if guider.view == "noisy" else point, level)
+        return energy.detach(), torch.autograd.grad(energy.sum(), point)[0]
+
+
+def _step_size(view: str, sigma: float, sigma_data: float) -> float:
+    return sigma**2 if view == "noisy" else sigma**2 * sigma_data**2 / (sigma**2 + sigma_data**2)
+
+
+def _common_level(sigma: Tensor) -> float:
+    low, high = (float(value) for value in sigma.aminmax())
+    if low != high:
+        raise ValueError(f"one call holds noise levels from {low} to {high}: guidance needs one level for the batch")
+    return low
+
+
+def _mask_for(mask: Tensor, x: Tensor) -> Tensor:
+    if mask.shape[-2:] != x.shape[-2:] or len(mask) not in (1, len(x)):
+        raise ValueError(f"the mask has shape {tuple(mask.shape)} but {tuple(x.shape)} is sampled: expected one mask "
+                         "for all images or one for each, of the same height and width")
+    return mask.to(x)
+
+
+def _finite(part: Tensor, name: str, sigma: float) -> Tensor:
+    """Without the samples whose gradient is not a number, so that a fault never blackens an image."""
+    bad = ~torch.isfinite(part).flatten(1).all(1)
+    if not bool(bad.any()):
+        return part
+    log.warning("the gradient of %s is not finite at sigma %.4g for %d of %d images: left unguided in this step",
+                name, sigma, int(bad.sum()), len(part))
+    return torch.where(bad.reshape(-1, *(1,) * (part.ndim - 1)), torch.zeros_like(part), part)
+
+
+def _rms(part: Tensor) -> Tensor:
+    return part.square().flatten(1).mean(1).sqrt()
+
+
+def _limit(shift: Tensor, max_rms: float) -> Tensor:
+    if math.isinf(max_rms):
+        return shift
+    factor = (max_rms / _rms(shift).clamp_min(1e-12)).clamp_max(1)
+    return shift * expand(factor, shift)

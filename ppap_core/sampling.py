@@ -1,0 +1,52 @@
+"""Denoisers and the two plain samplers that the sample store, the tests and the benchmark use."""
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .noise import expand
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, H, W), sigma (B,)) -> denoised (B, C, H, W)"""
+
+OnStep = Callable[[int, Tensor], None]
+"""(index, denoised) after every step; may raise to stop."""
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Noise levels of Karras et al. (2022), eq. 5: descending, ending in 0, (steps + 1,) float32."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, ramp.new_zeros(1)]).float()
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """(len(seeds), *shape); row i depends on seeds[i] only, so batches can be cut anywhere."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+def sample_euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Euler steps along dx/dsigma = (x - D) / sigma. x = noise * sigmas[0]; sigmas descending, ending in 0."""
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+        denoised = denoise(x, x.new_full((len(x),), sigma))
+        x = denoised + (x - denoised) * (following / sigma)
+        if on_step:
+            on_step(i, denoised)
+    return x
+
+
+def sample_heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+    """Algorithm 1 of Karras et al. (2022), deterministic: two evaluations a step but for the last."""
+    for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+        batch = x.new_full((len(x),), sigma)
+        denoised = denoise(x, batch)
+        slope = (x - denoised) / expand(batch, x)
+        ahead = x + slope * (following - sigma)
+        if following > 0:
+            batch = x.new_full((len(x),), following)
+            slope = (slope + (ahead - denoise(ahead, batch)) / expand(batch, x)) / 2
+            ahead = x + slope * (following - sigma)
+        x = ahead
+        if on_step:
+            on_step(i, denoised)
+    return x

@@ -1,0 +1,176 @@
+"""Noise-range experts: one frozen network and a small LoRA adapter for each interval of noise.
+
+The only file that uses peft.
+"""
+import copy
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .guider import Guider, IgnoreSigma
+from .noise import ExpertSchedule
+
+VIEWS = ("noisy", "denoised")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Size and place of the adapters."""
+
+    rank: int = 8
+    alpha: float = 8.0            # scale of an adapter = alpha / rank
+    targets: tuple[str, ...] = ()  # module names; () = every Linear and ungrouped Conv2d but the head
+
+
+def default_targets(net: nn.Module) -> tuple[str, ...]:
+    """Every Linear and ungrouped Conv2d but the last one, the head. peft cannot adapt grouped convolutions at any rank."""
+    layers = [name for name, module in net.named_modules()
+              if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)]
+    if len(layers) < 2:
+        raise ValueError(f"{type(net).__name__} has {len(layers)} Linear or Conv2d layers: experts need at least two, "
+                         "because the last one stays as it is")
+    return tuple(layers[:-1])
+
+
+def fingerprint(net: nn.Module) -> str:
+    """A short hash of all weights and buffers of a network, the same in every process."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _share_weights(net: nn.Module) -> nn.Module:
+    """A copy of the modules that holds the very same parameters and buffers."""
+    tensors = [*net.parameters(), *net.buffers()]
+    return copy.deepcopy(net, {id(tensor): tensor for tensor in tensors})
+
+
+def _adapted_layers(net: nn.Module) -> tuple[nn.Module, ...]:
+    """The layers that carry adapters, found once because a switch must not walk the whole network."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return tuple(module for module in net.modules() if isinstance(module, BaseTunerLayer))
+
+
+class ExpertBank(nn.Module):
+    """One frozen network and one LoRA adapter for each interval of a schedule, switched in place: net(image, sigma).
+
+    Shares every weight of the network it is given and leaves that network untouched, so that the plain guider stays
+    usable beside its experts and costs no memory. Always in eval mode: batch-norm statistics stay those of clean images,
+    the same in distillation and in guidance.
+
+    view: what the experts look at, "noisy" or "denoised". space: what is diffused, "pixel" or the name of a latent format.
+    """
+
+    def __init__(self, base: nn.Module, schedule: ExpertSchedule, lora: LoraSpec = LoraSpec(),
+                 view: str = "denoised", space: str = "pixel", seed: int = 0):
+        super().__init__()
+        if view not in VIEWS:
+            raise ValueError(f"there is no view '{view}': expected one of {', '.join(VIEWS)}")
+        self.fingerprint = fingerprint(base)
+        self.schedule, self.view, self.space = schedule, view, space
+        self.lora = replace(lora, targets=lora.targets or default_targets(base))
+        self.net = _share_weights(base)
+        self._inject(seed)
+        self._layers = _adapted_layers(self.net)
+        self.eval().requires_grad_(False)
+        self.active = -1
+        self.select(0)
+
+    def _inject(self, seed: int) -> None:
+        try:
+            from peft import LoraConfig
+            from peft.functional import inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError(f"experts need the package peft ({error}): install it with 'pip install peft'; guiding "
+                              "with a plain guider works without it") from error
+        names = "|".join(re.escape(name) for name in self.lora.targets)
+        config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.alpha, target_modules=f"({names})")
+        with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+            for index in range(len(self.schedule)):
+                inject_adapter_in_model(config, self.net, adapter_name=f"expert_{index}")
+        for index in range(len(self.schedule)):  # an expert's start depends on (seed, index) only
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            for name, parameter in self._named(index).items():
+                if ".lora_A" in name:
+                    start = torch.empty(parameter.shape)
+                    nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
+                    parameter.data.copy_(start)
+
+    def _named(self, index: int) -> dict[str, nn.Parameter]:
+        """The parameters of one expert under names that do not depend on its number."""
+        mark = f".expert_{index}."
+        return {name.replace(mark, "."): parameter for name, parameter in self.net.named_parameters() if mark in name}
+
+    def select(self, index: int) -> None:
+        """Switch expert `index` on and the others off."""
+        if not 0 <= index < len(self.schedule):
+            raise IndexError(f"there is no expert {index}: this bank has {len(self.schedule)}")
+        if index != self.active:
+            for layer in self._layers:
+                layer.set_adapter([f"expert_{index}"], inference_mode=True)
+            self.active = index
+
+    def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
+        """Output of the expert responsible for sigma (B,). ValueError if the batch spans two intervals."""
+        low, high = (self.schedule.index(float(value)) for value in sigma.aminmax())
+        if low != high:
+            raise ValueError(f"one batch holds noise levels of the experts {low} and {high}: split it, so that all "
+                             "images of a call belong to one interval")
+        self.select(low)
+        return self.net(image)
+
+    @contextmanager
+    def trainable(self, index: int) -> Iterator[list[nn.Parameter]]:
+        """Select an expert and yield its parameters with requires_grad on; off again on exit."""
+        self.select(index)
+        parameters = list(self._named(index).values())
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield parameters
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """The weights of one expert, without the base."""
+        return {name: parameter.detach() for name, parameter in self._named(index).items()}
+
+    def load(self, index: int, weights: dict[str, Tensor]) -> None:
+        """Put weights into one expert. ValueError naming what is missing, unexpected or of another shape."""
+        own = self._named(index)
+        for what, names in (("misses", own.keys() - weights.keys()), ("has unexpected", weights.keys() - own.keys())):
+            if names:
+                raise ValueError(f"expert {index} {what} {len(names)} weights, such as {min(names)}: "
+                                 "the file belongs to another network or another LoRA placement")
+        for name, parameter in own.items():
+            if parameter.shape != weights[name].shape:
+                raise ValueError(f"{name} of expert {index} has shape {tuple(weights[name].shape)}, "
+                                 f"expected {tuple(parameter.shape)}: check rank and network")
+            parameter.data.copy_(weights[name])
+
+    def trainable_share(self) -> float:
+        """Weights of one expert over the weights of the base."""
+        one = sum(parameter.numel() for parameter in self._named(0).values())
+        everything = sum(parameter.numel() for parameter in self.net.parameters())
+        return one / (everything - one * len(self.schedule))
+
+
+def base_network(guider: Guider) -> nn.Module:
+    """The frozen network of a plain guider. ValueError if it has experts already."""
+    if not isinstance(guider.net, IgnoreSigma):
+        raise ValueError(f"{guider.name} is not a plain guider: experts are made from a guider without experts")
+    return guider.net.net
+
+
+def with_experts(guider: Guider, bank: ExpertBank) -> Guider:
+    """The guider with a bank in the place of its network; it looks at what the experts were distilled for."""
+    return replace(guider, net=bank, view=bank.view)

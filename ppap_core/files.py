@@ -1,0 +1,105 @@
+"""Reading and writing: safetensors with JSON metadata, written beside the name and then renamed."""
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+
+def save_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write tensors and a JSON description into one safetensors file; a reader sees the old file or the new, whole.
+
+    OSError in words when the disk is full or the folder cannot be written; nothing half-written is left behind.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(save(tensors, {"ppap": json.dumps(about)}))
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"could not write {path.name} into {path.parent}: {error}. Free some disk space or choose "
+                      "another folder; what was there before is untouched.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and description of a file written by `save_tensors`. FileNotFoundError or ValueError in words."""
+    tensors, metadata = read_safetensors(path)
+    try:
+        about = json.loads(metadata.get("ppap", "null"))
+    except json.JSONDecodeError:
+        about = None
+    if not isinstance(about, dict):
+        raise ValueError(f"{Path(path).name} has no description of this pack: expected a file saved by it.")
+    return tensors, about
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of any safetensors file. FileNotFoundError or ValueError in words."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: check the name and the folder.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} cannot be read ({error}): expected a whole safetensors file; copy or make it "
+                         "again.") from error
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Write JSON beside its name and rename it."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"could not write {path.name} into {path.parent}: {error}. Free some disk space or choose "
+                      "another folder.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_json(path: Path | str) -> dict:
+    """A JSON object from a file. ValueError in words."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): expected JSON; delete it to start anew.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}: expected a JSON object; delete it to start anew.")
+    return value
+
+
+def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{"a": t} -> {"prefix.a": t}."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under a prefix, with the prefix taken off."""
+    return {name[len(prefix) + 1:]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser as flat tensors, {"3.exp_avg": ...}."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": torch.as_tensor(value) for index, row in state.items() for name, value in row.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,82 @@
+"""A resumable store of generated images: the only training data of the experts."""
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .files import load_tensors, read_json, save_tensors, write_json
+
+SHARD = 64  # images in one file: what an interruption can lose
+
+
+class SampleStore:
+    """A folder of generated images: manifest.json (the recipe) and shards of uint8 (n, 3, H, W).
+
+    Image i depends only on the recipe and on seed + i. A shard is written beside its name and then renamed, so an
+    interrupted fill leaves whole shards only, and the next fill goes on after the last one.
+    """
+
+    def __init__(self, folder: Path | str, recipe: dict):
+        self.folder, self.recipe = Path(folder), recipe
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            write_json(manifest, recipe)
+        elif (found := read_json(manifest)) != recipe:
+            raise ValueError(f"{self.folder.name} holds images of another recipe ({_difference(found, recipe)}): "
+                             "choose another name, or delete that folder")
+
+    def _shard(self, index: int) -> Path:
+        return self.folder / f"shard_{index:05d}.safetensors"
+
+    def __len__(self) -> int:
+        shards = 0
+        while self._shard(shards).exists():
+            shards += 1
+        return shards * SHARD
+
+    def fill(self, count: int, generate: Callable[[list[int]], Tensor],
+             on_shard: Callable[[int, Tensor], None] | None = None) -> None:
+        """Generate until at least `count` images are there.
+
+        generate(seeds) -> images (n, 3, H, W) in [-1, 1]; on_shard(images so far, the new ones) may raise to stop.
+        """
+        seed = int(self.recipe.get("seed", 0))
+        while (have := len(self)) < count:
+            images = generate(list(range(seed + have, seed + have + SHARD)))
+            if not torch.isfinite(images).all():
+                raise ValueError("the model generated NaN or infinite pixels: expected finite images; try another "
+                                 "precision or another sampler")
+            save_tensors(self._shard(have // SHARD), {"images": to_uint8(images)}, {"first": have})
+            self.__dict__.pop("images", None)
+            if on_shard:
+                on_shard(have + SHARD, images)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """All images as they are stored, (n, 3, H, W) uint8."""
+        count = len(self)
+        if count == 0:
+            raise ValueError(f"{self.folder.name} holds no images yet: generate samples first")
+        return torch.cat([load_tensors(self._shard(i))[0]["images"] for i in range(count // SHARD)])
+
+    def batch(self, step: int, size: int, seed: int) -> Tensor:
+        """The batch of a training step, (size, 3, H, W) in [-1, 1]: a pure function of (step, size, seed)."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return from_uint8(self.images[torch.randint(len(self.images), (size,), generator=generator)])
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0 ... 255."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """0 ... 255 -> [-1, 1] float32."""
+    return images.float() / 127.5 - 1
+
+
+def _difference(found: dict, wanted: dict) -> str:
+    return "; ".join(f"{key} is {found.get(key)!r}, expected {wanted.get(key)!r}"
+                     for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key))

@@ -1,0 +1,58 @@
+"""The command line: ppap demo | bench | inspect."""
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; errors that a user can mend are one sentence without a traceback."""
+    parser = argparse.ArgumentParser(prog="ppap", description="Plug-and-play guidance of diffusion models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="distil five experts on the bundled world and guide with them")
+    demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where pictures and tables go")
+    bench = commands.add_parser("bench", help="measure every way to guide on the bundled world")
+    bench.add_argument("--quick", action="store_true", help="class guidance only, in well under an hour on two cores")
+    bench.add_argument("--folder", type=Path, default=Path("runs/bench"), help="where finished parts are kept")
+    bench.add_argument("--json", type=Path, help="also write the rows into this file")
+    inspect = commands.add_parser("inspect", help="print what a file of this pack says of itself")
+    inspect.add_argument("file", type=Path)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        {"demo": _demo, "bench": _bench, "inspect": _inspect}[options.command](options)
+    except (OSError, ValueError, ImportError) as error:
+        parser.exit(1, f"ppap: {error}\n")
+
+
+def _clock():
+    started = time.monotonic()
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - started:6.0f} s] {line}", flush=True)
+    return report
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .tinyworld.demo import demo
+
+    demo(options.folder, _clock())
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .files import write_json
+    from .tinyworld.bench import QUICK, bench, table
+
+    rows = bench(QUICK, options.folder, _clock())
+    print(table(rows))
+    if options.json:
+        write_json(options.json, rows)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .files import load_tensors
+
+    tensors, about = load_tensors(options.file)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    print(json.dumps(about, indent=2))
+    print(f"{len(tensors)} tensors, {numbers:,} numbers")

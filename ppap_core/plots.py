@@ -1,0 +1,170 @@
+"""Pictures of numbers, drawn with Pillow: image tensors (1, 3, H, W) in [-1, 1]."""
+import colorsys
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INK, PAPER, GRID = (40, 40, 46), (255, 255, 255), (225, 225, 230)
+Points = Sequence[tuple[float, float]]
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """The index-th of an endless row of well separated colours."""
+    red, green, blue = colorsys.hsv_to_rgb((0.58 + index * 0.618) % 1, 0.75, 0.8 - 0.25 * (index % 2))
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _font(size: int):
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _image(picture) -> Tensor:
+    data = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+    return (data.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 127.5) - 1
+
+
+def _picture(image: Tensor):
+    """(3, H, W) in [-1, 1] -> Pillow image."""
+    from PIL import Image
+
+    data = ((image.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(data.permute(1, 2, 0).numpy())
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    if log:
+        first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+        return [10.0**power for power in range(first, last + 1)] or [low, high]
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-12)))
+    step *= next(factor for factor in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (step * factor) <= 7)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str, *, log_x: bool = False,
+              log_y: bool = False, size: tuple[int, int] = (420, 720)) -> Tensor:
+    """Lines with a legend; size is (height, width) in pixels. Points that a logarithmic axis cannot show are left out."""
+    from PIL import Image, ImageDraw
+
+    height, width = size
+    left, right, top, bottom = 70, width - 20, 44, height - 52
+    picture = Image.new("RGB", (width, height), PAPER)
+    draw, small = ImageDraw.Draw(picture), _font(12)
+    draw.text((left, 14), title, INK, _font(16))
+    shown = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)
+                    and (x > 0 or not log_x) and (y > 0 or not log_y)] for name, points in series.items()}
+    points = [point for line in shown.values() for point in line]
+    if not points:
+        draw.text((left, height // 2), "nothing to show: no finite value", INK, small)
+        return _image(picture)
+
+    def axis(values: list[float], log: bool, start: int, end: int):
+        low, high = min(values), max(values)
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        scale = math.log if log else float
+        def place(value: float) -> float:
+            return start + (scale(value) - scale(low)) / (scale(high) - scale(low)) * (end - start)
+        return place, _ticks(low, high, log)
+
+    place_x, ticks_x = axis([x for x, _ in points], log_x, left, right)
+    place_y, ticks_y = axis([y for _, y in points], log_y, bottom, top)
+    for tick in ticks_x:
+        draw.line([(place_x(tick), top), (place_x(tick), bottom)], GRID)
+        draw.text((place_x(tick), bottom + 6), f"{tick:.4g}", INK, small, anchor="mt")
+    for tick in ticks_y:
+        draw.line([(left, place_y(tick)), (right, place_y(tick))], GRID)
+        draw.text((left - 6, place_y(tick)), f"{tick:.4g}", INK, small, anchor="rm")
+    draw.rectangle([left, top, right, bottom], outline=INK)
+    draw.text(((left + right) / 2, height - 22), x_label, INK, small, anchor="mm")
+    draw.text((8, top - 16), y_label, INK, small)
+    for index, (name, line) in enumerate(shown.items()):
+        path = [(place_x(x), place_y(y)) for x, y in line]
+        if len(path) == 1:
+            draw.ellipse([path[0][0] - 3, path[0][1] - 3, path[0][0] + 3, path[0][1] + 3], fill=colour(index))
+        draw.line(path, colour(index), 2)
+        draw.line([(right - 150, top + 14 + 16 * index), (right - 130, top + 14 + 16 * index)], colour(index), 3)
+        draw.text((right - 124, top + 14 + 16 * index), name, INK, small, anchor="lm")
+    return _image(picture)
+
+
+def contact_sheet(rows: dict[str, Tensor], scale: int = 3, columns: int = 8) -> Tensor:
+    """The first images (B, 3, h, w) of each row beside one another, each row under its name."""
+    from PIL import Image, ImageDraw
+
+    height, width = (side * scale for side in next(iter(rows.values())).shape[-2:])
+    picture = Image.new("RGB", (columns * (width + 4) + 4, len(rows) * (height + 26) + 4), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for r, (name, images) in enumerate(rows.items()):
+        draw.text((6, r * (height + 26) + 4), name, INK, _font(14))
+        for c, image in enumerate(images[:columns]):
+            tile = _picture(image).resize((width, height), Image.Resampling.NEAREST)
+            picture.paste(tile, (4 + c * (width + 4), r * (height + 26) + 24))
+    return _image(picture)
+
+
+def save_picture(image: Tensor, path) -> None:
+    """The first of a batch of images (B, 3, H, W) in [-1, 1] as a PNG."""
+    _picture(image[0]).save(path)
+
+
+def depth_picture(depth: Tensor) -> Tensor:
+    """Depth maps (B, 1, H, W) in any unit -> grey pictures (B, 3, H, W), the nearest white."""
+    flat = depth.float().flatten(1)
+    low, high = flat.amin(1)[:, None, None, None], flat.amax(1)[:, None, None, None]
+    return ((depth.float() - low) / (high - low).clamp_min(1e-6) * 2 - 1).expand(-1, 3, -1, -1)
+
+
+def label_picture(labels: Tensor) -> Tensor:
+    """Label maps (B, H, W) -> coloured pictures (B, 3, H, W); label k has `colour(k)`, and labels above 255 none."""
+    palette = torch.tensor([colour(index) for index in range(256)], device=labels.device)
+    return (palette[labels.clamp(0, 255)].permute(0, 3, 1, 2).float() / 127.5) - 1
+
+
+def labels_of_picture(picture: Tensor, count: int) -> Tensor:
+    """The inverse of `label_picture` for the first `count` colours: each pixel gets the label of the nearest, (B, H, W)."""
+    palette = torch.tensor([colour(index) for index in range(count)], device=picture.device).float() / 127.5 - 1
+    return (picture.permute(0, 2, 3, 1)[..., None, :] - palette).square().sum(-1).argmin(-1)
+
+
+def loss_plot(losses: dict[str, Sequence[float]], points: int = 60) -> Tensor:
+    """The loss of each expert over its steps, every point a mean over neighbouring steps."""
+    def smooth(values: Sequence[float]) -> Points:
+        width = max(1, len(values) // points)
+        return [(start + width / 2, sum(values[start:start + width]) / len(values[start:start + width]))
+                for start in range(0, len(values), width)]
+    return line_plot({name: smooth(values) for name, values in losses.items()}, "Distillation: distance from the plain "
+                     "network's answer on the clean image", "step", "loss", log_y=True)
+
+
+def guidance_plot(names: Sequence[str], readings: Sequence) -> Tensor:
+    """Energy and size of the shift of every term, step by step.
+
+    readings: `guidance.Reading`s of one run. A step is a noise level, because some samplers ask twice at one level.
+    """
+    steps = {sigma: step for step, sigma in enumerate(sorted({each.sigma for each in readings}, reverse=True))}
+    energy: dict[str, dict[int, float]] = {name: {} for name in names}
+    size: dict[str, dict[int, float]] = {name: {} for name in names}
+    for each in readings:
+        energy[names[each.term]][steps[each.sigma]] = each.energy.mean().item()
+        size[names[each.term]][steps[each.sigma]] = each.rms.mean().item()
+    return torch.cat([line_plot({name: sorted(line.items()) for name, line in lines.items()}, title, "step", label, size=(300, 720))
+                      for lines, title, label in ((energy, "Energy (lower is closer to the target)", "energy"),
+                                                  (size, "Size of the shift", "rms, images span -1 to 1"))], dim=2)
+
+
+def bar_picture(shares: dict[str, float], size: tuple[int, int] = (256, 256)) -> Tensor:
+    """Named shares in [0, 1] as horizontal bars; size is (height, width) in pixels."""
+    from PIL import Image, ImageDraw
+
+    height, width = size
+    picture = Image.new("RGB", (width, height), PAPER)
+    draw, row = ImageDraw.Draw(picture), height / max(len(shares), 1)
+    for index, (name, share) in enumerate(shares.items()):
+        top = index * row
+        draw.rectangle([0, top + 2, max(share * width, 1), top + row - 3], fill=(170, 200, 245))
+        draw.text((6, top + row / 2), f"{name}  {share:.0%}", INK, _font(14), anchor="lm")
+    return _image(picture)

@@ -1,0 +1,42 @@
+"""A world small enough for a laptop: exact scenes, a trained denoiser of them, and networks that guide and judge."""
+from pathlib import Path
+
+from torch import nn
+
+from ..files import load_tensors
+from ..guider import Guider, IgnoreSigma, Preprocess
+from .denoiser import TinyDenoiser
+from .networks import tiny_convnext, tiny_resnet
+from .scenes import CLASSES
+
+SIZE = 32
+SIGMA_MIN, SIGMA_MAX = 0.02, 80.0
+WEIGHTS = Path(__file__).parent / "weights"
+TASKS = {"class": (CLASSES, False), "depth": ((), True), "segmentation": (("wall", *CLASSES), True)}  # labels, dense
+
+
+def _load(net: nn.Module, name: str) -> nn.Module:
+    tensors, _ = load_tensors(WEIGHTS / f"{name}.safetensors")
+    net.load_state_dict(tensors)
+    return net.eval().requires_grad_(False)
+
+
+def load_denoiser() -> TinyDenoiser:
+    """The trained unconditional denoiser of scenes, (B, 3, 32, 32)."""
+    return _load(TinyDenoiser(), "denoiser")
+
+
+def _network(make, role: str, task: str) -> Guider:
+    labels, dense = TASKS[task]
+    net = _load(make(max(len(labels), 1), dense), f"{role}_{task}")
+    return Guider(f"tinyworld/{role}_{task}", IgnoreSigma(net), Preprocess((SIZE, SIZE)), task, labels)
+
+
+def load_guider(task: str) -> Guider:
+    """The tiny network that guides: "class", "depth" or "segmentation"."""
+    return _network(tiny_resnet, "guider", task)
+
+
+def load_judge(task: str) -> Guider:
+    """A network of another architecture and another seed, which never guides."""
+    return _network(tiny_convnext, "judge", task)

@@ -41,7 +41,7 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
         schedule = ExpertSchedule(tuple(map(float, about["edges"])))
         lora = LoraSpec(int(about["rank"]), float(about["alpha"]), tuple(map(str, about["targets"])))
         view, space = str(about["view"]), str(about["space"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the description in {Path(path).name} is damaged ({error}): copy or distil it again") from error
     bank = ExpertBank(base_network(guider), schedule, lora, view, space)
     for index in range(len(schedule)):

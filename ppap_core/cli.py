@@ -1,4 +1,4 @@
-"""The command line: ppap demo | bench | inspect."""
+"""The command line: ppap demo | bench | costs | inspect."""
 import argparse
 import json
 import logging
@@ -13,15 +13,19 @@ def main(arguments: list[str] | None = None) -> None:
     demo = commands.add_parser("demo", help="distil five experts on the bundled world and guide with them")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where pictures and tables go")
     bench = commands.add_parser("bench", help="measure every way to guide on the bundled world")
-    bench.add_argument("--quick", action="store_true", help="class guidance only, in well under an hour on two cores")
-    bench.add_argument("--folder", type=Path, default=Path("runs/bench"), help="where finished parts are kept")
+    bench.add_argument("--quick", action="store_true", help="fewer images and shorter training: less than an hour on two cores")
+    bench.add_argument("--folder", type=Path, help="where finished parts are kept: runs/bench or runs/bench_quick")
     bench.add_argument("--json", type=Path, help="also write the rows into this file")
+    costs = commands.add_parser("costs", help="memory, switching and time of a bank on a full-size network")
+    costs.add_argument("--architecture", default="resnet50", help="a network of timm")
+    costs.add_argument("--experts", type=int, default=10)
+    costs.add_argument("--rank", type=int, default=8)
     inspect = commands.add_parser("inspect", help="print what a file of this pack says of itself")
     inspect.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        {"demo": _demo, "bench": _bench, "inspect": _inspect}[options.command](options)
+        {"demo": _demo, "bench": _bench, "costs": _costs, "inspect": _inspect}[options.command](options)
     except (OSError, ValueError, ImportError) as error:
         parser.exit(1, f"ppap: {error}\n")
 
@@ -41,12 +45,20 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     from .files import write_json
-    from .tinyworld.bench import QUICK, bench, table
+    from .tinyworld.bench import FULL, QUICK, bench, table
 
-    rows = bench(QUICK, options.folder, _clock())
+    folder = options.folder or Path("runs/bench_quick" if options.quick else "runs/bench")
+    rows = bench(QUICK if options.quick else FULL, folder, _clock())
     print(table(rows))
     if options.json:
         write_json(options.json, rows)
+
+
+def _costs(options: argparse.Namespace) -> None:
+    from .costs import bank_costs
+
+    for name, value in bank_costs(options.architecture, options.experts, options.rank).items():
+        print(f"{name}: {value:.4g}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

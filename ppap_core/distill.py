@@ -14,7 +14,7 @@ from torch import Tensor
 from .experts import ExpertBank, with_experts
 from .files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
 from .guider import Guider, clean
-from .noise import as_seen, expand
+from .noise import as_seen, expand, seeded
 from .samples import SampleStore
 from .sampling import Denoiser
 from .tasks import TASKS
@@ -56,8 +56,8 @@ def view_of(bank: ExpertBank, denoise: Denoiser | None) -> Denoiser:
 def draw_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, size: int,
                seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images, noise levels and noise of a step: a pure function of its arguments, so that a resumed run is the same run."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 1_000_003 + step)
-    images = store.batch(step, size, seed * 1_000_003 + index)
+    generator = seeded(seed, index, step)
+    images = store.batch(step, size, seed + index * 2**64)
     flip = torch.rand(size, generator=generator) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     return images, bank.schedule[index].sample(size, generator), torch.randn(images.shape, generator=generator)

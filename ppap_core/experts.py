@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .guider import Guider, IgnoreSigma
-from .noise import ExpertSchedule
+from .noise import ExpertSchedule, seeded
 
 VIEWS = ("noisy", "denoised")
 
@@ -81,6 +81,7 @@ class ExpertBank(nn.Module):
         self._inject(seed)
         self._layers = _adapted_layers(self.net)
         self.eval().requires_grad_(False)
+        self._in_training = []
         self.active = -1
         self.select(0)
 
@@ -97,7 +98,7 @@ class ExpertBank(nn.Module):
             for index in range(len(self.schedule)):
                 inject_adapter_in_model(config, self.net, adapter_name=f"expert_{index}")
         for index in range(len(self.schedule)):  # an expert's start depends on (seed, index) only
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            generator = seeded(seed, index)
             for name, parameter in self._named(index).items():
                 if ".lora_A" in name:
                     start = torch.empty(parameter.shape)
@@ -117,6 +118,12 @@ class ExpertBank(nn.Module):
             for layer in self._layers:
                 layer.set_adapter([f"expert_{index}"], inference_mode=True)
             self.active = index
+            for parameter in self._in_training:
+                parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "ExpertBank":
+        """Stays in eval mode."""
+        return super().train(False)
 
     def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
         """Output of the expert responsible for sigma (B,). ValueError if the batch spans two intervals."""
@@ -133,10 +140,12 @@ class ExpertBank(nn.Module):
         self.select(index)
         parameters = list(self._named(index).values())
         try:
+            self._in_training = parameters
             for parameter in parameters:
                 parameter.requires_grad_(True)
             yield parameters
         finally:
+            self._in_training = []
             for parameter in parameters:
                 parameter.requires_grad_(False)
 
@@ -155,6 +164,7 @@ class ExpertBank(nn.Module):
             if parameter.shape != weights[name].shape:
                 raise ValueError(f"{name} of expert {index} has shape {tuple(weights[name].shape)}, "
                                  f"expected {tuple(parameter.shape)}: check rank and network")
+        for name, parameter in own.items():
             parameter.data.copy_(weights[name])
 
     def trainable_share(self) -> float:

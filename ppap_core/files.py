@@ -25,7 +25,8 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict) -> N
         raise OSError(f"could not write {path.name} into {path.parent}: {error}. Free some disk space or choose "
                       "another folder; what was there before is untouched.") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
@@ -57,27 +58,45 @@ def write_json(path: Path | str, value: object) -> None:
     """Write JSON beside its name and rename it."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        part.write_text(json.dumps(value, indent=2) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"could not write {path.name} into {path.parent}: {error}. Free some disk space or choose "
                       "another folder.") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def read_json(path: Path | str) -> dict:
     """A JSON object from a file. ValueError in words."""
     path = Path(path)
     try:
-        value = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): expected JSON; delete it to start anew.") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): expected a JSON file; copy or make it again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}: expected a JSON object; delete it to start anew.")
+        raise ValueError(f"{path} holds a {type(value).__name__}: expected a JSON object; copy or make it again.")
     return value
+
+
+def claim(folder: Path | str, recipe: dict) -> dict:
+    """Make a folder the place of one recipe, kept in its manifest.json; returns the recipe as JSON has it.
+
+    ValueError naming what differs when the folder holds the results of another recipe.
+    """
+    manifest, wanted = Path(folder) / "manifest.json", json.loads(json.dumps(recipe))  # tuples become lists, as on disk
+    found = read_json(manifest) if manifest.exists() else None
+    if found is None:
+        write_json(manifest, wanted)
+    elif found != wanted:
+        differences = "; ".join(f"{key} is {found.get(key)!r}, expected {wanted.get(key)!r}"
+                                for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key))
+        raise ValueError(f"{Path(folder).name} holds the results of another recipe ({differences}): choose another name, "
+                         "or delete that folder")
+    return wanted
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

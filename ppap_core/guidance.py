@@ -35,6 +35,11 @@ class Ramp:
     first: float = 1.0
     last: float = 1.0
 
+    def __post_init__(self):
+        if not 0 < self.window.lo < self.window.hi < math.inf:
+            raise ValueError(f"a ramp needs a window with two finite, positive ends, got {self.window.lo} and "
+                             f"{self.window.hi}")
+
     def __call__(self, sigma: float) -> float:
         low, high = math.log(self.window.lo), math.log(self.window.hi)
         share = min(max((high - math.log(sigma)) / (high - low), 0.0), 1.0)

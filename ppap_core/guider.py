@@ -58,20 +58,26 @@ class Guider:
 
     def energy(self, image: Tensor, sigma: Tensor) -> Tensor:
         """How far each image is from the target, (B,), lower is better. ValueError without a target that fits."""
-        return TASKS[self.task].loss(self.predict(image, sigma), self.target_for(image))
+        output = self.predict(image, sigma)
+        return TASKS[self.task].loss(output, self.target_for(image, output))
 
     def score(self, image: Tensor, sigma: Tensor) -> Tensor:
         """How well each image meets the target, (B,) in [0, 1]. Judge with a network that did not guide."""
-        return TASKS[self.task].score(self.predict(image, sigma), self.target_for(image))
+        output = self.predict(image, sigma)
+        return TASKS[self.task].score(output, self.target_for(image, output))
 
-    def target_for(self, image: Tensor) -> Tensor:
+    def target_for(self, image: Tensor, output: Tensor) -> Tensor:
         """The target, in the place of the images. ValueError without one, or with one for another batch."""
         if self.target is None:
             raise ValueError(f"the guider {self.name} has no target: aim it at a {self.task} first")
         if len(self.target) not in (1, len(image)):
             raise ValueError(f"the target of {self.name} is for {len(self.target)} images but {len(image)} are "
                              "sampled: give one target for all, or one for each")
-        return self.target.to(image.device)
+        if self.target.ndim > 1 and self.target.shape[-2:] != output.shape[-2:]:
+            raise ValueError(f"the target of {self.name} is {tuple(self.target.shape[-2:])} but its answers are "
+                             f"{tuple(output.shape[-2:])} (height, width): resize the target")
+        target = self.target.to(image.device)
+        return target.clone() if target.is_inference() else target
 
 
 class IgnoreSigma(nn.Module):
@@ -99,7 +105,7 @@ def class_target(guider: Guider, names: str) -> Tensor:
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name.lower() in known:
             chosen.append(known[name.lower()])
-        elif name.isdigit() and int(name) < len(guider.labels):
+        elif name.isdecimal() and int(name) < len(guider.labels):
             chosen.append(int(name))
         else:
             close = difflib.get_close_matches(name.lower(), known, n=5) or list(known)[:8]

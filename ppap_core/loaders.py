@@ -19,8 +19,13 @@ def load_timm(folder: Path) -> Guider:
     if not timm.is_model(architecture or ""):
         raise ValueError(f"timm {timm.__version__} knows no architecture {architecture!r} (from {folder.name}/config.json): "
                          "expected one of timm.list_models(); a newer timm may have it")
-    net = timm.create_model(architecture, num_classes=config.get("num_classes", 1000), **config.get("model_args", {}))
+    net = timm.create_model(architecture, **{"num_classes": config.get("num_classes", 1000)} | config.get("model_args", {}))
     weights, _ = read_safetensors(folder / "model.safetensors")
+    own = net.state_dict()
+    wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(f"{folder.name}/model.safetensors does not fit {architecture}: {wrong[0]} is "
+                         f"{tuple(weights[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}; copy the folder again")
     missing, unexpected = net.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise ValueError(f"{folder.name}/model.safetensors does not fit {architecture}: {len(missing)} weights are missing "
@@ -29,7 +34,7 @@ def load_timm(folder: Path) -> Guider:
     labels = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
     if not labels:
         subset = infer_imagenet_subset(net)
-        labels = ImageNetInfo(subset).label_descriptions() if subset else map(str, range(net.num_classes))
+        labels = _short(ImageNetInfo(subset).label_descriptions()) if subset else map(str, range(net.num_classes))
     preprocess = Preprocess(tuple(data["input_size"][1:]), data["mean"], data["std"], _mode(data["interpolation"]))
     return Guider(f"timm/{folder.name}", IgnoreSigma(net), preprocess, "class", tuple(labels))
 
@@ -39,6 +44,16 @@ def load_tinyworld(task: str) -> Guider:
     from .tinyworld import load_guider
 
     return load_guider(task)
+
+
+def _short(descriptions: list[str]) -> list[str]:
+    """The first name of each class that no class before it has; 'crane 517' where there is none: without commas."""
+    names: dict[str, str] = {}  # by what they are when case does not count: 'Cardigan' the dog, 'cardigan' the coat
+    for index, description in enumerate(descriptions):
+        choices = [*(part.strip() for part in description.split(",")), f"{description.split(',')[0]} {index}"]
+        name = next(name for name in choices if name.lower() not in names)
+        names[name.lower()] = name
+    return list(names.values())
 
 
 def _mode(interpolation: str) -> str:

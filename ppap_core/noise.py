@@ -3,6 +3,7 @@
 Everywhere in the core `x = image + sigma * noise` (variance exploding, VE). sigma is the standard deviation of the noise
 over the scale of the signal, without unit.
 """
+import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -32,7 +33,15 @@ class NoiseInterval:
             raise ValueError(f"cannot draw noise levels from {self}: lo must be above 0 and hi finite")
         share = torch.rand(n, generator=generator, dtype=torch.float64)
         sigma = (self.lo * (share * math.log(self.hi / self.lo)).exp()).float()
-        return sigma.clamp(max=math.nextafter(self.hi, 0))  # rounding to float32 must not leave the interval
+        return sigma.clamp(*self._float32_ends())  # rounding to float32 must not leave the interval
+
+    def _float32_ends(self) -> tuple[float, float]:
+        low, high = torch.tensor([self.lo, self.hi], dtype=torch.float32)
+        if float(low) < self.lo:
+            low = low.nextafter(torch.tensor(math.inf))
+        if float(high) >= self.hi:
+            high = high.nextafter(torch.tensor(0.0))
+        return float(low), float(high)
 
 
 EVERYWHERE = NoiseInterval()
@@ -80,7 +89,13 @@ class ExpertSchedule:
         values = [float(sigma) for sigma in sigmas]
         if not 1 <= n <= len(values) - 1:
             raise ValueError(f"cannot split {len(values)} timesteps among {n} experts")
-        return cls(tuple(values[round(i * (len(values) - 1) / n)] for i in range(n + 1)))
+        return cls(tuple(values[round(i * len(values) / n)] for i in range(n)) + (values[-1],))
+
+
+def seeded(*parts: int) -> torch.Generator:
+    """A generator that depends on all of these numbers, of any size."""
+    value = hashlib.sha256(repr(tuple(int(part) for part in parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(value[:8], "little"))
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:

@@ -81,13 +81,14 @@ def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str,
     draw.rectangle([left, top, right, bottom], outline=INK)
     draw.text(((left + right) / 2, height - 22), x_label, INK, small, anchor="mm")
     draw.text((8, top - 16), y_label, INK, small)
+    legend = right - 12 - max(small.getlength(name) for name in shown)
     for index, (name, line) in enumerate(shown.items()):
         path = [(place_x(x), place_y(y)) for x, y in line]
         if len(path) == 1:
             draw.ellipse([path[0][0] - 3, path[0][1] - 3, path[0][0] + 3, path[0][1] + 3], fill=colour(index))
         draw.line(path, colour(index), 2)
-        draw.line([(right - 150, top + 14 + 16 * index), (right - 130, top + 14 + 16 * index)], colour(index), 3)
-        draw.text((right - 124, top + 14 + 16 * index), name, INK, small, anchor="lm")
+        draw.line([(legend - 26, top + 14 + 16 * index), (legend - 6, top + 14 + 16 * index)], colour(index), 3)
+        draw.text((legend, top + 14 + 16 * index), name, INK, small, anchor="lm")
     return _image(picture)
 
 
@@ -151,9 +152,10 @@ def guidance_plot(names: Sequence[str], readings: Sequence) -> Tensor:
     for each in readings:
         energy[names[each.term]][steps[each.sigma]] = each.energy.mean().item()
         size[names[each.term]][steps[each.sigma]] = each.rms.mean().item()
-    return torch.cat([line_plot({name: sorted(line.items()) for name, line in lines.items()}, title, "step", label, size=(300, 720))
-                      for lines, title, label in ((energy, "Energy (lower is closer to the target)", "energy"),
-                                                  (size, "Size of the shift", "rms, images span -1 to 1"))], dim=2)
+    return torch.cat([
+        line_plot({name: sorted(line.items()) for name, line in lines.items()}, title, "step", label, size=(300, 720))
+        for lines, title, label in ((energy, "Energy (lower is closer to the target)", "energy"),
+                                    (size, "Size of the shift (root mean square; images span -1 to 1)", "rms"))], dim=2)
 
 
 def bar_picture(shares: dict[str, float], size: tuple[int, int] = (256, 256)) -> Tensor:

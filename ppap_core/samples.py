@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import load_tensors, read_json, save_tensors, write_json
+from .files import claim, load_tensors, save_tensors
+from .noise import seeded
 
 SHARD = 64  # images in one file: what an interruption can lose
 
@@ -19,13 +20,7 @@ class SampleStore:
     """
 
     def __init__(self, folder: Path | str, recipe: dict):
-        self.folder, self.recipe = Path(folder), recipe
-        manifest = self.folder / "manifest.json"
-        if not manifest.exists():
-            write_json(manifest, recipe)
-        elif (found := read_json(manifest)) != recipe:
-            raise ValueError(f"{self.folder.name} holds images of another recipe ({_difference(found, recipe)}): "
-                             "choose another name, or delete that folder")
+        self.folder, self.recipe = Path(folder), claim(folder, recipe)
 
     def _shard(self, index: int) -> Path:
         return self.folder / f"shard_{index:05d}.safetensors"
@@ -63,7 +58,7 @@ class SampleStore:
 
     def batch(self, step: int, size: int, seed: int) -> Tensor:
         """The batch of a training step, (size, 3, H, W) in [-1, 1]: a pure function of (step, size, seed)."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        generator = seeded(seed, step)
         return from_uint8(self.images[torch.randint(len(self.images), (size,), generator=generator)])
 
 
@@ -75,8 +70,3 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(images: Tensor) -> Tensor:
     """0 ... 255 -> [-1, 1] float32."""
     return images.float() / 127.5 - 1
-
-
-def _difference(found: dict, wanted: dict) -> str:
-    return "; ".join(f"{key} is {found.get(key)!r}, expected {wanted.get(key)!r}"
-                     for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key))

@@ -22,7 +22,7 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """(len(seeds), *shape); row i depends on seeds[i] only, so batches can be cut anywhere."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed) % 2**64)) for seed in seeds])
 
 
 def sample_euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..distill import DistillConfig, distill
 from ..experts import ExpertBank, LoraSpec, base_network, with_experts
-from ..files import load_tensors, read_json, save_tensors, write_json
+from ..files import claim, load_tensors, read_json, save_tensors, write_json
 from ..guidance import Term, guided
 from ..guider import Guider
 from ..noise import ExpertSchedule, NoiseInterval, as_seen, expand
@@ -40,9 +40,13 @@ class BenchConfig:
     noisy: DistillConfig = DistillConfig(steps=1000, batch=64, lr=2e-3)
     denoised: DistillConfig = DistillConfig(steps=400, batch=64, lr=2e-3)
     supervised: int = 1000      # steps of each network trained with labels
+    repeats: int = 15           # timings of a step
 
 
 QUICK = BenchConfig()
+FULL = BenchConfig(search=512, images=5000, scenes=20_000, grid=(0.5, 1, 2, 4, 8, 16, 32, 64), steps=32, store=20_000,
+                   noisy=DistillConfig(steps=5000, batch=64, lr=2e-3), denoised=DistillConfig(steps=2000, batch=64, lr=2e-3),
+                   supervised=5000)
 
 
 class Networks(nn.Module):
@@ -103,7 +107,7 @@ def fit_noisy(world: World, net: nn.Module, interval: NoiseInterval, steps: int,
     net.requires_grad_(False)
 
 
-def step_ratio(world: World, guider: Guider | None, repeats: int = 15) -> float:
+def step_ratio(world: World, guider: Guider | None, repeats: int) -> float:
     """Seconds of a guided step over seconds of a plain one, taken in turn: the median of the ratios."""
     if guider is None:
         return 1.0
@@ -131,12 +135,13 @@ def row(world: World, name: str, guider: Guider | None, share: float, bench: Ben
                f"Frechet {found.frechet:.2f}")
     best = max(searched, key=lambda weight: searched[weight].judge_accuracy)
     final = measure(world, guider, best, range(100_000, 100_000 + bench.images), bench.steps, scenes)
-    return {"row": name, **asdict(final), "step_ratio": step_ratio(world, guider), "trainable_share": share,
+    return {"row": name, **asdict(final), "step_ratio": step_ratio(world, guider, bench.repeats), "trainable_share": share,
             "weight": best, "searched": {f"{weight:g}": asdict(found) for weight, found in searched.items()}}
 
 
 def bench(config: BenchConfig, folder: Path, report: Report) -> list[dict]:
     """All rows; what the folder holds already is not done again."""
+    claim(folder, asdict(config))
     world, folder = load_world("class"), Path(folder)
     scenes = scene_statistics(world, config.scenes)
     plain = world.guider

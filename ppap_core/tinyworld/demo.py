@@ -35,9 +35,9 @@ def demo(folder: Path, report: Report) -> None:
     store = generate_store(world, folder / "samples", SAMPLES, STEPS, report)
     rows: dict[str, Guider | None] = {"unguided": None}
     for view in ("noisy", "denoised"):
-        plain = replace(world.guider, view=view)
-        rows |= {f"plain guider, {view} view": plain, f"five experts, {view} view": distil_view(world, view, store, folder, report)}
-        plot_disagreement(world, plain, rows[f"five experts, {view} view"], store, folder / f"disagreement_{view}.png")
+        plain, experts = replace(world.guider, view=view), distil_view(world, view, store, folder, report)
+        rows |= {f"plain guider, {view} view": plain, f"five experts, {view} view": experts}
+        plot_disagreement(world, plain, experts, store, folder / f"disagreement_{view}.png")
     write_results(world, rows, folder, report)
 
 
@@ -48,7 +48,8 @@ def distil_view(world: World, view: str, store: SampleStore, folder: Path, repor
 
     def on_step(index: int, step: int, loss: float) -> None:
         if (step + 1) % 60 == 0:
-            report(f"{view} view: expert {index + 1} of {len(SCHEDULE)}, step {step + 1} of {training.steps}, loss {loss:.3f}")
+            report(f"{view} view: expert {index + 1} of {len(SCHEDULE)}, step {step + 1} of {training.steps}, "
+                   f"loss {loss:.3f}")
 
     distill(world.guider, bank, store, world.denoise, training, folder / f"experts_{view}", on_step)
     save_bank(folder / f"experts_{view}.safetensors", bank, world.guider, {"samples": len(store), **asdict(training)})
@@ -77,7 +78,8 @@ def write_results(world: World, rows: dict[str, Guider | None], folder: Path, re
         sheet[name] = world.sample(range(len(CLASSES)), STEPS, terms)
     save_picture(contact_sheet(sheet), folder / "contact_sheet.png")
     write_json(folder / "results.json", results)
-    lines = ["| | right by the judge | right by the guider | Fréchet distance | seconds per image |", "|---|---:|---:|---:|---:|"]
+    lines = ["| | right by the judge | right by the guider | Fréchet distance | seconds per image |",
+             "|---|---:|---:|---:|---:|"]
     lines += [f"| {r['row']} | {r['judge_accuracy']:.0%} | {r['guider_accuracy']:.0%} | {r['frechet']:.1f} | "
               f"{r['seconds_per_image']:.3f} |" for r in results]
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -100,7 +100,7 @@ def _hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 # One row of uniform numbers makes one scene; the order is part of the format of the world.
 _PARAMETERS = ("label", "x", "y", "radius", "turn", "hue", "contrast", "saturation", "value", "wall_saturation",
-               "wall_value", "wall_depth", "tilt", "tilt_direction", "light_direction", "light", "near")
+               "wall_value", "tilt", "tilt_direction", "light_direction", "light")
 
 
 def _parameters(seeds: Sequence[int]) -> dict[str, Tensor]:
@@ -142,8 +142,8 @@ def draw(seeds: Sequence[int], size: int | tuple[int, int] = 32, label: int | No
 
     tilt = TAU * p["tilt_direction"]
     ramp = (tilt.cos() * x + tilt.sin() * y) * (0.1 + 0.25 * p["tilt"])
-    wall_depth = (0.15 + 0.15 * p["wall_depth"] + 0.4 * ramp).clamp(0, 1)
-    object_depth = 0.5 + 0.15 * p["near"] + 0.35 * bulge * radius / 0.7
+    wall_depth = (0.15 + 0.15 * p["wall_value"] + 0.4 * ramp).clamp(0, 1)        # a near wall is lighter
+    object_depth = 0.5 + 0.15 * p["radius"] + 0.35 * bulge * radius / 0.7         # a near object is larger
     depth = torch.where(inside, object_depth, wall_depth)
 
     flat = {name: value.flatten() for name, value in p.items()}

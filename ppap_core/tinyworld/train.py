@@ -64,42 +64,55 @@ def rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * min((step + 1) / 200, 1) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
+def train_step(net: nn.Module, loss: Callable, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int,
+               device: torch.device) -> float:
+    """One step on scenes that no other step has seen: a function of (recipe, step); returns the loss."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    start = TRAINING_SEEDS * (1 + recipe.seed) + step * recipe.batch
+    scenes = Scenes(*(part.to(device) for part in draw(range(start, start + recipe.batch))))
+    optimizer.param_groups[0]["lr"] = rate(step, recipe)
+    with torch.autocast(device.type, torch.bfloat16):
+        value = loss(net, scenes, generator).mean()
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+    return value.item()
+
+
+def update_average(average: dict[str, Tensor], net: nn.Module, decay: float) -> None:
+    """Move the averaged weights towards the present ones."""
+    for name, current in net.state_dict().items():
+        average[name].lerp_(current, 1 - decay)
+
+
+def resume(state_file: Path, net: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Put back what an interrupted training left; returns the next step."""
+    if not state_file.exists():
+        return 0
+    tensors, about = load_tensors(state_file)
+    net.load_state_dict(without_prefix("net", tensors))
+    for name, value in without_prefix("average", tensors).items():
+        average[name].copy_(value)
+    restore_optimizer(optimizer, without_prefix("optimizer", tensors))
+    return about["step"]
+
+
 def fit(name: str, net: nn.Module, loss: Callable, recipe: Recipe, folder: Path, device: torch.device,
         save_every: int = 250) -> None:
-    """Train a network on fresh scenes and write `folder/name.safetensors`; resumes from its state file."""
+    """Train a network on fresh scenes and write `folder/name.safetensors`; goes on from its state file."""
     state_file = folder / f"{name}.state.safetensors"
     net.to(device).train()
-    average = {key: value.detach().clone() for key, value in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=0.01)
-    first = 0
-    if state_file.exists():
-        tensors, about = load_tensors(state_file)
-        net.load_state_dict(without_prefix("net", tensors))
-        average = {key: value.to(device) for key, value in without_prefix("average", tensors).items()}
-        restore_optimizer(optimizer, without_prefix("optimizer", tensors))
-        first = about["step"]
-    started, total = time.monotonic(), 0.0
+    average = {key: value.detach().clone() for key, value in net.state_dict().items()}
+    first = resume(state_file, net, average, optimizer)
+    started, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        start = TRAINING_SEEDS * (1 + recipe.seed) + step * recipe.batch
-        scenes = Scenes(*(part.to(device) for part in draw(range(start, start + recipe.batch))))
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, recipe)
-        with torch.autocast(device.type, torch.bfloat16):
-            value = loss(net, scenes, generator).mean()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        decay = min(recipe.ema, (1 + step) / (10 + step))
-        for key, current in net.state_dict().items():
-            average[key].lerp_(current.to(average[key].dtype), 1 - decay) if current.is_floating_point() \
-                else average[key].copy_(current)
-        total += value.item()
+        losses.append(train_step(net, loss, optimizer, recipe, step, device))
+        update_average(average, net, min(recipe.ema, (1 + step) / (10 + step)))
         if (step + 1) % save_every == 0:
-            pace = (time.monotonic() - started) / (step + 1 - first)
-            print(f"{name}: step {step + 1}/{recipe.steps}, loss {total / save_every:.4f}, "
-                  f"{pace:.3f} s/step, {pace * (recipe.steps - step - 1) / 60:.0f} min to go", flush=True)
-            total = 0.0
+            pace = (time.monotonic() - started) / len(losses)
+            print(f"{name}: step {step + 1} of {recipe.steps}, loss {sum(losses[-save_every:]) / save_every:.4f}, "
+                  f"{pace * (recipe.steps - step - 1) / 60:.0f} min to go", flush=True)
             save_tensors(state_file, with_prefix("net", net.state_dict()) | with_prefix("average", average)
                          | with_prefix("optimizer", optimizer_tensors(optimizer)), {"step": step + 1})
     save_tensors(folder / f"{name}.safetensors", average, {"name": name, "recipe": asdict(recipe)})
@@ -109,9 +122,11 @@ def fit(name: str, net: nn.Module, loss: Callable, recipe: Recipe, folder: Path,
 OUTPUTS = {task: (max(len(labels), 1), dense) for task, (labels, dense) in TASKS.items()}
 LOSSES = {"class": class_loss, "depth": depth_loss, "segmentation": segmentation_loss}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
-    "denoiser": (TinyDenoiser, denoiser_loss, Recipe(steps=15_000, ema=0.9995)),
-    **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), LOSSES[task], Recipe(steps=3000, seed=1)) for task in TASKS},
-    **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), LOSSES[task], Recipe(steps=2000, seed=2)) for task in TASKS},
+    "denoiser": (TinyDenoiser, denoiser_loss, Recipe(steps=11_000, ema=0.9995)),
+    **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), loss, Recipe(steps=3000, seed=1))
+       for task, loss in LOSSES.items()},
+    **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), loss, Recipe(steps=2000, seed=2))
+       for task, loss in LOSSES.items()},
 }
 
 

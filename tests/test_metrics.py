@@ -1,0 +1,79 @@
+"""The Frechet distance against closed forms."""
+import pytest
+import torch
+from helpers import randn, says
+
+from ppap_core.metrics import FeatureStats, frechet_distance
+
+
+def stats(features: torch.Tensor) -> FeatureStats:
+    return FeatureStats(features.shape[1]).update(features)
+
+
+def standardised(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    """Features whose sample mean is exactly 0 and whose sample covariance is exactly 1."""
+    x = randn(n, d, seed=seed, dtype=torch.float64)
+    x = x - x.mean(0)
+    root = torch.linalg.cholesky(x.T @ x / (n - 1))
+    return torch.linalg.solve_triangular(root, x.T, upper=False).T
+
+
+def test_mean_and_covariance_are_those_of_the_features():
+    features = randn(40, 6) * 3 + 5
+    torch.testing.assert_close(stats(features).mean, features.double().mean(0))
+    torch.testing.assert_close(stats(features).covariance, torch.cov(features.double().T))
+
+
+def test_statistics_in_parts_are_the_statistics_of_all():
+    features = randn(41, 6)
+    parts = FeatureStats(6)
+    for part in features.split(7):
+        parts.update(part)
+    merged = stats(features[:10]).merge(stats(features[10:]))
+    for each in (parts, merged):
+        assert each.count == 41
+        torch.testing.assert_close(each.mean, stats(features).mean)
+        torch.testing.assert_close(each.covariance, stats(features).covariance)
+
+
+def test_a_set_is_at_distance_zero_from_itself_and_the_distance_has_no_direction():
+    a, b = stats(randn(50, 6)), stats(randn(60, 6, seed=1) @ randn(6, 6, seed=2))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9) and frechet_distance(a, b) > 1
+
+
+def test_a_shifted_set_is_as_far_as_the_square_of_the_shift():
+    features, shift = randn(50, 4, dtype=torch.float64), torch.tensor([1.0, -2.0, 0.0, 3.0])
+    assert frechet_distance(stats(features), stats(features + shift)) == pytest.approx(14.0, rel=1e-9)
+
+
+def test_two_gaussians_with_the_same_axes_are_at_the_distance_of_their_closed_form():
+    """|mu_a - mu_b|^2 + sum (s_a - s_b)^2."""
+    a, b = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64), torch.tensor([3.0, 0.1, 0.5], dtype=torch.float64)
+    first = standardised(50, 3) * a + 1
+    second = standardised(70, 3, seed=1) * b
+    turn = torch.linalg.qr(randn(3, 3, seed=5, dtype=torch.float64))[0]
+    expected = 3 + float((a - b).square().sum())
+    assert frechet_distance(stats(first), stats(second)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(stats(first @ turn), stats(second @ turn)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_gaussians_with_other_axes_are_at_the_distance_of_the_general_formula():
+    a = torch.cov(randn(4, 30, seed=1, dtype=torch.float64))
+    b = torch.cov(randn(4, 30, seed=2, dtype=torch.float64) * 2)
+    first = standardised(50, 4) @ torch.linalg.cholesky(a).T
+    second = standardised(60, 4, seed=3) @ torch.linalg.cholesky(b).T
+    cross = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()  # Tr (A B)^1/2 by the eigenvalues of the product
+    expected = float(torch.trace(a) + torch.trace(b) - 2 * cross)
+    assert frechet_distance(stats(first), stats(second)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_fewer_images_than_features_give_a_finite_distance():
+    value = frechet_distance(stats(randn(5, 20)), stats(randn(6, 20, seed=1)))
+    assert value > 0
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_covariance_of_less_than_two_features_is_refused(count):
+    with says(ValueError, "at least two", f"got {count}"):
+        stats(randn(count, 3)).covariance  # noqa: B018

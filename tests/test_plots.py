@@ -1,0 +1,126 @@
+"""Pictures of numbers: they show what they were given, and no input breaks them."""
+import math
+
+import pytest
+import torch
+from helpers import images, randn, says, small_guider
+
+from ppap_core.guidance import Reading
+from ppap_core.guider import clean
+from ppap_core.pictures import look_through, map_target
+from ppap_core.plots import (
+    bar_picture,
+    colour,
+    contact_sheet,
+    depth_picture,
+    guidance_plot,
+    label_picture,
+    labels_of_picture,
+    line_plot,
+    loss_plot,
+    save_picture,
+)
+
+
+def is_picture(image: torch.Tensor, height: int | None = None, width: int | None = None) -> bool:
+    fits = height is None or image.shape == (1, 3, height, width)
+    return fits and image.dtype == torch.float32 and image.shape[:2] == (1, 3) and image.min() >= -1 and image.max() <= 1
+
+
+def pixels_of(image: torch.Tensor, index: int) -> torch.Tensor:
+    """Where a picture has the colour of a line, (n, 2) as row and column."""
+    shade = torch.tensor(colour(index)).float() / 127.5 - 1
+    return ((image[0] - shade[:, None, None]).abs().amax(0) < 0.01).nonzero()
+
+
+def test_a_plot_has_height_and_width_as_asked_and_draws_each_line_in_its_colour():
+    plot = line_plot({"up": [(0, 0), (1, 1)], "down": [(0, 1), (1, 0)]}, "title", "x", "y", size=(300, 500))
+    assert is_picture(plot, 300, 500)
+    for index in (0, 1):
+        line = pixels_of(plot, index)
+        line = line[line[:, 1] < 300]  # without the legend
+        rising = torch.corrcoef(line.T.float())[0, 1]
+        assert len(line) > 100 and (rising < -0.9 if index == 0 else rising > 0.9)  # rows count downwards
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+@pytest.mark.parametrize("log_y", [False, True])
+@pytest.mark.parametrize("points", [
+    [], [(1.0, 2.0)], [(1.0, 2.0), (3.0, 2.0)], [(0.0, 1.0), (1.0, 0.0)], [(-1.0, -2.0), (-3.0, -4.0)],
+    [(1.0, math.nan), (2.0, 3.0)], [(math.nan, math.nan)], [(1.0, math.inf), (2.0, 1e30), (3.0, 1e-30)],
+    [(1e-9, 1e-9), (1.1e-9, 1.1e-9)], [(1e6, 1.0), (1e6 + 1e-3, 1.0 + 1e-12)], [(0, 0), (80, 7)],
+], ids=str)
+def test_no_points_break_a_plot(points, log_x, log_y):
+    assert is_picture(line_plot({"line": points}, "title", "x", "y", log_x=log_x, log_y=log_y), 420, 720)
+
+
+def test_no_series_is_a_plot_that_says_so():
+    assert is_picture(line_plot({}, "title", "x", "y"), 420, 720)
+
+
+def test_the_loss_of_every_expert_is_drawn():
+    plot = loss_plot({f"expert {k}": [1 / (1 + step) + k for step in range(200)] for k in range(3)})
+    assert is_picture(plot) and all(len(pixels_of(plot, k)) > 30 for k in range(3))
+    for losses in ({}, {"expert 0": []}, {"expert 0": [1.0]}, {"expert 0": [math.nan, 1.0]}):
+        assert is_picture(loss_plot(losses))
+
+
+def test_the_readings_of_guidance_are_drawn():
+    readings = [Reading(k, sigma, torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.2]))
+                for sigma in (5.0, 1.0, 0.1) for k in (0, 1)]
+    assert is_picture(guidance_plot(["one", "two"], readings)) and is_picture(guidance_plot(["one"], []))
+
+
+def test_a_contact_sheet_shows_every_row_under_its_name():
+    rows = {"red": torch.tensor([1.0, -1, -1])[:, None, None].expand(2, 3, 5, 7), "more than fit": images(9)[:, :, :5, :7]}
+    sheet = contact_sheet(rows, scale=2, columns=4)
+    assert is_picture(sheet, 2 * (10 + 26) + 4, 4 * (14 + 4) + 4)
+    red = (sheet[0] == torch.tensor([1.0, -1, -1])[:, None, None]).all(0)
+    assert int(red.sum()) == 2 * 10 * 14
+
+
+def test_a_picture_saved_as_png_comes_back(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    image = (randn(1, 3, 5, 7).tanh() * 127.5).round() / 127.5
+    image = ((image + 1) * 127.5).round() / 127.5 - 1
+    save_picture(image, tmp_path / "x.png")
+    data = torch.tensor(list(image_module.open(tmp_path / "x.png").tobytes())).reshape(5, 7, 3).permute(2, 0, 1)
+    torch.testing.assert_close(data.float() / 127.5 - 1, image[0], rtol=0, atol=1e-6)
+
+
+def test_depth_is_drawn_with_the_nearest_white_whatever_its_unit():
+    depth = torch.linspace(300, 900, 35).reshape(1, 1, 5, 7)
+    picture = depth_picture(torch.cat([depth, depth / 1e4 - 3]))
+    assert picture.shape == (2, 3, 5, 7) and picture[0, :, 0, 0].tolist() == [-1] * 3
+    assert picture[0, :, -1, -1].tolist() == pytest.approx([1] * 3)
+    torch.testing.assert_close(picture[0], picture[1], rtol=0, atol=1e-3)
+    assert bool(depth_picture(torch.ones(1, 1, 5, 7)).isfinite().all())
+
+
+@pytest.mark.parametrize("count", [2, 9, 21, 150])
+def test_labels_drawn_in_colours_are_read_back_even_from_a_picture_of_8_bits(count):
+    labels = torch.randint(count, (3, 20, 28), generator=torch.Generator().manual_seed(0))
+    picture = label_picture(labels)
+    assert picture.shape == (3, 3, 20, 28)
+    assert torch.equal(labels_of_picture(picture, count), labels)
+    rounded = ((picture + 1) / 2 * 255).round() / 255 * 2 - 1
+    assert torch.equal(labels_of_picture(rounded + 0.003, count), labels)
+
+
+def test_shares_are_drawn_as_bars():
+    assert is_picture(bar_picture({"red fox": 0.9, "tabby": 0.1, "none": 0.0}), 256, 256)
+
+
+@pytest.mark.parametrize("task", ["depth", "segmentation"])
+def test_what_a_guider_sees_is_a_picture_that_can_be_its_target(task):
+    guider = small_guider(task)
+    guider = guider if task == "depth" else guider.__class__(**{**vars(guider), "labels": ("wall", "thing")})
+    picture = look_through(guider, images())
+    target = map_target(guider, picture)
+    assert picture.shape[:2] == (3, 3) and bool((guider.aim(target).score(images(), clean(images())) > 0.99).all())
+
+
+def test_a_class_guider_shows_bars_and_takes_no_map():
+    assert look_through(small_guider(), images(2)).shape[:2] == (2, 3)
+    with says(ValueError, "small/class", "class"):
+        map_target(small_guider(), images(1))

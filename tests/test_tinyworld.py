@@ -1,0 +1,259 @@
+"""The tiny world: scenes whose truths agree with their pixels, an exact mixture, and bundled networks that do their work."""
+from itertools import count
+
+import pytest
+import torch
+from helpers import SmallNet, images, level, randn, same
+from torch.nn import functional as F
+
+from ppap_core.files import load_tensors
+from ppap_core.guider import clean
+from ppap_core.noise import expand
+from ppap_core.tinyworld import SIZE, TASKS, WEIGHTS, load_denoiser, load_guider, load_judge
+from ppap_core.tinyworld.denoiser import SIGMA_DATA, TinyDenoiser
+from ppap_core.tinyworld.gaussian import GaussianMixture
+from ppap_core.tinyworld.networks import augment, tiny_convnext, tiny_resnet
+from ppap_core.tinyworld.scenes import CLASSES, SHAPES, draw
+from ppap_core.tinyworld.train import TRAINING_SEEDS, Recipe, class_loss, fit
+
+HELD_OUT = range(500, 756)  # below the seeds of every training
+
+
+def eroded(mask: torch.Tensor, by: int = 1) -> torch.Tensor:
+    """Pixels whose whole neighbourhood is in the mask, (B, H, W)."""
+    return -F.max_pool2d(-F.pad(mask.float(), (by,) * 4), 2 * by + 1, 1) > 0.5
+
+
+# Scenes
+
+@pytest.mark.parametrize("size, shape", [(32, (32, 32)), ((20, 28), (20, 28)), ((41, 17), (41, 17))])
+def test_a_scene_can_have_any_size(size, shape):
+    scenes = draw(range(3), size)
+    assert scenes.image.shape == (3, 3, *shape) and scenes.image.abs().max() <= 1
+    assert scenes.depth.shape == (3, 1, *shape) and scenes.depth.min() >= 0 and scenes.depth.max() <= 1
+    assert scenes.segmentation.shape == (3, *shape) and scenes.label.shape == (3,)
+    assert scenes.label.dtype == scenes.segmentation.dtype == torch.long
+
+
+def test_a_scene_depends_on_its_seed_only():
+    together = draw([4, 900, 7, 4])
+    for i, seed in enumerate([4, 900, 7, 4]):
+        alone = draw([seed])
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
+    assert not torch.equal(together.image[0], together.image[1])
+
+
+def test_the_segmentation_of_a_scene_is_its_label_inside_the_object_and_zero_outside():
+    scenes = draw(range(200))
+    for label, segmentation in zip(scenes.label.tolist(), scenes.segmentation, strict=True):
+        assert segmentation.unique().tolist() == [0, 1 + label]
+        assert 25 < int((segmentation > 0).sum()) < 512
+
+
+def test_all_classes_are_about_equally_frequent():
+    counts = draw(range(1600), 8).label.bincount(minlength=len(CLASSES))
+    assert len(CLASSES) == 8 and counts.min() > 140 and counts.max() < 260  # 200 each
+
+
+def test_the_class_can_be_chosen_and_changes_nothing_but_the_object():
+    for label in range(len(CLASSES)):
+        assert draw(range(3), label=label).label.tolist() == [label] * 3
+    disk, ring = draw(range(20), label=0), draw(range(20), label=CLASSES.index("ring"))
+    wall = eroded((disk.segmentation == 0) & (ring.segmentation == 0))
+    assert int(wall.sum()) > 1000
+    torch.testing.assert_close(disk.image.movedim(1, -1)[wall], ring.image.movedim(1, -1)[wall])
+    assert torch.equal(disk.depth[:, 0][wall], ring.depth[:, 0][wall])
+
+
+def test_the_segmentation_follows_the_pixels_of_the_image():
+    """One hue inside the object, another one on the wall; a few pixels hold a tip thinner than themselves."""
+    scenes, compared = draw(range(60)), 0
+    rgb = (scenes.image.double() + 1) / 2
+    unclipped = (rgb < 0.999).all(1)
+    for i in range(60):
+        hues = []
+        for region in (scenes.segmentation[i] > 0, scenes.segmentation[i] == 0):
+            inner = eroded(region[None])[0] & unclipped[i]
+            colours = F.normalize(rgb[i][:, inner], dim=0)
+            if len(colours.T) < 5:
+                break
+            hues.append(colours.median(1).values)
+            strange = (colours - hues[-1][:, None]).abs().amax(0) > 1e-4
+            assert int(strange.sum()) <= 4
+        if len(hues) == 2:
+            compared += 1
+            assert (hues[0] - hues[1]).norm() > 0.02
+    assert compared > 30
+
+
+def test_the_object_is_nearer_than_the_wall_and_the_wall_is_flat():
+    scenes = draw(range(100))
+    depth, inside = scenes.depth[:, 0].double(), scenes.segmentation > 0
+    for i in range(100):
+        assert depth[i][inside[i]].min() >= depth[i][~inside[i]].max()
+    bend = depth[:, :, :-2] - 2 * depth[:, :, 1:-1] + depth[:, :, 2:]
+    flat = eroded(~inside & (depth > 0))[:, :, 1:-1]
+    assert int(flat.sum()) > 10_000 and bend[flat].abs().max() < 1e-6
+
+
+def test_the_same_scene_at_three_times_the_size_has_the_same_truth_at_the_same_places():
+    small, large = draw(range(50), (20, 28)), draw(range(50), (60, 84))
+    assert torch.equal(small.label, large.label)
+    agree = small.segmentation == large.segmentation[:, 1::3, 1::3]  # pixel centres coincide
+    assert agree.float().mean() > 0.9995
+    difference = (small.depth - large.depth[:, :, 1::3, 1::3])[agree[:, None]]
+    assert difference.abs().max() < 1e-3
+    averaged = F.avg_pool2d(large.image, 3)
+    assert (small.image - averaged).abs().mean() < 0.02
+
+
+def test_every_shape_is_drawn_in_its_place():
+    """Centred on the origin, within the unit of its formula, and no two alike."""
+    axis = torch.linspace(-1.3, 1.3, 53)
+    y, x = torch.meshgrid(-axis, axis, indexing="ij")
+    masks = {name: shape(x, y) < 0 for name, shape in SHAPES.items()}
+    for name, mask in masks.items():
+        assert 0.08 < mask.float().mean() < 0.45, name
+        assert not mask[torch.hypot(x, y) > 1.2].any(), name
+        others = [other for key, other in masks.items() if key != name]
+        assert all((mask ^ other).float().mean() > 0.03 for other in others), name
+
+
+# The exact mixture
+
+def test_the_exact_denoiser_is_the_mean_of_the_posterior_of_a_sample():
+    """Against a Monte Carlo average over the prior, weighted by the likelihood of what is seen."""
+    world = GaussianMixture(0.5 * randn(3, 1, 1, 2, dtype=torch.float64), 0.3)
+    x, sigma = torch.tensor([[[[0.4, -0.2]]]], dtype=torch.float64), torch.tensor([0.6], dtype=torch.float64)
+    prior = (world.means[:, None] + 0.3 * randn(3, 200_000, 1, 1, 2, dtype=torch.float64)).flatten(0, 1)
+    weights = (-(prior - x).square().flatten(1).sum(1) / (2 * 0.36)).softmax(0)
+    torch.testing.assert_close(world(x, sigma)[0], (weights[:, None, None, None] * prior).sum(0), rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("sigma, near", [(1e-3, "x"), (1e3, "mean")])
+def test_the_exact_denoiser_trusts_what_it_sees_without_noise_and_the_prior_in_pure_noise(sigma, near):
+    world = GaussianMixture.of_shape((3, 5, 7))
+    x = world.means[:2] + 0.1
+    expected = x if near == "x" else world.means.mean(0).expand_as(x)
+    torch.testing.assert_close(world(x, level(sigma, x)), expected, rtol=0, atol=2e-2)
+
+
+def test_the_class_probabilities_of_the_mixture_do_not_depend_on_the_rest_of_the_batch():
+    world = GaussianMixture.of_shape((3, 5, 7))
+    x = randn(3, 3, 5, 7, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+    together = world.log_likelihood(x, sigma)
+    assert together.shape == (3, 4)
+    for i in range(3):
+        torch.testing.assert_close(world.log_likelihood(x[i:i + 1], sigma[i:i + 1])[0], together[i])
+
+
+# Networks
+
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_convnext])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_tiny_network_answers_for_each_image_or_for_each_pixel(make, dense):
+    torch.manual_seed(0)
+    net = make(5, dense).eval()
+    image = images()[:, :, :16, :24]
+    out = net(image)
+    assert out.shape == ((3, 5, 16, 24) if dense else (3, 5)) and net.features(image).shape == (3, 128)
+    torch.testing.assert_close(net(image[1:2]), out[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_denoiser_returns_the_share_of_its_input_that_a_gaussian_prior_gives():
+    """Its last layer starts at zero, and the preconditioning does the rest."""
+    x, sigma = randn(3, 3, 20, 28), torch.tensor([0.02, 1.0, 80.0])
+    expected = x * expand(SIGMA_DATA**2 / (SIGMA_DATA**2 + sigma**2), x)
+    torch.testing.assert_close(TinyDenoiser(width=8, blocks=1)(x, sigma), expected)
+
+
+def test_augmentation_is_what_its_generator_says_and_keeps_the_shape():
+    image = draw(range(3), (20, 28)).image
+    first, second, third = (augment(image, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert first.shape == image.shape and torch.equal(first, second) and not torch.equal(first, third)
+    assert 0.01 < (first - image).abs().mean() < 0.5
+
+
+# Training
+
+RECIPE = Recipe(steps=6, batch=2, seed=3)
+
+
+def train(folder, loss, recipe: Recipe = RECIPE) -> None:
+    torch.manual_seed(recipe.seed)
+    fit("small", SmallNet(len(CLASSES)), loss, recipe, folder, torch.device("cpu"), save_every=2)
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, capsys):
+    train(tmp_path / "straight", class_loss)
+    calls = count()
+    def breaking(net, scenes, generator):
+        if next(calls) == 5:
+            raise InterruptedError
+        return class_loss(net, scenes, generator)
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "stopped", breaking)
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["small.state.safetensors"]
+    train(tmp_path / "stopped", class_loss)
+    straight, stopped = (load_tensors(tmp_path / name / "small.safetensors") for name in ("straight", "stopped"))
+    assert same(straight[0], stopped[0]) and straight[1] == stopped[1]
+    assert straight[1]["recipe"]["steps"] == 6 and "step 4/6" in capsys.readouterr().out
+
+
+def test_no_training_sees_the_scenes_that_tests_use(tmp_path, monkeypatch):
+    seen = []
+    def record(seeds, *args, **kwargs):
+        seen.extend(seeds)
+        return draw(seeds, *args, **kwargs)
+    monkeypatch.setattr("ppap_core.tinyworld.train.draw", record)
+    train(tmp_path, class_loss, Recipe(steps=3, batch=2, seed=0))
+    assert len(set(seen)) == 6 and min(seen) >= TRAINING_SEEDS > max(HELD_OUT)
+
+
+# Bundled weights: floors, not golden numbers
+
+@pytest.mark.parametrize("load", [load_guider, load_judge])
+@pytest.mark.parametrize("task, floor", [("class", 0.97), ("depth", 0.95), ("segmentation", 0.97)])
+def test_a_bundled_network_knows_scenes_that_it_has_not_seen(load, task, floor):
+    scenes, network = draw(HELD_OUT), load(task)
+    truth = {"class": scenes.label, "depth": scenes.depth, "segmentation": scenes.segmentation}[task]
+    if task == "class":
+        score = (network.predict(scenes.image, clean(scenes.image)).argmax(1) == truth).float().mean()
+    else:
+        score = network.aim(truth).score(scenes.image, clean(scenes.image)).mean()
+    assert score > floor and network.task == task and network.labels == TASKS[task][0]
+
+
+@pytest.mark.parametrize("load", [load_guider, load_judge])
+def test_a_bundled_classifier_bears_noise_that_no_eye_sees(load):
+    """Otherwise its answers on generated images would be worthless."""
+    scenes, network = draw(HELD_OUT), load("class")
+    noisy = scenes.image + 0.1 * randn(*scenes.image.shape)
+    assert (network.predict(noisy, clean(noisy)).argmax(1) == scenes.label).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("sigma, ceiling", [(0.1, 0.03), (0.5, 0.13), (2.0, 0.33)])
+def test_the_bundled_denoiser_removes_noise_better_than_a_gaussian_prior(sigma, ceiling):
+    """Root mean square error, in units of the data; the Gaussian prior leaves sigma * 0.5 / sqrt(sigma^2 + 0.25)."""
+    image = draw(range(500, 564)).image
+    x = image + sigma * randn(*image.shape)
+    with torch.no_grad():
+        error = (load_denoiser()(x, level(sigma, x)) - image).square().mean().sqrt().item()
+    assert error < ceiling < sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2) ** 0.5
+
+
+def test_the_bundled_files_are_small_and_tell_their_recipe():
+    files = sorted(path for path in WEIGHTS.glob("*.safetensors") if ".state." not in path.name)
+    names = {"denoiser", *(f"{role}_{task}" for role in ("guider", "judge") for task in TASKS)}
+    assert {path.stem for path in files} == names
+    for path in files:
+        assert path.stat().st_size < 16 * 2**20, path.name
+        about = load_tensors(path)[1]
+        assert about["name"] == path.stem and about["recipe"]["steps"] > 0, path.name
+
+
+def test_no_bundled_judge_is_of_the_architecture_of_the_guider():
+    guider, judge = load_guider("class"), load_judge("class")
+    assert guider.net.state_dict().keys() != judge.net.state_dict().keys() and guider.name != judge.name
+    assert guider.preprocess.size == judge.preprocess.size == (SIZE, SIZE)

@@ -1,0 +1,72 @@
+"""Nodes that show: losses, what guidance did, what a guider sees."""
+from comfy_api.latest import io
+
+from ..ppap_core.pictures import look_through
+from ..ppap_core.plots import guidance_plot, loss_plot
+from . import bridge
+from .types import PPAPGuider, PPAPLosses, PPAPReport
+
+CATEGORY = "PPAP/report"
+
+
+class PPAPPlotLosses(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPPlotLosses", display_name="Plot Losses", category=CATEGORY,
+            description="How well each expert learned: one line for each range of noise, lower is better.",
+            inputs=[PPAPLosses.Input("losses", tooltip="From Distil Experts.")],
+            outputs=[io.Image.Output(tooltip="The plot.")])
+
+    @classmethod
+    def execute(cls, losses):
+        return io.NodeOutput(bridge.image_to_comfy(loss_plot(losses)))
+
+
+class PPAPPlotGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPPlotGuidance", display_name="Plot Guidance", category=CATEGORY,
+            description="What guidance did: for each term its energy (lower is closer to the target) and the size of its "
+                        "shift, step by step.",
+            inputs=[PPAPReport.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
+            outputs=[io.Image.Output(tooltip="The plot.")])
+
+    @classmethod
+    def execute(cls, report):
+        return io.NodeOutput(bridge.image_to_comfy(guidance_plot(report.names, report.readings)))
+
+
+class PPAPGuidanceReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPGuidanceReport", display_name="Guidance Report", category=CATEGORY,
+            description="What guidance did while any sampler made this latent with this steered model.",
+            inputs=[io.Model.Input("model", tooltip="The steered model, from Apply Guidance."),
+                    io.Latent.Input("latent", tooltip="What a sampler made with it.")],
+            outputs=[PPAPReport.Output(display_name="report", tooltip="For Plot Guidance.")])
+
+    @classmethod
+    def execute(cls, model, latent):
+        return io.NodeOutput(bridge.report_of(model, latent))
+
+
+class PPAPLookThrough(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPLookThrough", display_name="Look Through", category=CATEGORY,
+            description="What a guider sees in images: a depth map, coloured regions, or how sure it is of each class.",
+            inputs=[PPAPGuider.Input("guider", tooltip="Any guider; a target is not needed."),
+                    io.Image.Input("image", tooltip="Images without noise.")],
+            outputs=[io.Image.Output(tooltip="One picture for each image.")])
+
+    @classmethod
+    def execute(cls, guider, image):
+        pictures = look_through(guider, bridge.image_from_comfy(image).to(bridge.ready(guider)))
+        return io.NodeOutput(bridge.image_to_comfy(pictures))
+
+
+NODES = [PPAPPlotLosses, PPAPPlotGuidance, PPAPGuidanceReport, PPAPLookThrough]

@@ -1,0 +1,100 @@
+"""Nodes that train: generate samples, distil experts."""
+from comfy_api.latest import io
+
+from ..ppap_core.distill import DistillConfig
+from ..ppap_core.experts import VIEWS, LoraSpec, with_experts
+from ..ppap_core.noise import ExpertSchedule
+from ..ppap_core.samples import from_uint8
+from . import bridge
+from .types import PPAPGuider, PPAPLosses, PPAPSamples, Samples
+
+CATEGORY = "PPAP/train"
+SHOWN = 16  # of the generated images
+
+
+class PPAPGenerateSamples(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPGenerateSamples", display_name="Generate Samples", category=CATEGORY,
+            description="Images by your own model: all that the experts learn from. They are kept in output/ppap_samples, "
+                        "so that a run that was stopped goes on where it was, and a finished one costs nothing.",
+            inputs=[io.Model.Input("model", tooltip="The pixel-space model that will be steered."),
+                    io.Conditioning.Input("positive", tooltip="What the model is asked for."),
+                    io.Latent.Input("latent_image", tooltip="An empty latent: the size of the images, and how many are "
+                                                            "made at once."),
+                    io.String.Input("name", default="samples", tooltip="Name of the folder in output/ppap_samples."),
+                    io.Int.Input("count", default=512, min=64, max=100_000, step=64,
+                                 tooltip="How many images at least; they come in files of 64."),
+                    io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Denoising steps for each image."),
+                    io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+                                   tooltip="Classifier-free guidance of the model itself. Neutral: 1."),
+                    io.Combo.Input("sampler_name", options=bridge.SAMPLERS, default="euler",
+                                   tooltip="The sampling algorithm."),
+                    io.Combo.Input("scheduler", options=bridge.SCHEDULERS, default="karras",
+                                   tooltip="How the noise falls from step to step."),
+                    io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Image i is made from the noise of seed + i."),
+                    io.Conditioning.Input("negative", optional=True,
+                                          tooltip="What the model is asked to avoid. Without it, cfg does nothing.")],
+            outputs=[PPAPSamples.Output(display_name="samples", tooltip="The images and their model, for Distil Experts."),
+                     io.Image.Output(tooltip=f"The first {SHOWN} of them.")])
+
+    @classmethod
+    def validate_inputs(cls, name):
+        return bridge.verdict(bridge.file_name, name)
+
+    @classmethod
+    def execute(cls, model, positive, latent_image, name, count, steps, cfg, sampler_name, scheduler, seed, negative=None):
+        bridge.require_pixels(model)
+        negative = negative or positive
+        recipe = {**bridge.about_model(model, positive, negative), "shape": list(latent_image["samples"].shape), "cfg": cfg,
+                  "steps": steps, "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
+        samples = Samples(bridge.open_store(name, recipe), model, positive, negative, cfg)
+        bridge.generate_samples(samples, count, latent_image, steps, sampler_name, scheduler)
+        return io.NodeOutput(samples, bridge.image_to_comfy(from_uint8(samples.store.images[:SHOWN])))
+
+
+class PPAPDistilExperts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPDistilExperts", display_name="Distil Experts", category=CATEGORY,
+            description="Teach a network that has only seen clean images to read noisy ones: one small adapter for each "
+                        "range of noise, each learning to say about the noisy image what the untouched network says about "
+                        "the clean one. No labels, no data set. Cancel loses nothing: queue it again and it goes on.",
+            inputs=[PPAPSamples.Input("samples", tooltip="Generated images, from Generate Samples."),
+                    PPAPGuider.Input("guider", tooltip="A plain guider; a target is not needed and is kept."),
+                    io.Combo.Input("view", options=[*reversed(VIEWS)],
+                                   tooltip="What the experts look at: the model's denoised prediction (stronger, and each "
+                                           "training step asks the model once), or the noisy image itself (as in the "
+                                           "paper)."),
+                    io.Int.Input("experts", default=5, min=1, max=64,
+                                 tooltip="Number of noise ranges, equal in the logarithm."),
+                    io.Float.Input("sigma_min", default=0.0, min=0.0, max=1e4, step=0.001,
+                                   tooltip="Lowest noise level of the experts. Neutral: 0, the model's own."),
+                    io.Float.Input("sigma_max", default=0.0, min=0.0, max=1e5, step=0.1,
+                                   tooltip="Highest noise level of the experts. Neutral: 0, the model's own."),
+                    io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Training steps for each expert."),
+                    io.Int.Input("batch_size", default=32, min=1, max=4096, tooltip="Images in each training step."),
+                    io.Float.Input("learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-5, round=1e-7,
+                                   tooltip="Size of the training steps at the start. Neutral: 0, the experts stay the "
+                                           "plain network."),
+                    io.Int.Input("rank", default=8, min=1, max=512, tooltip="Size of the adapters."),
+                    io.Float.Input("alpha", default=8.0, min=0.0, max=1024.0, step=0.5,
+                                   tooltip="Scale of the adapters is alpha / rank. Neutral: 0, the experts stay the plain "
+                                           "network."),
+                    io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Of noise, images and starting weights.")],
+            outputs=[PPAPGuider.Output(display_name="guider", tooltip="The guider with its experts."),
+                     PPAPLosses.Output(display_name="losses", tooltip="The loss of every training step, for Plot Losses.")])
+
+    @classmethod
+    def execute(cls, samples, guider, view, experts, sigma_min, sigma_max, steps, batch_size, learning_rate, rank, alpha,
+                seed):
+        lowest, highest = bridge.sigma_range(samples.model)
+        schedule = ExpertSchedule.log_spaced(experts, sigma_min or lowest, sigma_max or highest)
+        bank = bridge.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed)
+        losses = bridge.distil(samples, guider, bank, DistillConfig(steps, batch_size, learning_rate, seed))
+        return io.NodeOutput(with_experts(guider, bank), losses)
+
+
+NODES = [PPAPGenerateSamples, PPAPDistilExperts]

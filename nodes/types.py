@@ -1,0 +1,53 @@
+"""What flows along the wires of this pack."""
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..ppap_core.guidance import Reading
+from ..ppap_core.guider import Guider
+from ..ppap_core.samples import SampleStore
+
+
+@dataclass(frozen=True)
+class GuidanceTerm:
+    """One guider's part in guidance, in the units of ComfyUI: it becomes a core `Term` once a model gives them a meaning."""
+
+    guider: Guider
+    weight: float
+    start: float               # share of the sampling, as in ComfyUI's other nodes; not a share of the steps
+    end: float
+    factor_at_start: float     # of the weight
+    factor_at_end: float
+    mask: Any = None           # MASK (B|1, H, W) in [0, 1]
+
+    def __post_init__(self):
+        if self.start > self.end:
+            raise ValueError(f"steering would start at {self.start:g} and end at {self.end:g}: expected a start_percent "
+                             "that is not above end_percent")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images, and the model they came from: experts of the denoised view look at its predictions."""
+
+    store: SampleStore
+    model: Any                 # MODEL
+    positive: list             # CONDITIONING
+    negative: list
+    cfg: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What guidance did in one run."""
+
+    names: tuple[str, ...]     # of the terms
+    readings: tuple[Reading, ...]
+
+
+PPAPGuider = io.Custom("PPAP_GUIDER")    # ppap_core.guider.Guider
+PPAPTerms = io.Custom("PPAP_TERMS")      # tuple[GuidanceTerm, ...]
+PPAPSamples = io.Custom("PPAP_SAMPLES")  # Samples
+PPAPReport = io.Custom("PPAP_REPORT")    # Report
+PPAPLosses = io.Custom("PPAP_LOSSES")    # {"interval of noise": [loss of each step]}

@@ -1,0 +1,85 @@
+"""A running ComfyUI, as its web page sees it."""
+import json
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class Server:
+    """The address of a ComfyUI and the folder it works in."""
+
+    def __init__(self, port: int, folder: Path):
+        self.url, self.port, self.folder, self.client = f"http://127.0.0.1:{port}", port, folder, uuid.uuid4().hex
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, value: dict) -> Any:
+        request = urllib.request.Request(self.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as error:
+            return json.load(error)
+
+    def queue(self, graph: dict) -> str:
+        """Post an API graph; its id."""
+        answer = self.post("/prompt", {"prompt": graph, "client_id": self.client})
+        assert "prompt_id" in answer and not answer.get("node_errors"), answer
+        return answer["prompt_id"]
+
+    def wait(self, prompt: str, seconds: float = 120) -> dict:
+        """The history of a finished prompt."""
+        end = time.monotonic() + seconds
+        while prompt not in (history := self.get(f"/history/{prompt}")):
+            assert time.monotonic() < end, f"not finished after {seconds} s"
+            time.sleep(0.05)
+        return history[prompt]
+
+    def run(self, graph: dict) -> dict:
+        """Run an API graph to its end; its outputs by node id."""
+        history = self.wait(self.queue(graph))
+        failed = [(each["node_type"], each["exception_message"]) for each in messages(history, "execution_error")]
+        assert history["status"]["status_str"] == "success", failed
+        return history["outputs"]
+
+    def error(self, graph: dict) -> str:
+        """The sentence with which a graph fails."""
+        [failed] = messages(self.wait(self.queue(graph)), "execution_error")
+        return failed["exception_message"].strip()
+
+    def pictures(self, output: dict) -> list:
+        """The pictures that a Save or Preview node reported."""
+        from PIL import Image
+
+        return [Image.open(self.folder / each["type"] / each["subfolder"] / each["filename"]) for each in output["images"]]
+
+    @contextmanager
+    def listen(self) -> Iterator[Callable[[str], Iterator[tuple[str, Any]]]]:
+        """Everything the server tells its page: until(kind) yields (type, data) up to a message of a kind."""
+        import websocket
+
+        stream = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=60)
+
+        def until(kind: str) -> Iterator[tuple[str, Any]]:
+            found = ""
+            while found != kind:
+                message = stream.recv()
+                value = json.loads(message) if isinstance(message, str) else {"type": "preview", "data": message}
+                found = value["type"]
+                yield found, value["data"]
+        try:
+            yield until
+        finally:
+            stream.close()
+
+
+def messages(history: dict, kind: str) -> list[dict]:
+    """The messages of a kind in the history of a prompt."""
+    return [data for name, data in history["status"]["messages"] if name == kind]

@@ -1,0 +1,117 @@
+"""A real ComfyUI on the CPU, twice: a server that workflows are posted to, and the same code in this process.
+
+COMFYUI_PATH says where it is, and must then hold one; without it the default of comfy-cli is tried, and the tests are
+skipped when nothing is there.
+"""
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_server import Server
+
+ROOT = Path(__file__).parents[2]
+PACK = "ComfyUI-PPAP"
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    """The folder of the ComfyUI under test."""
+    chosen = os.environ.get("COMFYUI_PATH")
+    folder = Path(chosen or Path.home() / "comfy" / "ComfyUI")
+    if (folder / "main.py").is_file():
+        return folder
+    if chosen:
+        pytest.fail(f"COMFYUI_PATH is {chosen}, and there is no ComfyUI: expected a folder with main.py")
+    pytest.skip(f"no ComfyUI at {folder}: set COMFYUI_PATH to run the tests of the nodes")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """ComfyUI as users start it, with the pack in its custom_nodes and everything else empty."""
+    folder, port = tmp_path_factory.mktemp("comfyui"), _free_port()
+    for name in ("custom_nodes", "user", "input"):
+        (folder / name).mkdir()
+    (folder / "custom_nodes" / PACK).symlink_to(ROOT)
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen([sys.executable, "main.py", "--cpu", "--base-directory", str(folder), "--port", str(port),
+                                    "--disable-auto-launch", "--preview-method", "auto"],
+                                   cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
+    found = Server(port, folder)
+    try:
+        _wait_for(found, process)
+        yield found
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _wait_for(server: Server, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 90
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            server.get("/system_stats")
+            return
+        except OSError:
+            time.sleep(0.2)
+    process.kill()
+    pytest.fail("ComfyUI did not start:\n" + (server.folder / "log.txt").read_text()[-3000:])
+
+
+class InProcess:
+    """The nodes of a ComfyUI loaded into this process, called as its executor calls them: in inference mode."""
+
+    def __init__(self, registered: dict, pack: Any):
+        self.registered, self.pack = registered, pack
+
+    def __call__(self, node: str, /, **inputs: Any) -> tuple:
+        """Run a node; its outputs."""
+        import torch
+
+        kind = self.registered[node]
+        with torch.inference_mode():
+            if hasattr(kind, "define_schema"):
+                return kind.execute(**inputs).args
+            return getattr(kind(), kind.FUNCTION)(**inputs)
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> InProcess:
+    """The pack, loaded by ComfyUI's own loader under a name made of its path."""
+    folder = tmp_path_factory.mktemp("in_process")
+    sys.path.insert(0, str(comfyui))
+    from comfy.cli_args import args
+
+    args.cpu = True
+    import folder_paths  # noqa: I001
+    import utils.extra_config  # noqa: F401  before nodes, which puts another `utils` on the path
+
+    import nodes
+
+    folder_paths.models_dir = str(folder / "models")
+    folder_paths.set_output_directory(str(folder / "output"))
+    assert asyncio.run(nodes.load_custom_node(str(ROOT)))
+    kind = nodes.NODE_CLASS_MAPPINGS["PPAPTinyWorld"]
+    return InProcess(nodes.NODE_CLASS_MAPPINGS, sys.modules[kind.__module__.rsplit(".nodes", 1)[0]])
+
+
+@pytest.fixture
+def fresh_process(comfyui: Path):
+    """run(code) in a new Python process beside ComfyUI; returns the last line it printed."""
+    def run(code: str) -> str:
+        code = code.format(comfyui=str(comfyui), root=str(ROOT))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[-1]
+    return run

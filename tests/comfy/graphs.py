@@ -1,0 +1,64 @@
+"""Graphs for the tests, in the form that ComfyUI's API takes."""
+import json
+from pathlib import Path
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+WORLD = {"1": {"class_type": "PPAPTinyWorld", "inputs": {"batch_size": 2}}}
+MODEL, CONDITIONING, LATENT, VAE = (["1", slot] for slot in range(4))
+QUICK = {"KSampler": {"steps": 4}, "PPAPGuidedKSampler": {"steps": 4}, "PPAPGenerateSamples": {"count": 64, "steps": 4},
+         "PPAPDistilExperts": {"steps": 2, "batch_size": 4}}
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def node(kind: str, /, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def quick(graph: dict) -> dict:
+    """The same graph with few steps."""
+    return {key: {**each, "inputs": {**each["inputs"], **QUICK.get(each["class_type"], {})}} for key, each in graph.items()}
+
+
+def sampling(**changes) -> dict:
+    """The settings of a sampler node on the tiny world."""
+    return {"model": MODEL, "seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "karras",
+            "positive": CONDITIONING, "negative": CONDITIONING, "latent_image": LATENT, "denoise": 1.0, **changes}
+
+
+def weighing(guider: list, weight: float = 4.0, **changes) -> dict:
+    """The settings of a term."""
+    return {"guider": guider, "weight": weight, "start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0,
+            "factor_at_end": 1.0, "view": "own", **changes}
+
+
+def distilling(name: str, **changes) -> dict:
+    """Samples, two experts from them, and a file of the same name."""
+    return WORLD | {
+        "2": node("PPAPGenerateSamples", model=MODEL, positive=CONDITIONING, latent_image=LATENT, name=name, count=64,
+                  steps=2, cfg=1.0, sampler_name="euler", scheduler="karras", seed=0),
+        "3": node("PPAPLoadGuider", guider_name="tinyworld/class"),
+        "4": node("PPAPDistilExperts", **{"samples": ["2", 0], "guider": ["3", 0], "view": "denoised", "experts": 2,
+                  "sigma_min": 0.0, "sigma_max": 0.0, "steps": 30, "batch_size": 4, "learning_rate": 1e-3, "rank": 4,
+                  "alpha": 4.0, "seed": 0, **changes}),
+        "5": node("PPAPSaveExperts", guider=["4", 0], file_name=name),
+        "6": node("PPAPPlotLosses", losses=["4", 1]),
+        "7": node("PreviewImage", images=["6", 0])}
+
+
+def workflow(name: str, info: dict) -> dict:
+    """A workflow file as its page would post it. info: /object_info, which names the widgets in their order."""
+    page = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    origin = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
+    return {str(each["id"]): _api(each, origin, info[each["type"]]) for each in page["nodes"] if each["type"] in info}
+
+
+def _api(each: dict, origin: dict, about: dict) -> dict:
+    specs = {**about["input"].get("required", {}), **about["input"].get("optional", {})}
+    values, inputs = iter(each.get("widgets_values", [])), {}
+    for name, (kind, *options) in specs.items():
+        if isinstance(kind, list) or kind in WIDGETS:
+            inputs[name] = next(values)
+            if options and options[0].get("control_after_generate"):
+                next(values)  # what the page does with a seed after each run
+    inputs |= {slot["name"]: origin[slot["link"]] for slot in each["inputs"] if slot.get("link") is not None}
+    return {"class_type": each["type"], "inputs": inputs}

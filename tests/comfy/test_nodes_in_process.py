@@ -1,0 +1,304 @@
+"""The nodes in a real ComfyUI, called as its executor calls them."""
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import says
+
+SAMPLERS = ("euler", "heun", "dpmpp_2m_sde", "uni_pc")
+
+
+class World:
+    """The tiny world with its stock sampler, and a classifier aimed at stars."""
+
+    def __init__(self, comfy: Callable[..., tuple], batch: int = 3):
+        self.comfy = comfy
+        self.model, self.conditioning, self.latent, self.vae = comfy("PPAPTinyWorld", batch_size=batch)
+        [self.plain] = comfy("PPAPLoadGuider", guider_name="tinyworld/class")
+        [self.guider] = comfy("PPAPAimAtClass", guider=self.plain, classes="star")
+
+    def settings(self, **changes: Any) -> dict:
+        return {"seed": 5, "steps": 5, "cfg": 1.0, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0,
+                "positive": self.conditioning, "negative": self.conditioning, "latent_image": self.latent, **changes}
+
+    def sample(self, model: Any = None, **changes: Any) -> torch.Tensor:
+        """What the stock KSampler makes."""
+        return self.comfy("KSampler", model=model or self.model, **self.settings(**changes))[0]["samples"]
+
+    def term(self, guider: Any = None, **changes: Any) -> tuple:
+        """One term, with everything at its neutral value but the weight."""
+        settings = {"weight": 4.0, "start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0, "factor_at_end": 1.0,
+                    "view": "own", **changes}
+        return self.comfy("PPAPGuidanceTerm", guider=guider or self.guider, **settings)[0]
+
+    def guided(self, terms: tuple | None = None, max_rms: float = 0.0, **changes: Any) -> torch.Tensor:
+        """What the stock KSampler makes with a guided model."""
+        [model] = self.comfy("PPAPApplyGuidance", model=self.model, terms=terms or self.term(), max_rms=max_rms)
+        return self.sample(model, **changes)
+
+    def samples(self, **changes: Any) -> Any:
+        """A small store of generated samples."""
+        settings = {"name": "some", "count": 64, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "karras",
+                    "seed": 0, "model": self.model, "positive": self.conditioning, "latent_image": self.latent, **changes}
+        return self.comfy("PPAPGenerateSamples", **settings)[0]
+
+    def experts(self, **changes: Any) -> Any:
+        """A guider with two experts that have hardly learned anything."""
+        settings = {"view": "denoised", "experts": 2, "sigma_min": 0.0, "sigma_max": 0.0, "steps": 2, "batch_size": 4,
+                    "learning_rate": 1e-3, "rank": 2, "alpha": 2.0, "seed": 0, "guider": self.guider, **changes}
+        return self.comfy("PPAPDistilExperts", samples=self.samples(), **settings)[0]
+
+
+@pytest.fixture(scope="module")
+def world(comfy) -> World:
+    return World(comfy)
+
+
+def test_the_tiny_world_is_the_core_s_denoiser(comfy, world: World):
+    denoise = comfy.pack.ppap_core.tinyworld.load_denoiser()
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for sigma in (0.02, 0.5, 4.0, 80.0):
+            level = torch.full((3,), sigma)
+            ours, theirs = denoise(x * sigma, level), world.model.model.apply_model(x * sigma, level)
+            assert (ours - theirs).abs().max() < 1e-5
+    [image] = comfy("VAEDecode", samples={"samples": x.clamp(-1, 1)}, vae=world.vae)
+    assert torch.allclose(image, (x.clamp(-1, 1).movedim(1, -1) + 1) / 2)
+
+
+@pytest.mark.parametrize("changes", [
+    {"weight": 0.0}, {"start_percent": 0.5, "end_percent": 0.5}, {"mask": torch.zeros(1, 32, 32)},
+    {"factor_at_start": 0.0, "factor_at_end": 0.0}], ids=["weight 0", "closed window", "zero mask", "factors 0"])
+def test_a_neutral_term_leaves_the_image_bit_for_bit(world: World, changes: dict):
+    assert torch.equal(world.guided(world.term(**changes)), world.sample())
+
+
+def test_an_open_window_and_no_limit_are_neutral(world: World):
+    free = world.guided()
+    assert torch.equal(world.guided(max_rms=100.0), free)
+    assert not torch.equal(world.guided(max_rms=0.01), free)
+    assert torch.equal(world.guided(world.term(mask=torch.ones(3, 32, 32))), free)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("view", ["noisy", "denoised"])
+def test_guidance_steers_every_sampler(world: World, sampler: str, view: str):
+    plain, guided = world.sample(sampler_name=sampler), world.guided(world.term(view=view), sampler_name=sampler)
+    assert guided.isfinite().all() and (guided - plain).abs().mean() > 1e-4
+
+
+def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
+    world = World(comfy, batch=16)
+    judge = comfy.pack.ppap_core.tinyworld.load_judge("class").aim(torch.tensor([3]))
+    plain, guided = (images.clone() for images in (world.sample(steps=12), world.guided(world.term(weight=8.0), steps=12)))
+    before, after = (judge.score(images.clamp(-1, 1), torch.zeros(16)).mean() for images in (plain, guided))
+    assert after > before + 0.2
+
+
+def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
+    model = world.model
+    terms = [comfy.pack.bridge.core_term(model, world.term(start_percent=a, end_percent=b)[0])
+             for a, b in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))]
+    edge = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
+    for sigma in (80.0, 1e9, edge, 1.0, 0.02, 0.0):
+        assert sum(sigma in term.window for term in terms) == 1
+
+
+def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: World):
+    term = comfy.pack.bridge.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0])
+    assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
+
+
+def flow_sampling() -> Any:
+    from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow
+
+    return type("Flow", (ModelSamplingDiscreteFlow, CONST), {})()
+
+
+def test_a_flow_model_is_steered_from_pure_noise_on(world: World):
+    flow = world.model.clone()
+    flow.add_object_patch("model_sampling", flow_sampling())
+    [guided] = world.comfy("PPAPApplyGuidance", model=flow, terms=world.term(factor_at_end=0.5), max_rms=0.2)
+    plain, steered = (world.sample(model, scheduler="simple") for model in (flow, guided))
+    assert steered.isfinite().all() and not torch.equal(plain, steered)
+
+
+def test_a_flow_model_is_converted_there_and_back(comfy):
+    bridge, flow = comfy.pack.bridge, flow_sampling()
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.9])
+    there = bridge.to_ve(flow, x, t)
+    assert there[1].tolist() == pytest.approx([0.25, 9.0])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(bridge.from_ve(flow, *there), (x, t), strict=True))
+    assert float("inf") == bridge.window_of(flow, 0.0, 0.5).hi and bridge.window_of(flow, 0.0, 0.5).lo == pytest.approx(1.0)
+
+
+def test_image_to_image_and_one_class_for_each_image(comfy, world: World):
+    [guider] = comfy("PPAPAimAtClass", guider=world.plain, classes="star, 0, ring")
+    start = {"samples": world.sample()}
+    plain = world.sample(latent_image=start, denoise=0.5)
+    guided = world.guided(world.term(guider), latent_image=start, denoise=0.5)
+    assert plain.shape == guided.shape and not torch.equal(plain, guided)
+
+
+def test_guidance_is_the_same_on_every_run_and_leaves_the_model_alone(world: World):
+    plain, first = world.sample(), world.guided()
+    [model] = world.comfy("PPAPApplyGuidance", model=world.model, terms=world.term(), max_rms=0.0)
+    assert torch.equal(world.sample(model), first) and torch.equal(world.sample(model), first)
+    assert torch.equal(world.sample(), plain)
+
+
+def test_two_applied_guidances_add_up_like_combined_terms(comfy, world: World):
+    a, b = world.term(weight=2.0), world.term(weight=3.0, view="noisy")
+    [both] = comfy("PPAPCombineTerms", first=a, second=b)
+    [one] = comfy("PPAPApplyGuidance", model=world.model, terms=both, max_rms=0.0)
+    assert torch.equal(world.sample(one), world.guided(world.term(weight=3.0, view="noisy", terms=a)))
+    [nested] = comfy("PPAPApplyGuidance", model=world.model, terms=a, max_rms=0.0)
+    [nested] = comfy("PPAPApplyGuidance", model=nested, terms=a, max_rms=0.0)
+    latent = {"samples": world.sample(nested)}
+    [report] = comfy("PPAPGuidanceReport", model=nested, latent=latent)
+    assert report.names == ("1: tinyworld/guider_class", "2: tinyworld/guider_class")
+    assert {each.term for each in report.readings} == {0, 1}
+
+
+def test_the_guided_ksampler_is_the_stock_one_on_a_guided_model(comfy, world: World):
+    latent, report = comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.3, **world.settings())
+    assert torch.equal(latent["samples"], world.guided(max_rms=0.3))
+    assert len(report.readings) == 5
+    [plot] = comfy("PPAPPlotGuidance", report=report)
+    assert plot.shape == (1, 600, 720, 3) and plot.std() > 0
+
+
+def test_the_report_counts_noise_levels_not_calls(comfy, world: World):
+    latent, report = comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.0,
+                           **world.settings(sampler_name="heun"))
+    assert len(report.readings) > 5 and len({each.sigma for each in report.readings}) == 5
+
+
+def test_guiders_are_counted_among_the_loaded_models(world: World):
+    import comfy.model_management as management
+
+    management.unload_all_models()
+    world.guided()
+    loaded = {id(each.model.model) for each in management.current_loaded_models}
+    assert id(world.plain.net) in loaded
+    assert not any(tensor.is_inference() for tensor in world.plain.net.state_dict().values())
+
+
+def test_weights_that_comfyui_moved_in_inference_mode_are_made_differentiable_again(world: World):
+    with torch.inference_mode():
+        world.plain.net.to(torch.float64).to(torch.float32)
+    assert any(tensor.is_inference() for tensor in world.plain.net.parameters())
+    assert world.guided().isfinite().all()
+
+
+def test_experts_guide_and_are_saved_and_loaded(comfy, world: World):
+    guider = world.experts()
+    comfy("PPAPSaveExperts", guider=guider, file_name="two experts")
+    [loaded] = comfy("PPAPLoadExperts", guider=world.guider, file_name="two experts.safetensors")
+    _, about = comfy.pack.ppap_core.files.load_tensors(comfy.pack.bridge.expert_file("two experts.safetensors"))
+    assert about["recipe"]["steps"] == 2 and about["recipe"]["samples"]["sampler"] == "euler"
+    assert torch.equal(world.guided(world.term(loaded)), world.guided(world.term(guider)))
+    assert not torch.equal(world.guided(world.term(guider)), world.guided(world.term(world.guider)))
+
+
+@pytest.mark.parametrize(("task", "size"), [("class", 256), ("depth", 32), ("segmentation", 32)])
+def test_what_a_guider_sees_is_a_picture_of_each_image(comfy, task: str, size: int):
+    [guider] = comfy("PPAPLoadGuider", guider_name=f"tinyworld/{task}")
+    [seen] = comfy("PPAPLookThrough", guider=guider, image=torch.rand(2, 40, 24, 3))
+    assert seen.shape == (2, size, size, 3) and seen.std() > 0 and 0 <= seen.min() and seen.max() <= 1
+
+
+@pytest.mark.parametrize("task", ["depth", "segmentation"])
+def test_a_picture_and_the_map_that_is_seen_in_it_are_the_same_target(comfy, world: World, task: str):
+    [guider] = comfy("PPAPLoadGuider", guider_name=f"tinyworld/{task}")
+    picture = (world.sample()[:1].movedim(1, -1) + 1) / 2
+    [seen] = comfy("PPAPLookThrough", guider=guider, image=picture)
+    [by_picture] = comfy("PPAPAimAtImage", guider=guider, image=picture, image_is="a picture")
+    [by_map] = comfy("PPAPAimAtImage", guider=guider, image=seen, image_is="a map")
+    if task == "segmentation":
+        assert torch.equal(by_picture.target, by_map.target)
+    else:
+        both = torch.stack([by_picture.target.flatten(), by_map.target.flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.999
+    assert world.guided(world.term(by_map)).isfinite().all()
+
+
+def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: World):
+    import comfy.model_management as management
+
+    straight = world.samples(name="straight", latent_image={"samples": torch.zeros(16, 3, 32, 32)}, count=128)
+    management.interrupt_current_processing(True)
+    with pytest.raises(management.InterruptProcessingException):
+        world.samples(name="stopped", latent_image={"samples": torch.zeros(16, 3, 32, 32)}, count=128)
+    stopped = world.samples(name="stopped", latent_image={"samples": torch.zeros(16, 3, 32, 32)}, count=128)
+    assert len(straight.store) == 128 and torch.equal(straight.store.images, stopped.store.images)
+
+
+def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
+    about = comfy.pack.bridge.about_model
+    again = World(comfy)
+    assert about(world.model, world.conditioning) == about(again.model, again.conditioning)
+    [strong], [weak] = (comfy("PPAPApplyGuidance", model=world.model, terms=world.term(weight=weight), max_rms=0.0)
+                        for weight in (2.0, 1.0))
+    assert len({about(model)["model"] for model in (world.model, strong, weak)}) == 3
+    again.model.add_patches({"diffusion_model.net.stem.bias": (torch.ones(64),)})
+    assert about(world.model, world.conditioning) != about(again.model, again.conditioning)
+
+
+def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):
+    with says(ValueError, "'stair'", "star"):
+        comfy("PPAPAimAtClass", guider=world.plain, classes="stair")
+    with says(ValueError, "no map of classes"):
+        comfy("PPAPAimAtImage", guider=world.plain, image=torch.rand(1, 32, 32, 3), image_is="a map")
+    with says(ValueError, "no target"):
+        world.guided(world.term(world.plain))
+    with says(ValueError, "2 images", "3 are"):
+        world.guided(world.term(comfy("PPAPAimAtClass", guider=world.plain, classes="star, disk")[0]))
+    with says(ValueError, "the mask", "(1, 1, 16, 32)", "(3, 3, 32, 32)"):
+        world.guided(world.term(mask=torch.ones(1, 16, 32)))
+    with says(ValueError, "start at 0.6", "end at 0.4"):
+        world.term(start_percent=0.6, end_percent=0.4)
+    with says(ValueError, "denoised view", "noisy"):
+        world.term(world.experts(), view="noisy")
+    with says(ValueError, "no experts to save"):
+        comfy("PPAPSaveExperts", guider=world.plain, file_name="nothing")
+    with says(ValueError, "not a plain guider"):
+        world.experts(guider=world.experts())
+    with says(ValueError, "not sampled with this guided model"):
+        comfy("PPAPGuidanceReport", model=world.model, latent=world.latent)
+    with says(ValueError, "no guider '../class'", "tinyworld/class"):
+        comfy("PPAPLoadGuider", guider_name="../class")
+
+
+def test_damaged_and_foreign_experts_are_refused(comfy, world: World):
+    comfy("PPAPSaveExperts", guider=world.experts(), file_name="whole")
+    file = comfy.pack.bridge.expert_file("whole.safetensors")
+    file.with_name("cut.safetensors").write_bytes(file.read_bytes()[:-100])
+    with says(ValueError, "cut.safetensors", "cannot be read"):
+        comfy("PPAPLoadExperts", guider=world.plain, file_name="cut.safetensors")
+    with comfy.pack.bridge.autograd():
+        for parameter in (other := World(comfy)).plain.net.parameters():
+            parameter.data.mul_(1.01)
+    with says(ValueError, "whole.safetensors", "fingerprint"):
+        comfy("PPAPLoadExperts", guider=other.plain, file_name="whole.safetensors")
+
+
+def test_latent_models_are_refused_in_words(comfy, world: World):
+    import comfy.latent_formats
+
+    latent = world.model.clone()
+    latent.add_object_patch("latent_format", comfy.latent_formats.SD15())
+    with says(ValueError, "latent models is not built yet", "SD15", "pixel-space"):
+        world.comfy("PPAPApplyGuidance", model=latent, terms=world.term(), max_rms=0.0)
+
+
+def test_heavy_libraries_wait_until_they_are_needed(fresh_process):
+    code = ("import sys, asyncio; sys.path.insert(0, {comfyui!r})\n"
+            "from comfy.cli_args import args; args.cpu = True\n"
+            "import utils.extra_config, nodes, time; before, start = set(sys.modules), time.perf_counter()\n"
+            "assert asyncio.run(nodes.load_custom_node({root!r}))\n"
+            "print(time.perf_counter() - start, *set(sys.modules) - before)")
+    seconds, *added = fresh_process(code).split()
+    assert not {"peft", "timm", "transformers", "matplotlib", "PIL.ImageFont"} & set(added)
+    assert float(seconds) < 0.5, "0.2 s on an idle machine"

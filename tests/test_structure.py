@@ -1,0 +1,63 @@
+"""Who may import whom: data flows one way, and nothing points back."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {  # file of ppap_core -> files of it that it may import
+    "noise": "", "tasks": "", "files": "", "plots": "", "metrics": "", "digest": "",
+    "sampling": "noise", "samples": "files noise", "guider": "tasks", "pictures": "guider plots",
+    "experts": "guider noise", "bank_file": "experts files guider noise", "loaders": "files guider tinyworld",
+    "costs": "experts noise",
+    "guidance": "guider noise sampling",  # not experts: a bank is just a network
+    "distill": "experts files guider noise samples sampling tasks",
+}
+TOP = {"cli", "__main__", "__init__"}  # may import everything
+OPTIONAL = {"peft": {"experts"}, "timm": {"loaders", "costs"}, "transformers": {"loaders"}, "PIL": {"plots"}}
+CORE = sorted((ROOT / "ppap_core").glob("*.py"))
+ALL = sorted((ROOT / "ppap_core").rglob("*.py"))
+
+
+def imports(file: Path) -> list[tuple[ast.stmt, str]]:
+    """(statement, what it imports): relative names without their dots."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.append((node, node.module or ""))
+        elif isinstance(node, ast.Import):
+            found += [(node, alias.name) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("file", [file for file in CORE if file.stem not in TOP], ids=lambda file: file.stem)
+def test_a_core_file_imports_only_what_lies_below_it(file: Path):
+    own = {name.split(".")[0] for node, name in imports(file) if isinstance(node, ast.ImportFrom) and node.level}
+    assert own <= set(ALLOWED[file.stem].split())
+
+
+@pytest.mark.parametrize("file", ALL, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_core_never_knows_comfyui_and_loads_heavy_libraries_late(file: Path):
+    absolute = [(node, name.split(".")[0]) for node, name in imports(file) if not getattr(node, "level", 0)]
+    assert not {name for _, name in absolute} & {"comfy", "comfy_api", "folder_paths", "nodes", "ppap_core"}
+    for node, name in absolute:
+        if name in OPTIONAL and "tinyworld" not in file.parts:
+            assert file.stem in OPTIONAL[name] and node.col_offset > 0, f"{name} belongs in a function of {OPTIONAL[name]}"
+
+
+def test_the_nodes_import_from_the_core_and_the_core_nothing_from_them():
+    order = ["types", "bridge", {"load", "guide", "train", "report"}]
+    below: set[str] = set()
+    for level in order:
+        names = {level} if isinstance(level, str) else level
+        for name in names:
+            own = {part for node, what in imports(ROOT / "nodes" / f"{name}.py")
+                   if isinstance(node, ast.ImportFrom) and node.level == 1
+                   for part in ([what] if what else [alias.name for alias in node.names])}
+            assert own <= below, f"{name}.py imports {own - below}"
+        below |= names
+
+
+def test_only_tinyworld_itself_and_what_loads_it_know_the_tiny_world():
+    knowing = {file.stem for file in CORE if any(name.startswith("tinyworld") for node, name in imports(file))}
+    assert knowing <= {"loaders", "cli"}

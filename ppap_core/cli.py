@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> None:
     demo = commands.add_parser("demo", help="distil five experts on the bundled world and guide with them")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where pictures and tables go")
     bench = commands.add_parser("bench", help="measure every way to guide on the bundled world")
-    bench.add_argument("--quick", action="store_true", help="fewer images and shorter training: less than an hour on two cores")
+    bench.add_argument("--quick", action="store_true", help="fewer images, shorter training: under an hour on two cores")
     bench.add_argument("--folder", type=Path, help="where finished parts are kept: runs/bench or runs/bench_quick")
     bench.add_argument("--json", type=Path, help="also write the rows into this file")
     costs = commands.add_parser("costs", help="memory, switching and time of a bank on a full-size network")

@@ -82,7 +82,10 @@ def train_step(net: nn.Module, loss: Callable, optimizer: torch.optim.Optimizer,
 def update_average(average: dict[str, Tensor], net: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the present ones."""
     for name, current in net.state_dict().items():
-        average[name].lerp_(current, 1 - decay)
+        if current.is_floating_point():
+            average[name].lerp_(current, 1 - decay)
+        else:
+            average[name].copy_(current)  # counters of batch norm
 
 
 def resume(state_file: Path, net: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:

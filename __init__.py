@@ -1,12 +1,12 @@
 """ComfyUI-PPAP: any off-the-shelf network steers any diffusion model."""
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes import bridge, guide, load, report, train
+from .nodes import folders, guide, load, report, train
 
 WEB_DIRECTORY = "./web"
 NODES: list[type[io.ComfyNode]] = [*load.NODES, *guide.NODES, *train.NODES, *report.NODES]
 
-bridge.register_folders()
+folders.register_folders()
 
 
 class PPAP(ComfyExtension):

@@ -1,10 +1,8 @@
 """The only file that knows ComfyUI: tensors, models, folders, progress. Everything else is schema or mathematics."""
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats
@@ -17,7 +15,6 @@ import comfy.samplers
 import comfy.sd
 import comfy.supported_models_base
 import comfy.utils
-import folder_paths
 import latent_preview
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -36,6 +33,7 @@ from ..ppap_core.plots import loss_plot
 from ..ppap_core.samples import SampleStore
 from ..ppap_core.sampling import Denoiser, seeded_noise
 from ..ppap_core.tinyworld.denoiser import SIGMA_DATA
+from . import folders
 from .types import GuidanceTerm, Report, Samples
 
 KEY = "ppap"
@@ -327,7 +325,7 @@ def generate_samples(samples: Samples, count: int, latent: dict, *settings: Any)
 
 def open_store(name: str, recipe: dict) -> SampleStore:
     """The store of a name. ValueError if it holds images of another recipe."""
-    return SampleStore(Path(folder_paths.get_output_directory()) / "ppap_samples" / file_name(name), recipe)
+    return SampleStore(folders.output_folder("ppap_samples", folders.file_name(name)), recipe)
 
 
 def distil(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
@@ -345,11 +343,9 @@ def distil(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillCo
 
     recipe = [samples.store.recipe, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.schedule.edges,
               vars(bank.lora), vars(config)]
-    folder = Path(folder_paths.get_output_directory()) / "ppap_distillation" / digest(recipe)
+    folder = folders.output_folder("ppap_distillation", digest(recipe))
     found = with_denoiser(samples, [guider.net, bank], config.batch,
                           lambda denoise: distill(guider, bank, samples.store, denoise, config, folder, on_step))
-    bank.recipe = {"samples": samples.store.recipe, "images": len(samples.store), **vars(config),
-                   "final losses": [each[-1] for each in found]}  # goes into the file, for people
     return dict(zip(names, found, strict=True))
 
 
@@ -385,83 +381,17 @@ def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str
         return ExpertBank(base_network(guider), schedule, lora, view, seed=seed)
 
 
-# Files
-
-def register_folders() -> None:
-    """The pack's model folders; those of extra_model_paths.yaml stay."""
-    for name in ("ppap_guiders", "ppap_experts"):
-        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
-
+# Guiders by name
 
 def guider_sources() -> dict[str, Callable[[], Guider]]:
     """Everything Load Guider can load, by name: the bundled ones first."""
     sources = {f"tinyworld/{task}": lambda task=task: loaders.load_tinyworld(task) for task in tinyworld.TASKS}
-    for folder in _guider_folders():
+    for folder in folders.guider_folders():
         sources.setdefault(folder.name, lambda folder=folder: loaders.load_guider(folder))
     return sources
-
-
-def _guider_folders() -> list[Path]:
-    roots = map(Path, folder_paths.get_folder_paths("ppap_guiders"))
-    return sorted(file.parent for root in roots if root.is_dir() for file in root.glob("*/config.json"))
 
 
 def load_guider(name: str) -> Guider:
     """A guider by the name in the list. ValueError for any other name."""
     with autograd():
-        return choose(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")()
-
-
-def guider_state(name: str) -> list[str]:
-    """Changes when the files of a guider change."""
-    return [_state(file) for folder in _guider_folders() if folder.name == name for file in sorted(folder.iterdir())]
-
-
-def expert_files() -> dict[str, Path]:
-    """Every expert file by its name, with / between folders on every system."""
-    return {name.replace("\\", "/"): Path(folder_paths.get_full_path_or_raise("ppap_experts", name))
-            for name in folder_paths.get_filename_list("ppap_experts") if name.endswith(".safetensors")}
-
-
-def expert_file(name: str) -> Path:
-    """An expert file by the name in the list. ValueError for any other name."""
-    return choose(expert_files(), name.replace("\\", "/"), "expert file", "put it into models/ppap_experts")
-
-
-def new_expert_file(name: str) -> Path:
-    """Where experts of a name are saved."""
-    return Path(folder_paths.get_folder_paths("ppap_experts")[0]) / f"{file_name(name)}.safetensors"
-
-
-def expert_state(name: str) -> list[str]:
-    """Changes when an expert file changes."""
-    return [_state(file) for known, file in expert_files().items() if known == name]
-
-
-def _state(file: Path) -> str:
-    return f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
-
-
-def file_name(name: str) -> str:
-    """A name that stays in its folder on every system. ValueError for any other."""
-    if not re.fullmatch(r"\w([\w .-]*\w)?", name):
-        raise ValueError(f"'{name}' cannot name a file: expected letters, digits, spaces, dots, - and _, without a folder")
-    return name
-
-
-def choose(known: dict[str, Any], name: str, what: str, how: str) -> Any:
-    """The value of a name. ValueError that lists the known names."""
-    if name not in known:
-        raise ValueError(f"there is no {what} '{name}': expected one of {', '.join(known) or 'none yet'}; {how}")
-    return known[name]
-
-
-def verdict(check: Callable[..., Any], *args: Any) -> bool | str:
-    """The answer that ComfyUI wants of validate_inputs: True, or what is wrong. A linked input, None, is not known yet."""
-    if None in args:
-        return True
-    try:
-        check(*args)
-    except ValueError as error:
-        return str(error)
-    return True
+        return folders.choose(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")()

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..ppap_core.bank_file import load_bank, save_bank
 from ..ppap_core.experts import ExpertBank, with_experts
 from ..ppap_core.tinyworld import SIZE
-from . import bridge
+from . import bridge, folders
 from .types import PPAPGuider
 
 CATEGORY = "PPAP/load"
@@ -44,12 +44,12 @@ class PPAPLoadGuider(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, guider_name):
-        return bridge.verdict(bridge.choose, bridge.guider_sources(), guider_name, "guider",
+        return folders.verdict(folders.choose, bridge.guider_sources(), guider_name, "guider",
                               "put its folder into models/ppap_guiders")
 
     @classmethod
     def fingerprint_inputs(cls, guider_name):
-        return bridge.guider_state(guider_name)
+        return folders.guider_state(guider_name)
 
     @classmethod
     def execute(cls, guider_name):
@@ -63,22 +63,22 @@ class PPAPLoadExperts(io.ComfyNode):
             node_id="PPAPLoadExperts", display_name="Load Experts", category=CATEGORY,
             description="Give a guider the experts that were distilled for it: one small adapter for each range of noise.",
             inputs=[PPAPGuider.Input("guider", tooltip="The plain guider that the experts were distilled for."),
-                    io.Combo.Input("file_name", options=list(bridge.expert_files()),
+                    io.Combo.Input("file_name", options=list(folders.expert_files()),
                                    tooltip="A file in models/ppap_experts.")],
             outputs=[PPAPGuider.Output(display_name="guider", tooltip="The guider with its experts.")])
 
     @classmethod
     def validate_inputs(cls, file_name):
-        return bridge.verdict(bridge.expert_file, file_name)
+        return folders.verdict(folders.expert_file, file_name)
 
     @classmethod
     def fingerprint_inputs(cls, file_name, **linked):
-        return bridge.expert_state(file_name)
+        return folders.expert_state(file_name)
 
     @classmethod
     def execute(cls, guider, file_name):
         with bridge.autograd():
-            return io.NodeOutput(with_experts(guider, load_bank(bridge.expert_file(file_name), guider)))
+            return io.NodeOutput(with_experts(guider, load_bank(folders.expert_file(file_name), guider)))
 
 
 class PPAPSaveExperts(io.ComfyNode):
@@ -94,14 +94,14 @@ class PPAPSaveExperts(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file_name):
-        return bridge.verdict(bridge.new_expert_file, file_name)
+        return folders.verdict(folders.new_expert_file, file_name)
 
     @classmethod
     def execute(cls, guider, file_name):
         if not isinstance(guider.net, ExpertBank):
             raise ValueError(f"{guider.name} has no experts to save: connect the guider that comes out of Distil Experts")
-        file = bridge.new_expert_file(file_name)
-        save_bank(file, guider.net, guider, getattr(guider.net, "recipe", {}))
+        file = folders.new_expert_file(file_name)
+        save_bank(file, guider.net, guider)
         return io.NodeOutput(ui={"text": [f"saved {file.name}"]})
 
 

@@ -5,7 +5,7 @@ from ..ppap_core.distill import DistillConfig
 from ..ppap_core.experts import VIEWS, LoraSpec, with_experts
 from ..ppap_core.noise import ExpertSchedule
 from ..ppap_core.samples import from_uint8
-from . import bridge
+from . import bridge, folders
 from .types import PPAPGuider, PPAPLosses, PPAPSamples, Samples
 
 CATEGORY = "PPAP/train"
@@ -41,7 +41,7 @@ class PPAPGenerateSamples(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        return bridge.verdict(bridge.file_name, name)
+        return folders.verdict(folders.file_name, name)
 
     @classmethod
     def execute(cls, model, positive, latent_image, name, count, steps, cfg, sampler_name, scheduler, seed, negative=None):

@@ -10,11 +10,8 @@ FORMAT = 1
 KIND = "expert bank"
 
 
-def save_bank(path: Path | str, bank: ExpertBank, guider: Guider, recipe: dict) -> None:
-    """Write the adapters of all experts, and what they belong to.
-
-    recipe: how they were made, for people: samples, steps, losses. It is not read back.
-    """
+def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
+    """Write the adapters of all experts, what they belong to and how they were made."""
     tensors = {}
     for index in range(len(bank.schedule)):
         tensors |= with_prefix(f"expert_{index}", bank.weights(index))
@@ -22,7 +19,7 @@ def save_bank(path: Path | str, bank: ExpertBank, guider: Guider, recipe: dict) 
         "format": FORMAT, "kind": KIND, "guider": guider.name, "task": guider.task, "fingerprint": bank.fingerprint,
         "preprocess": guider.preprocess.about(), "view": bank.view, "space": bank.space,
         "noise": "sigma of x = image + sigma noise", "edges": list(bank.schedule.edges),
-        "rank": bank.lora.rank, "alpha": bank.lora.alpha, "targets": list(bank.lora.targets), "recipe": recipe})
+        "rank": bank.lora.rank, "alpha": bank.lora.alpha, "targets": list(bank.lora.targets), "recipe": bank.recipe})
 
 
 def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
@@ -44,6 +41,7 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the description in {Path(path).name} is damaged ({error}): copy or distil it again") from error
     bank = ExpertBank(base_network(guider), schedule, lora, view, space)
+    bank.recipe = about.get("recipe", {})
     for index in range(len(schedule)):
         bank.load(index, without_prefix(f"expert_{index}", tensors))
     return bank

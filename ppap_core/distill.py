@@ -103,9 +103,12 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, denoise: Denoi
             config: DistillConfig = DistillConfig(), folder: Path | None = None,
             on_step: Callable[[int, int, float], None] | None = None) -> list[list[float]]:
     """Train every expert of a bank, from the cleanest to the noisiest, each from its own start; returns their losses."""
-    return [distill_expert(guider, bank, index, store, denoise, config,
-                           folder and Path(folder) / f"expert_{index}.state.safetensors", on_step)
-            for index in range(len(bank.schedule))]
+    losses = [distill_expert(guider, bank, index, store, denoise, config,
+                             folder and Path(folder) / f"expert_{index}.state.safetensors", on_step)
+              for index in range(len(bank.schedule))]
+    bank.recipe = {"samples": store.recipe, "images": len(store), **asdict(config),
+                   "final_losses": [each[-1] for each in losses if each]}
+    return losses
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def test_a_name_that_is_a_folder_is_told_in_words(tmp_path, write):
 
 def spoil(path, how: str):
     guider = small_guider()
-    save_bank(path, make_bank(guider), guider, {})
+    save_bank(path, make_bank(guider), guider)
     whole = path.read_bytes()
     if how == "missing":
         path.unlink()
@@ -208,8 +208,10 @@ def make_bank(guider, rank: int = 2, view: str = "denoised", edges=(0.1, 1.0, 10
 def test_a_bank_comes_back_with_every_bit_and_every_answer(tmp_path, task, view):
     guider = small_guider(task)
     bank = make_bank(guider, view=view, edges=(0.02, 1 / 3, 2.5, 80.0))
-    save_bank(tmp_path / "x.safetensors", bank, guider, {"steps": 5})
+    bank.recipe = {"steps": 5}
+    save_bank(tmp_path / "x.safetensors", bank, guider)
     again = load_bank(tmp_path / "x.safetensors", small_guider(task))
+    assert again.recipe == bank.recipe
     assert (again.schedule, again.lora, again.view, again.space) == (bank.schedule, bank.lora, view, "pixel")
     for index, sigma in enumerate((0.1, 1.0, 30.0)):
         assert same(again.weights(index), bank.weights(index))
@@ -221,7 +223,8 @@ def test_a_bank_comes_back_with_every_bit_and_every_answer(tmp_path, task, view)
 def test_the_file_of_a_bank_holds_adapters_only_and_says_what_they_belong_to(tmp_path):
     guider = small_guider()
     bank = make_bank(guider)
-    save_bank(tmp_path / "x.safetensors", bank, guider, {"steps": 5, "losses": [[1.0], [2.0]]})
+    bank.recipe = {"steps": 5, "losses": [[1.0], [2.0]]}
+    save_bank(tmp_path / "x.safetensors", bank, guider)
     tensors, about = load_tensors(tmp_path / "x.safetensors")
     assert len(tensors) == 2 * len(bank.weights(0)) and all("lora_" in name for name in tensors)
     assert about["guider"] == "small/class" and about["task"] == "class" and about["fingerprint"] == bank.fingerprint
@@ -234,11 +237,11 @@ def test_the_file_of_a_bank_holds_adapters_only_and_says_what_they_belong_to(tmp
 def test_a_full_disk_while_saving_a_bank_leaves_the_old_bank(tmp_path):
     guider = small_guider()
     bank = make_bank(guider)
-    save_bank(tmp_path / "x.safetensors", bank, guider, {})
+    save_bank(tmp_path / "x.safetensors", bank, guider)
     old = (tmp_path / "x.safetensors").read_bytes()
     disturb(bank, 0, seed=77)
     with full_disk(), says(OSError, "could not write x.safetensors", "Free some disk space"):
-        save_bank(tmp_path / "x.safetensors", bank, guider, {})
+        save_bank(tmp_path / "x.safetensors", bank, guider)
     assert (tmp_path / "x.safetensors").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
@@ -262,7 +265,7 @@ def other_guider(change: str):
 ])
 def test_a_bank_of_another_guider_is_refused_with_both_values(tmp_path, change, words):
     guider = small_guider()
-    save_bank(tmp_path / "x.safetensors", make_bank(guider), guider, {})
+    save_bank(tmp_path / "x.safetensors", make_bank(guider), guider)
     with says(ValueError, "x.safetensors does not fit", *words):
         load_bank(tmp_path / "x.safetensors", other_guider(change))
 
@@ -270,7 +273,7 @@ def test_a_bank_of_another_guider_is_refused_with_both_values(tmp_path, change, 
 def test_a_bank_is_not_loaded_over_experts(tmp_path):
     guider = small_guider()
     bank = make_bank(guider)
-    save_bank(tmp_path / "x.safetensors", bank, guider, {})
+    save_bank(tmp_path / "x.safetensors", bank, guider)
     with says(ValueError, "not a plain guider"):
         load_bank(tmp_path / "x.safetensors", with_experts(guider, bank))
 
@@ -288,7 +291,7 @@ def test_a_bank_is_not_loaded_over_experts(tmp_path):
 ])
 def test_a_bank_with_a_wrong_description_is_refused(tmp_path, change, words):
     guider = small_guider()
-    save_bank(tmp_path / "x.safetensors", make_bank(guider), guider, {})
+    save_bank(tmp_path / "x.safetensors", make_bank(guider), guider)
     tensors, about = load_tensors(tmp_path / "x.safetensors")
     save_tensors(tmp_path / "x.safetensors", tensors, about | change)
     with says(ValueError, *words):
@@ -298,7 +301,7 @@ def test_a_bank_with_a_wrong_description_is_refused(tmp_path, change, words):
 @pytest.mark.parametrize("key", ["edges", "rank", "alpha", "targets", "view", "space"])
 def test_a_bank_whose_description_lacks_something_is_refused(tmp_path, key):
     guider = small_guider()
-    save_bank(tmp_path / "x.safetensors", make_bank(guider), guider, {})
+    save_bank(tmp_path / "x.safetensors", make_bank(guider), guider)
     tensors, about = load_tensors(tmp_path / "x.safetensors")
     del about[key]
     save_tensors(tmp_path / "x.safetensors", tensors, about)

@@ -29,9 +29,10 @@ def method(node: ast.ClassDef, name: str) -> ast.FunctionDef:
 EVERY = [pytest.param(node, id=node.name) for name in NODE_FILES for node in classes(name)]
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if name != "bridge.py"])
-def test_only_the_bridge_knows_torch_and_comfyui(name: str):
-    assert not imported(TREES[name]) & OUTSIDE
+@pytest.mark.parametrize("name", TREES)
+def test_only_the_bridge_knows_torch_and_comfyui_and_only_the_folders_its_folders(name: str):
+    known = {"bridge.py": OUTSIDE - {"folder_paths"}, "folders.py": {"folder_paths"}}
+    assert not imported(TREES[name]) & (OUTSIDE - known.get(name, set()))
 
 
 @pytest.mark.parametrize("node", EVERY)

@@ -52,7 +52,7 @@ def distil_view(world: World, view: str, store: SampleStore, folder: Path, repor
                    f"loss {loss:.3f}")
 
     distill(world.guider, bank, store, world.denoise, training, folder / f"experts_{view}", on_step)
-    save_bank(folder / f"experts_{view}.safetensors", bank, world.guider, {"samples": len(store), **asdict(training)})
+    save_bank(folder / f"experts_{view}.safetensors", bank, world.guider)
     return with_experts(world.guider, bank)
 
 

@@ -196,7 +196,7 @@ def test_experts_guide_and_are_saved_and_loaded(comfy, world: World):
     guider = world.experts()
     comfy("PPAPSaveExperts", guider=guider, file_name="two experts")
     [loaded] = comfy("PPAPLoadExperts", guider=world.guider, file_name="two experts.safetensors")
-    _, about = comfy.pack.ppap_core.files.load_tensors(comfy.pack.bridge.expert_file("two experts.safetensors"))
+    _, about = comfy.pack.ppap_core.files.load_tensors(comfy.pack.folders.expert_file("two experts.safetensors"))
     assert about["recipe"]["steps"] == 2 and about["recipe"]["samples"]["sampler"] == "euler"
     assert torch.equal(world.guided(world.term(loaded)), world.guided(world.term(guider)))
     assert not torch.equal(world.guided(world.term(guider)), world.guided(world.term(world.guider)))
@@ -273,7 +273,7 @@ def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):
 
 def test_damaged_and_foreign_experts_are_refused(comfy, world: World):
     comfy("PPAPSaveExperts", guider=world.experts(), file_name="whole")
-    file = comfy.pack.bridge.expert_file("whole.safetensors")
+    file = comfy.pack.folders.expert_file("whole.safetensors")
     file.with_name("cut.safetensors").write_bytes(file.read_bytes()[:-100])
     with says(ValueError, "cut.safetensors", "cannot be read"):
         comfy("PPAPLoadExperts", guider=world.plain, file_name="cut.safetensors")

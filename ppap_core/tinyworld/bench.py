@@ -32,7 +32,7 @@ class BenchConfig:
     search: int = 128           # images for each weight of the grid
     images: int = 512           # images of a row at its best weight, from other noise
     scenes: int = 4096          # real scenes that Frechet distances are taken to
-    grid: tuple[float, ...] = (1, 2, 4, 8, 16, 32)
+    grid: tuple[float, ...] = (1, 2, 4, 8, 16, 32, 64)
     steps: int = 24             # Euler steps
     store: int = 4096           # generated images to distil from
     edges: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 10.0)

@@ -21,9 +21,10 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def bytes_of(net: nn.Module) -> int:
-    """Memory of all weights and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers()))
+def bytes_of(*nets: nn.Module) -> int:
+    """Memory of all weights and buffers; what networks share counts once."""
+    tensors = {tensor.data_ptr(): tensor for net in nets for tensor in (*net.parameters(), *net.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def gradient_of(net: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def bank_costs(architecture: str = "resnet50", experts: int = 10, rank: int = 8,
     turn = iter(range(10**9))
     plain = seconds(lambda: gradient_of(base, image), 9)
     adapted = seconds(lambda: gradient_of(lambda x: bank(x, sigma), image), 9)
-    return {"memory_ratio": bytes_of(bank) / bytes_of(base),
+    return {"memory_ratio": bytes_of(base, bank) / bytes_of(base),
             "switch_ms": 1000 * seconds(lambda: bank.select(next(turn) * 3 % experts), 50),
             "plain_gradient_ms": 1000 * plain, "expert_gradient_ms": 1000 * adapted,
             "trainable_share": bank.trainable_share()}

@@ -16,6 +16,7 @@ from .guider import Guider, IgnoreSigma
 from .noise import ExpertSchedule, seeded
 
 VIEWS = ("noisy", "denoised")
+SPARE_SHARE, SPARE_BYTES = 0.25, 16 * 2**20  # what a bank may add to its network's memory: the larger of the two
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,24 @@ def _share_weights(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(tensor): tensor for tensor in tensors})
 
 
-def _adapted_layers(net: nn.Module) -> tuple[nn.Module, ...]:
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _adapted_layers(net: nn.Module) -> list[nn.Module]:
     """The layers that carry adapters, found once because a switch must not walk the whole network."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return tuple(module for module in net.modules() if isinstance(module, BaseTunerLayer))
+    return [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
 
 
 class ExpertBank(nn.Module):
     """One frozen network and one LoRA adapter for each interval of a schedule, switched in place: net(image, sigma).
 
     Shares every weight of the network it is given and leaves that network untouched, so that the plain guider stays
-    usable beside its experts and costs no memory. Always in eval mode: batch-norm statistics stay those of clean images,
-    the same in distillation and in guidance.
+    usable beside its experts. In as many layers as a quarter more memory allows, the active expert is merged into a copy
+    of the weight, so that it costs no time. Always in eval mode: batch-norm statistics stay those of clean images, the same
+    in distillation and in guidance.
 
     view: what the experts look at, "noisy" or "denoised". space: what is diffused, "pixel" or the name of a latent format.
     """
@@ -80,9 +86,11 @@ class ExpertBank(nn.Module):
         self.lora = replace(lora, targets=lora.targets or default_targets(base))
         self.net = _share_weights(base)
         self._inject(seed)
-        self._layers = _adapted_layers(self.net)
+        self._layers = sorted(_adapted_layers(self.net), key=lambda layer: layer.base_layer.weight.numel())
+        self._merged = self._choose_merged()
+        self._beside = self._layers[len(self._merged):]
         self.eval().requires_grad_(False)
-        self._in_training = []
+        self._in_training: list[nn.Parameter] = []
         self.active = -1
         self.select(0)
 
@@ -106,6 +114,31 @@ class ExpertBank(nn.Module):
                     nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
                     parameter.data.copy_(start)
 
+    def _choose_merged(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """Layers that hold the sum of weight and adapter, so that the adapter costs no time, and their plain weights.
+
+        Each needs a second copy of its weight. Small weights come first: they sit where images are large, and there an
+        adapter costs most.
+        """
+        own = sum(_bytes(parameter) for index in range(len(self.schedule)) for parameter in self._named(index).values())
+        spare = max(SPARE_SHARE * (sum(map(_bytes, self.net.parameters())) - own), SPARE_BYTES) - own
+        chosen = []
+        for layer in self._layers:
+            plain = layer.base_layer.weight
+            spare -= _bytes(plain)
+            if spare < 0:
+                break
+            layer.base_layer.weight = nn.Parameter(plain.detach().clone(), requires_grad=False)
+            layer.enable_adapters(False)
+            chosen.append((layer, plain))
+        return chosen
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        for layer, plain in self._merged:
+            weight = layer.base_layer.weight
+            weight.data.copy_(plain.to(weight.device) + layer.get_delta_weight(f"expert_{self.active}"))
+
     def _named(self, index: int) -> dict[str, nn.Parameter]:
         """The parameters of one expert under names that do not depend on its number."""
         mark = f".expert_{index}."
@@ -116,11 +149,16 @@ class ExpertBank(nn.Module):
         if not 0 <= index < len(self.schedule):
             raise IndexError(f"there is no expert {index}: this bank has {len(self.schedule)}")
         if index != self.active:
-            for layer in self._layers:
-                layer.set_adapter([f"expert_{index}"], inference_mode=True)
             self.active = index
+            self._switch(self._layers if self._in_training else self._beside)
+            if not self._in_training:
+                self._merge()
             for parameter in self._in_training:
                 parameter.requires_grad_(True)
+
+    def _switch(self, layers: list[nn.Module]) -> None:
+        for layer in layers:
+            layer.set_adapter([f"expert_{self.active}"], inference_mode=True)
 
     def train(self, mode: bool = True) -> "ExpertBank":
         """Stays in eval mode."""
@@ -142,13 +180,20 @@ class ExpertBank(nn.Module):
         parameters = list(self._named(index).values())
         try:
             self._in_training = parameters
+            for layer, plain in self._merged:
+                layer.base_layer.weight.data.copy_(plain)
+                layer.enable_adapters(True)
+            self._switch(self._layers)
             for parameter in parameters:
                 parameter.requires_grad_(True)
             yield parameters
         finally:
             self._in_training = []
+            for layer, _ in self._merged:
+                layer.enable_adapters(False)
             for parameter in parameters:
                 parameter.requires_grad_(False)
+            self._merge()
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """The weights of one expert, without the base."""
@@ -167,6 +212,8 @@ class ExpertBank(nn.Module):
                                  f"expected {tuple(parameter.shape)}: check rank and network")
         for name, parameter in own.items():
             parameter.data.copy_(weights[name])
+        if index == self.active and not self._in_training:
+            self._merge()
 
     def trainable_share(self) -> float:
         """Weights of one expert over the weights of the base."""

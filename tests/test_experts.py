@@ -171,7 +171,8 @@ def test_the_base_shares_its_weights_and_its_modules_stay_without_adapters():
     names = [name for name, _ in base.named_modules()]
     bank = make_bank(base)
     own = {parameter.data_ptr() for parameter in base.parameters()}
-    assert own <= {parameter.data_ptr() for parameter in bank.parameters()}
+    merged = {plain.data_ptr() for _, plain in bank._merged}
+    assert own - merged <= {parameter.data_ptr() for parameter in bank.parameters()}
     assert [name for name, _ in base.named_modules()] == names and type(base.mix) is nn.Conv2d
     assert not hasattr(base, "peft_config")
 
@@ -325,11 +326,27 @@ def test_the_fingerprint_of_given_numbers_is_this_one_so_that_files_of_today_fit
     assert fingerprint(net) == "08f314c3943a705e"
 
 
-def test_ten_experts_of_a_resnet_50_take_at_most_a_quarter_more_weights_than_the_plain_network():
+@pytest.mark.parametrize("rank", [4, 8])
+def test_ten_experts_of_a_resnet_50_take_at_most_a_quarter_more_memory_than_the_plain_network(rank):
     timm = pytest.importorskip("timm")
     net = timm.create_model("resnet50", pretrained=False).eval()
-    plain = sum(parameter.numel() for parameter in net.parameters())
-    bank = ExpertBank(net, ExpertSchedule.log_spaced(10, 0.02, 80.0))
-    distinct = {parameter.data_ptr(): parameter.numel() for model in (net, bank) for parameter in model.parameters()}
-    assert sum(distinct.values()) <= 1.25 * plain
-    assert sum(distinct.values()) == pytest.approx(plain * (1 + 10 * bank.trainable_share()), rel=1e-9)
+    bank = ExpertBank(net, ExpertSchedule.log_spaced(10, 0.02, 80.0), LoraSpec(rank))
+    distinct = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for model in (net, bank)
+                for tensor in (*model.parameters(), *model.buffers())}
+    plain = sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers()))
+    assert plain * (1 + 10 * bank.trainable_share()) < sum(distinct.values()) <= 1.25 * plain
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_merged_expert_answers_as_the_adapter_beside_the_weight(dense, monkeypatch):
+    base = fixed_weights(SmallNet(dense=dense)).eval()
+    merged = make_bank(base)
+    monkeypatch.setattr("ppap_core.experts.SPARE_SHARE", 0.0)
+    monkeypatch.setattr("ppap_core.experts.SPARE_BYTES", 0)
+    beside = make_bank(base)
+    for index in range(len(merged.schedule)):
+        disturb(merged, index)
+        beside.load(index, merged.weights(index))
+    assert merged._merged and not beside._merged
+    for a, b in zip(answers(merged), answers(beside), strict=True):
+        assert torch.allclose(a, b, atol=1e-5) and not torch.equal(a, base(PICTURE))

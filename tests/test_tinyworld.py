@@ -198,7 +198,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, capsy
     train(tmp_path / "stopped", class_loss)
     straight, stopped = (load_tensors(tmp_path / name / "small.safetensors") for name in ("straight", "stopped"))
     assert same(straight[0], stopped[0]) and straight[1] == stopped[1]
-    assert straight[1]["recipe"]["steps"] == 6 and "step 4/6" in capsys.readouterr().out
+    assert straight[1]["recipe"]["steps"] == 6 and "step 4 of 6" in capsys.readouterr().out
 
 
 def test_no_training_sees_the_scenes_that_tests_use(tmp_path, monkeypatch):

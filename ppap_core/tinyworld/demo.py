@@ -21,7 +21,7 @@ from .world import World, generate_store, load_world, measure, scene_statistics
 SAMPLES, STEPS, IMAGES = 768, 20, 128
 SCHEDULE = ExpertSchedule((0.05, 0.2, 0.5, 1.0, 2.0, 10.0))
 TRAINING = {"noisy": DistillConfig(steps=300, lr=2e-3), "denoised": DistillConfig(steps=120, lr=2e-3)}
-WEIGHT = 8.0
+WEIGHTS = {"plain": {"noisy": 64.0, "denoised": 8.0}, "experts": {"noisy": 16.0, "denoised": 64.0}}  # best in the benchmark
 LEVELS = [0.05 * 1.3**i for i in range(20)]  # noise levels of the plot
 
 Report = Callable[[str], None]
@@ -33,10 +33,11 @@ def demo(folder: Path, report: Report) -> None:
     world = load_world("class")
     report(f"a diffusion model of small scenes, and a classifier of {len(CLASSES)} shapes that has only seen clean ones")
     store = generate_store(world, folder / "samples", SAMPLES, STEPS, report)
-    rows: dict[str, Guider | None] = {"unguided": None}
+    rows: dict[str, tuple[Guider | None, float]] = {"unguided": (None, 0.0)}
     for view in ("noisy", "denoised"):
         plain, experts = replace(world.guider, view=view), distil_view(world, view, store, folder, report)
-        rows |= {f"plain guider, {view} view": plain, f"five experts, {view} view": experts}
+        rows |= {f"plain guider, {view} view": (plain, WEIGHTS["plain"][view]),
+                 f"five experts, {view} view": (experts, WEIGHTS["experts"][view])}
         plot_disagreement(world, plain, experts, store, folder / f"disagreement_{view}.png")
     write_results(world, rows, folder, report)
 
@@ -65,16 +66,16 @@ def plot_disagreement(world: World, plain: Guider, experts: Guider, store: Sampl
                            "KL, lower is better", log_x=True), path)
 
 
-def write_results(world: World, rows: dict[str, Guider | None], folder: Path, report: Report) -> None:
+def write_results(world: World, rows: dict[str, tuple[Guider | None, float]], folder: Path, report: Report) -> None:
     """Sample and judge every row; a contact sheet, results.json and results.md."""
     scenes, sheet, results = scene_statistics(world, 2048), {}, []
-    for name, guider in rows.items():
+    for name, (guider, weight) in rows.items():
         started = time.monotonic()
-        found = measure(world, guider, WEIGHT, range(IMAGES), STEPS, scenes)
+        found = measure(world, guider, weight, range(IMAGES), STEPS, scenes)
         seconds = (time.monotonic() - started) / IMAGES
         report(f"{name}: the judge sees the wanted shape in {found.judge_accuracy:.0%} of {IMAGES} images")
-        results.append({"row": name, **asdict(found), "seconds_per_image": seconds})
-        terms = [Term(guider.aim(torch.arange(len(CLASSES), device=world.device)), WEIGHT)] if guider else []
+        results.append({"row": name, "weight": weight, **asdict(found), "seconds_per_image": seconds})
+        terms = [Term(guider.aim(torch.arange(len(CLASSES), device=world.device)), weight)] if guider else []
         sheet[name] = world.sample(range(len(CLASSES)), STEPS, terms)
     save_picture(contact_sheet(sheet), folder / "contact_sheet.png")
     write_json(folder / "results.json", results)

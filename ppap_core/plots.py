@@ -92,13 +92,16 @@ def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str,
     return _image(picture)
 
 
-def contact_sheet(rows: dict[str, Tensor], scale: int = 3, columns: int = 8) -> Tensor:
-    """The first images (B, 3, h, w) of each row beside one another, each row under its name."""
+def contact_sheet(rows: dict[str, Tensor], scale: int = 3, columns: int = 8, heads: Sequence[str] = ()) -> Tensor:
+    """The first images (B, 3, h, w) of each row beside one another, each row under its name, columns above their heads."""
     from PIL import Image, ImageDraw
 
     height, width = (side * scale for side in next(iter(rows.values())).shape[-2:])
-    picture = Image.new("RGB", (columns * (width + 4) + 4, len(rows) * (height + 26) + 4), PAPER)
+    bottom = len(rows) * (height + 26) + 4
+    picture = Image.new("RGB", (columns * (width + 4) + 4, bottom + (22 if heads else 0)), PAPER)
     draw = ImageDraw.Draw(picture)
+    for c, head in enumerate(heads):
+        draw.text((4 + c * (width + 4) + width / 2, bottom + 8), head, INK, _font(14), anchor="mm")
     for r, (name, images) in enumerate(rows.items()):
         draw.text((6, r * (height + 26) + 4), name, INK, _font(14))
         for c, image in enumerate(images[:columns]):

@@ -98,7 +98,7 @@ def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
 
 def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
     model = world.model
-    terms = [comfy.pack.bridge.core_term(model, world.term(start_percent=a, end_percent=b)[0])
+    terms = [comfy.pack.nodes.bridge.core_term(model, world.term(start_percent=a, end_percent=b)[0])
              for a, b in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))]
     edge = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
     for sigma in (80.0, 1e9, edge, 1.0, 0.02, 0.0):
@@ -106,7 +106,7 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
 
 
 def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: World):
-    term = comfy.pack.bridge.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0])
+    term = comfy.pack.nodes.bridge.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0])
     assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
 
 
@@ -125,7 +125,7 @@ def test_a_flow_model_is_steered_from_pure_noise_on(world: World):
 
 
 def test_a_flow_model_is_converted_there_and_back(comfy):
-    bridge, flow = comfy.pack.bridge, flow_sampling()
+    bridge, flow = comfy.pack.nodes.bridge, flow_sampling()
     x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.9])
     there = bridge.to_ve(flow, x, t)
     assert there[1].tolist() == pytest.approx([0.25, 9.0])
@@ -196,7 +196,7 @@ def test_experts_guide_and_are_saved_and_loaded(comfy, world: World):
     guider = world.experts()
     comfy("PPAPSaveExperts", guider=guider, file_name="two experts")
     [loaded] = comfy("PPAPLoadExperts", guider=world.guider, file_name="two experts.safetensors")
-    _, about = comfy.pack.ppap_core.files.load_tensors(comfy.pack.folders.expert_file("two experts.safetensors"))
+    _, about = comfy.pack.ppap_core.files.load_tensors(comfy.pack.nodes.folders.expert_file("two experts.safetensors"))
     assert about["recipe"]["steps"] == 2 and about["recipe"]["samples"]["sampler"] == "euler"
     assert torch.equal(world.guided(world.term(loaded)), world.guided(world.term(guider)))
     assert not torch.equal(world.guided(world.term(guider)), world.guided(world.term(world.guider)))
@@ -236,7 +236,7 @@ def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: 
 
 
 def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
-    about = comfy.pack.bridge.about_model
+    about = comfy.pack.nodes.bridge.about_model
     again = World(comfy)
     assert about(world.model, world.conditioning) == about(again.model, again.conditioning)
     [strong], [weak] = (comfy("PPAPApplyGuidance", model=world.model, terms=world.term(weight=weight), max_rms=0.0)
@@ -273,11 +273,11 @@ def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):
 
 def test_damaged_and_foreign_experts_are_refused(comfy, world: World):
     comfy("PPAPSaveExperts", guider=world.experts(), file_name="whole")
-    file = comfy.pack.folders.expert_file("whole.safetensors")
+    file = comfy.pack.nodes.folders.expert_file("whole.safetensors")
     file.with_name("cut.safetensors").write_bytes(file.read_bytes()[:-100])
     with says(ValueError, "cut.safetensors", "cannot be read"):
         comfy("PPAPLoadExperts", guider=world.plain, file_name="cut.safetensors")
-    with comfy.pack.bridge.autograd():
+    with comfy.pack.nodes.bridge.autograd():
         for parameter in (other := World(comfy)).plain.net.parameters():
             parameter.data.mul_(1.01)
     with says(ValueError, "whole.safetensors", "fingerprint"):

@@ -9,17 +9,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def save_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict) -> None:
-    """Write tensors and a JSON description into one safetensors file; a reader sees the old file or the new, whole.
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write beside the name and rename: a reader sees the old file or the new one, whole.
 
     OSError in words when the disk is full or the folder cannot be written; nothing half-written is left behind.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(save(tensors, {"ppap": json.dumps(about)}))
+        part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"could not write {path.name} into {path.parent}: {error}. Free some disk space or choose "
@@ -27,6 +26,12 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict) -> N
     finally:
         if part.exists():
             part.unlink()
+
+
+def save_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict) -> None:
+    """Write tensors and a JSON description into one safetensors file, whole or not at all."""
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(tensors, {"ppap": json.dumps(about)}))
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
@@ -55,19 +60,8 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write JSON beside its name and rename it."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"could not write {path.name} into {path.parent}: {error}. Free some disk space or choose "
-                      "another folder.") from error
-    finally:
-        if part.exists():
-            part.unlink()
+    """Write JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path | str) -> dict:

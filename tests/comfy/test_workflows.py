@@ -77,7 +77,7 @@ def test_a_long_job_reports_progress_and_previews_and_cancel_loses_nothing(serve
         asked = time.monotonic()
         server.post("/interrupt", {})
         seen += until("execution_interrupted")
-        assert time.monotonic() - asked < 1.5
+        assert time.monotonic() - asked < 1.0
     assert {kind for kind, _ in seen} >= {"progress", "preview"}
     assert {data["node"] for kind, data in seen if kind == "progress"} == {"2", "4"}
     assert server.wait(prompt)["status"]["status_str"] == "error"

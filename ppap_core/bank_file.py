@@ -8,6 +8,14 @@ from .noise import ExpertSchedule
 
 FORMAT = 1
 KIND = "expert bank"
+NOISE = "sigma of x = image + sigma noise"
+SPACE = "pixel"  # the only thing that is diffused so far
+
+
+def _belongs(guider: Guider, weights: str) -> dict:
+    """What must agree between a file and a guider: everything that would silently make experts useless."""
+    return {"kind": KIND, "format": FORMAT, "noise": NOISE, "space": SPACE, "task": guider.task, "guider": guider.name,
+            "fingerprint": weights, "preprocess": guider.preprocess.about()}
 
 
 def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
@@ -15,32 +23,28 @@ def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
     tensors = {}
     for index in range(len(bank.schedule)):
         tensors |= with_prefix(f"expert_{index}", bank.weights(index))
-    save_tensors(path, tensors, {
-        "format": FORMAT, "kind": KIND, "guider": guider.name, "task": guider.task, "fingerprint": bank.fingerprint,
-        "preprocess": guider.preprocess.about(), "view": bank.view, "space": bank.space,
-        "noise": "sigma of x = image + sigma noise", "edges": list(bank.schedule.edges),
-        "rank": bank.lora.rank, "alpha": bank.lora.alpha, "targets": list(bank.lora.targets), "recipe": bank.recipe})
+    save_tensors(path, tensors, _belongs(guider, bank.fingerprint) | {
+        "view": bank.view, "edges": list(bank.schedule.edges), "rank": bank.lora.rank, "alpha": bank.lora.alpha,
+        "targets": list(bank.lora.targets), "recipe": bank.recipe})
 
 
 def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     """The bank of a file, on the network of a plain guider.
 
-    ValueError naming both values if format, task, network or preprocessing differ from the guider's.
+    ValueError naming both values where the file belongs to something else.
     """
     tensors, about = load_tensors(path)
-    expected = {"kind": KIND, "format": FORMAT, "task": guider.task, "guider": guider.name,
-                "fingerprint": fingerprint(base_network(guider)), "preprocess": guider.preprocess.about()}
-    for key, value in expected.items():
+    for key, value in _belongs(guider, fingerprint(base_network(guider))).items():
         if about.get(key) != value:
             raise ValueError(f"{Path(path).name} does not fit: its {key} is {about.get(key)!r}, expected {value!r}; load "
                              "the guider that these experts were distilled for, or distil new ones")
     try:
         schedule = ExpertSchedule(tuple(map(float, about["edges"])))
         lora = LoraSpec(int(about["rank"]), float(about["alpha"]), tuple(map(str, about["targets"])))
-        view, space = str(about["view"]), str(about["space"])
+        view = str(about["view"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the description in {Path(path).name} is damaged ({error}): copy or distil it again") from error
-    bank = ExpertBank(base_network(guider), schedule, lora, view, space)
+    bank = ExpertBank(base_network(guider), schedule, lora, view)
     bank.recipe = about.get("recipe", {})
     for index in range(len(schedule)):
         bank.load(index, without_prefix(f"expert_{index}", tensors))

@@ -72,17 +72,17 @@ class ExpertBank(nn.Module):
     of the weight, so that it costs no time. Always in eval mode: batch-norm statistics stay those of clean images, the same
     in distillation and in guidance.
 
-    view: what the experts look at, "noisy" or "denoised". space: what is diffused, "pixel" or the name of a latent format.
+    view: what the experts look at, "noisy" or "denoised".
     """
 
     def __init__(self, base: nn.Module, schedule: ExpertSchedule, lora: LoraSpec = LoraSpec(),
-                 view: str = "denoised", space: str = "pixel", seed: int = 0):
+                 view: str = "denoised", seed: int = 0):
         super().__init__()
         if view not in VIEWS:
             raise ValueError(f"there is no view '{view}': expected one of {', '.join(VIEWS)}")
         self.fingerprint = fingerprint(base)
         self.recipe: dict = {}  # how the experts were made, for people
-        self.schedule, self.view, self.space = schedule, view, space
+        self.schedule, self.view = schedule, view
         self.lora = replace(lora, targets=lora.targets or default_targets(base))
         self.net = _share_weights(base)
         self._inject(seed)

@@ -197,7 +197,7 @@ def test_an_optimiser_put_back_goes_on_as_if_it_had_never_stopped():
 # Banks
 
 def make_bank(guider, rank: int = 2, view: str = "denoised", edges=(0.1, 1.0, 10.0)) -> ExpertBank:
-    bank = ExpertBank(base_network(guider), ExpertSchedule(edges), LoraSpec(rank, alpha=3.0), view, space="pixel")
+    bank = ExpertBank(base_network(guider), ExpertSchedule(edges), LoraSpec(rank, alpha=3.0), view)
     for index in range(len(bank.schedule)):
         disturb(bank, index, seed=20 * index)
     return bank
@@ -212,7 +212,7 @@ def test_a_bank_comes_back_with_every_bit_and_every_answer(tmp_path, task, view)
     save_bank(tmp_path / "x.safetensors", bank, guider)
     again = load_bank(tmp_path / "x.safetensors", small_guider(task))
     assert again.recipe == bank.recipe
-    assert (again.schedule, again.lora, again.view, again.space) == (bank.schedule, bank.lora, view, "pixel")
+    assert (again.schedule, again.lora, again.view) == (bank.schedule, bank.lora, view)
     for index, sigma in enumerate((0.1, 1.0, 30.0)):
         assert same(again.weights(index), bank.weights(index))
         image = images()
@@ -281,6 +281,8 @@ def test_a_bank_is_not_loaded_over_experts(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"format": 2}, ["format", "2", "1"]),
     ({"kind": "sample store"}, ["kind", "'sample store'", "'expert bank'"]),
+    ({"space": "sd15"}, ["space", "'sd15'", "'pixel'"]),
+    ({"noise": "t of a flow"}, ["noise", "'t of a flow'"]),
     ({"rank": 4}, ["shape", "rank"]),
     ({"targets": ["conv_1"]}, ["unexpected"]),
     ({"edges": [0.1, 0.5, 1.0, 10.0]}, ["expert 2", "misses"]),
@@ -298,7 +300,7 @@ def test_a_bank_with_a_wrong_description_is_refused(tmp_path, change, words):
         load_bank(tmp_path / "x.safetensors", guider)
 
 
-@pytest.mark.parametrize("key", ["edges", "rank", "alpha", "targets", "view", "space"])
+@pytest.mark.parametrize("key", ["edges", "rank", "alpha", "targets", "view"])
 def test_a_bank_whose_description_lacks_something_is_refused(tmp_path, key):
     guider = small_guider()
     save_bank(tmp_path / "x.safetensors", make_bank(guider), guider)

@@ -76,9 +76,9 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
     with torch.inference_mode(False), torch.enable_grad(), bank.trainable(index) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
         losses = _resume(state_file, about, bank, index, optimizer)
-        device = parameters[0].device
+        device, done = parameters[0].device, len(losses)
         try:
-            for step in range(len(losses), config.steps):
+            for step in range(done, config.steps):
                 batch = (part.to(device) for part in draw_batch(bank, index, store, step, config.batch, config.seed))
                 loss = distill_loss(guider, bank, see, *batch).mean()
                 if not torch.isfinite(loss):
@@ -94,7 +94,7 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
                 if on_step:
                     on_step(index, step, losses[-1])
         finally:
-            if state_file:
+            if state_file and len(losses) > done:
                 _save(state_file, about, bank, index, optimizer, losses)
     return losses
 
@@ -113,13 +113,13 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, denoise: Denoi
 
 @torch.no_grad()
 def disagreement(guider: Guider, other: Guider, store: SampleStore, see: Denoiser, sigmas: list[float],
-                 size: int = 64) -> list[float]:
+                 size: int = 64, device: torch.device | str = "cpu") -> list[float]:
     """Mean distance of `other`, on what it sees at each noise level, from the plain guider's answer on the clean image.
 
     With the plain guider as the other it shows where experts are needed; with the experts, what they learned.
     """
-    images = store.batch(0, size, seed=-1)
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    images = store.batch(0, size, seed=-1).to(device)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(device)
     teacher, out = guider.predict(images, clean(images)), []
     for sigma in sigmas:
         level = images.new_full((len(images),), sigma)

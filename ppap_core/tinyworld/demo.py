@@ -60,7 +60,7 @@ def distil_view(world: World, view: str, store: SampleStore, folder: Path, repor
 def plot_disagreement(world: World, plain: Guider, experts: Guider, store: SampleStore, path: Path) -> None:
     """How far plain guider and experts are from the answer on the clean image, by noise level."""
     see = view_of(experts.net, world.denoise)
-    series = {name: list(zip(LEVELS, disagreement(plain, other, store, see, LEVELS), strict=True))
+    series = {name: list(zip(LEVELS, disagreement(plain, other, store, see, LEVELS, device=world.device), strict=True))
               for name, other in (("plain guider", plain), ("five experts", experts))}
     save_picture(line_plot(series, f"Distance from the answer on the clean image, {plain.view} view", "noise level sigma",
                            "KL, lower is better", log_x=True), path)

@@ -14,8 +14,8 @@ SPACE = "pixel"  # the only thing that is diffused so far
 
 def _belongs(guider: Guider, weights: str) -> dict:
     """What must agree between a file and a guider: everything that would silently make experts useless."""
-    return {"kind": KIND, "format": FORMAT, "noise": NOISE, "space": SPACE, "task": guider.task, "guider": guider.name,
-            "fingerprint": weights, "preprocess": guider.preprocess.about()}
+    return {"kind": KIND, "format": FORMAT, "noise": NOISE, "space": SPACE, "task": guider.task, "fingerprint": weights,
+            "preprocess": guider.preprocess.about()}
 
 
 def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
@@ -24,8 +24,8 @@ def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
     for index in range(len(bank.schedule)):
         tensors |= with_prefix(f"expert_{index}", bank.weights(index))
     save_tensors(path, tensors, _belongs(guider, bank.fingerprint) | {
-        "view": bank.view, "edges": list(bank.schedule.edges), "rank": bank.lora.rank, "alpha": bank.lora.alpha,
-        "targets": list(bank.lora.targets), "recipe": bank.recipe})
+        "guider": guider.name, "view": bank.view, "edges": list(bank.schedule.edges), "rank": bank.lora.rank,
+        "alpha": bank.lora.alpha, "targets": list(bank.lora.targets), "recipe": bank.recipe})
 
 
 def load_bank(path: Path | str, guider: Guider) -> ExpertBank:

@@ -29,9 +29,13 @@ class LoraSpec:
 
 
 def default_targets(net: nn.Module) -> tuple[str, ...]:
-    """Every Linear and ungrouped Conv2d but the last one, the head. peft cannot adapt grouped convolutions at any rank."""
-    layers = [name for name, module in net.named_modules()
-              if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)]
+    """Every Linear and ungrouped Conv2d but the last one, the head. The stem, which meets the noise first, is among them.
+
+    peft cannot adapt grouped convolutions at any rank, and torch's own attention reads its weights past an adapter.
+    """
+    inside = tuple(f"{name}." for name, module in net.named_modules() if isinstance(module, nn.MultiheadAttention))
+    layers = [name for name, module in net.named_modules() if not name.startswith(inside)
+              and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))]
     if len(layers) < 2:
         raise ValueError(f"{type(net).__name__} has {len(layers)} Linear or Conv2d layers: experts need at least two, "
                          "because the last one stays as it is")
@@ -137,7 +141,8 @@ class ExpertBank(nn.Module):
     def _merge(self) -> None:
         for layer, plain in self._merged:
             weight = layer.base_layer.weight
-            weight.data.copy_(plain.to(weight.device) + layer.get_delta_weight(f"expert_{self.active}"))
+            with torch.autocast(weight.device.type, enabled=False):  # the sum stays exact, whatever the network computes in
+                weight.data.copy_(plain.to(weight.device) + layer.get_delta_weight(f"expert_{self.active}"))
 
     def _named(self, index: int) -> dict[str, nn.Parameter]:
         """The parameters of one expert under names that do not depend on its number."""
@@ -164,14 +169,14 @@ class ExpertBank(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
-    def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, image: Tensor, sigma: Tensor, *prompt: Tensor) -> Tensor:
         """Output of the expert responsible for sigma (B,). ValueError if the batch spans two intervals."""
         low, high = (self.schedule.index(float(value)) for value in sigma.aminmax())
         if low != high:
             raise ValueError(f"one batch holds noise levels of the experts {low} and {high}: split it, so that all "
                              "images of a call belong to one interval")
         self.select(low)
-        return self.net(image)
+        return self.net(image, *prompt)
 
     @contextmanager
     def trainable(self, index: int) -> Iterator[list[nn.Parameter]]:

@@ -1,6 +1,8 @@
 """Reading and writing: safetensors with JSON metadata, written beside the name and then renamed."""
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,15 +50,40 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of any safetensors file. FileNotFoundError or ValueError in words."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def read_header(path: Path | str) -> tuple[list[str], dict[str, str]]:
+    """Names and metadata of a safetensors file that is whole. FileNotFoundError or ValueError in words."""
+    with _opened(path) as file:
+        return list(file.keys()), file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: check the name and the folder.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} cannot be read ({error}): expected a whole safetensors file; copy or make it "
                          "again.") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The whole safetensors files of a folder, by its index if it has one. FileNotFoundError or ValueError in words."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            pickle = next((f", only {file.name}, a pickle, which can hold code" for file in folder.glob("*.bin")), "")
+            raise FileNotFoundError(f"{folder.name} has no {name}{pickle}: expected weights in safetensors; copy them from "
+                                    "the network's own page")
+        read_header(folder / name)
+    return [folder / name for name in names]
 
 
 def write_json(path: Path | str, value: object) -> None:

@@ -6,7 +6,8 @@ guidance (Dhariwal & Nichol 2021) written for the prediction.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from .guider import Guider
 from .noise import EVERYWHERE, NoiseInterval, as_seen, expand
 from .sampling import Denoiser
+from .tasks import TASKS
 
+HALF = (torch.float16, torch.bfloat16)
 log = logging.getLogger(__name__)
 
 
@@ -80,7 +83,7 @@ class Shift(NamedTuple):
 
 
 def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Tensor, *, sigma_data: float = 0.5,
-                   max_rms: float = math.inf) -> Shift | None:
+                   max_rms: float = math.inf, compute: torch.dtype | None = None) -> Shift | None:
     """The sum of all terms' shifts, to be added to the denoised prediction, or None where no term is at work.
 
     x (B, C, H, W): the noisy state image + sigma * noise; sigma (B,), one value; denoised (B, C, H, W): the prediction.
@@ -89,14 +92,15 @@ def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Te
     under a Gaussian prior, r^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2), so that a weight means the same in both.
 
     max_rms: upper limit for the root mean square of the summed shift of each sample, in units of the data; infinity
-    changes nothing. Works under torch.inference_mode(), as long as the guiders' weights were made outside of it.
+    changes nothing. compute: the type that the guiders' networks compute in; None or float32 changes nothing.
+    Works under torch.inference_mode(), as long as the guiders' weights were made outside of it.
     """
     level, total, readings = _common_level(sigma), None, []
     for index, term in enumerate(terms):
         strength = term.strength(level)
         if strength == 0:
             continue
-        energy, gradient = energy_gradient(term.guider, x, sigma, denoised)
+        energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
         part = -strength * _step_size(term.guider.view, level, sigma_data) * gradient
         if term.mask is not None:
             part = part * _mask_for(term.mask, part)
@@ -120,13 +124,82 @@ def guided(denoise: Denoiser, terms: Sequence[Term], *, sigma_data: float = 0.5,
     return denoise_guided
 
 
-def energy_gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Tensor]:
-    """Energy (B,) and its gradient in what the guider looks at: x for the noisy view, denoised for the other."""
+def energy_gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
+                    compute: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Energy (B,) and its gradient in what the guider looks at: x for the noisy view, denoised for the other.
+
+    A batch that does not fit into memory is done in parts: energies are those of single images, so nothing changes.
+    """
+    start, size, found = 0, len(x), []
+    while start < len(x):
+        part = slice(start, start + size)
+        one = _gradient_if_it_fits(part_of(guider, part, len(x)), x[part], sigma[part], denoised[part], compute)
+        if one:
+            found.append(one)
+            start += size
+        elif size == 1:
+            raise torch.OutOfMemoryError(f"{guider.name} does not fit into memory with a single image of {x.shape[-1]} x "
+                                         f"{x.shape[-2]}: use a smaller network or smaller images, or free memory")
+        else:
+            log.info("%s runs out of memory with %d images at once: going on with fewer", guider.name, size)
+            size = (size + 1) // 2
+    energies, gradients = zip(*found, strict=True)
+    return torch.cat(energies), torch.cat(gradients)
+
+
+def part_of(guider: Guider, part: slice, count: int) -> Guider:
+    """The guider for a part of a batch of `count` images: what it holds for each image is cut along."""
+    cut = {}
+    for name in ("target", "prompt"):
+        value = getattr(guider, name)
+        if value is not None and len(value) not in (1, count):
+            raise ValueError(f"the {name} of {guider.name} is for {len(value)} images but {count} are sampled: give one "
+                             f"{name} for all, or one for each")
+        if value is not None and len(value) > 1:
+            cut[name] = value[part]
+    return replace(guider, **cut)
+
+
+def _gradient_if_it_fits(*args) -> tuple[Tensor, Tensor] | None:
+    try:
+        return _gradient(*args)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
+    return None  # only here is the error gone, and with it the half-built graph that its frames hold
+
+
+def _gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
+              compute: torch.dtype | None) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.enable_grad():
         point = (x if guider.view == "noisy" else denoised).detach().clone().requires_grad_(True)
-        level = sigma.detach().clone()
-        energy = guider.energy(as_seen(point, level) if guider.view == "noisy" else point, level)
-        return energy.detach(), torch.autograd.grad(energy.sum(), point)[0]
+        energy = energy_at(guider, point, sigma.detach().clone(), compute)
+        scale = _loss_scale(guider, point, compute)
+        gradient = torch.autograd.grad(energy.sum() * scale, point)[0] / scale
+        return energy.detach(), gradient
+
+
+def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype | None = None) -> Tensor:
+    """Energy (B,), at least float32, of the points that the guider looks at, with its network in a type to compute in."""
+    with _computing_in(compute, guider, point.device.type):
+        energy = guider.energy(as_seen(point, sigma) if guider.view == "noisy" else point, sigma)
+    return energy.float() if energy.dtype in HALF else energy
+
+
+def _computing_in(compute: torch.dtype | None, guider: Guider, device: str) -> AbstractContextManager:
+    """Half precision where it was asked for; what has no weights, such as a rule, is cheap and stays precise."""
+    weights = isinstance(guider.net, torch.nn.Module) and any(True for _ in guider.net.parameters())
+    if compute not in HALF or not weights or not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, dtype=compute)
+
+
+def _loss_scale(guider: Guider, point: Tensor, compute: torch.dtype | None) -> float:
+    """Factor of the energy that keeps small gradients from vanishing in float16, whose smallest number is 6e-8."""
+    if compute != torch.float16:
+        return 1.0
+    counted = point[0].numel() if TASKS[guider.task].per_value else 1  # such an energy is that many times larger
+    return 2.0 ** (10 - round(math.log2(counted)))
 
 
 def _step_size(view: str, sigma: float, sigma_data: float) -> float:

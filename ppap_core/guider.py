@@ -1,34 +1,14 @@
 """A guider: a network that judges images, with its preprocessing, its task and what it is aimed at."""
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .tasks import TASKS
+from .preprocess import Preprocess, cut_outs
+from .tasks import TASKS, resize_map
 
-
-@dataclass(frozen=True)
-class Preprocess:
-    """Image (B, 3, H, W) in [-1, 1] -> resized, with the mean and spread that a network was trained on. Differentiable."""
-
-    size: tuple[int, int]                               # (height, width)
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of images in [0, 1]
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    interpolation: str = "bilinear"
-
-    def __call__(self, image: Tensor) -> Tensor:
-        if tuple(image.shape[-2:]) != tuple(self.size):
-            image = F.interpolate(image, self.size, mode=self.interpolation, antialias=True)
-        mean, std = (torch.tensor(values).to(image)[:, None, None] for values in (self.mean, self.std))
-        return ((image + 1) / 2 - mean) / std
-
-    def about(self) -> dict:
-        """The numbers as JSON has them, for files."""
-        return {"size": list(self.size), "mean": list(self.mean), "std": list(self.std),
-                "interpolation": self.interpolation}
+MAPS = ("depth", "segmentation", "mask")  # tasks that answer for each place of the image
 
 
 @dataclass(frozen=True)
@@ -41,12 +21,16 @@ class Guider:
     """
 
     name: str                                # such as "tinyworld/class"; goes into the files of its experts
-    net: Callable[[Tensor, Tensor], Tensor]
+    net: Callable[..., Tensor]               # (preprocessed image, sigma[, prompt]) -> output
     preprocess: Preprocess
     task: str                                # a key of TASKS
     labels: tuple[str, ...] = ()             # names of the classes, if it has any
     view: str = "denoised"                   # what it looks at: "noisy" state or "denoised" prediction
-    target: Tensor | None = None             # class (B|1,) long; depth (B|1, 1, h, w); segmentation (B|1, h, w) long
+    target: Tensor | None = None             # class (B|1,) long or weights (B|1, K); depth, mask (B|1, 1, h, w);
+    #                                          segmentation (B|1, h, w) long; embedding (B|1, D); number (B|1, 1)
+    prompt: Tensor | None = None             # (B|1, D), for networks that answer about a text
+    read_text: Callable[[str], Tensor] | None = None  # text -> (1, D), for networks that know texts
+    cutouts: int = 0                         # square parts of the image that are judged beside the whole
 
     def aim(self, target: Tensor) -> "Guider":
         """The same guider with a target."""
@@ -54,12 +38,22 @@ class Guider:
 
     def predict(self, image: Tensor, sigma: Tensor) -> Tensor:
         """The network's output for images at noise levels (B,)."""
-        return self.net(self.preprocess(image), sigma)
+        if self.prompt is None:
+            return self.net(self.preprocess(image), sigma)
+        prompt = _fit_for_autograd(self.prompt, image).to(image.dtype).expand(len(image), -1)
+        return self.net(self.preprocess(image), sigma, prompt)
 
     def energy(self, image: Tensor, sigma: Tensor) -> Tensor:
         """How far each image is from the target, (B,), lower is better. ValueError without a target that fits."""
-        output = self.predict(image, sigma)
-        return TASKS[self.task].loss(output, self.target_for(image, output))
+        task = TASKS[self.task]
+
+        def loss(part: Tensor) -> Tensor:
+            output = self.predict(part, sigma)
+            return task.loss(output, self.target_for(part, output))
+
+        energies = [loss(part) for part in (image, *cut_outs(image, self.cutouts, float(sigma[0])))]
+        energy = sum(energies) / len(energies)
+        return energy * image[0].numel() if task.per_value else energy
 
     def score(self, image: Tensor, sigma: Tensor) -> Tensor:
         """How well each image meets the target, (B,) in [0, 1]. Judge with a network that did not guide."""
@@ -67,28 +61,41 @@ class Guider:
         return TASKS[self.task].score(output, self.target_for(image, output))
 
     def target_for(self, image: Tensor, output: Tensor) -> Tensor:
-        """The target, in the place of the images. ValueError without one, or with one for another batch."""
+        """The target, in the place of the images and the size of the answers. ValueError without one that fits."""
         if self.target is None:
             raise ValueError(f"the guider {self.name} has no target: aim it at a {self.task} first")
         if len(self.target) not in (1, len(image)):
             raise ValueError(f"the target of {self.name} is for {len(self.target)} images but {len(image)} are "
                              "sampled: give one target for all, or one for each")
-        if self.target.ndim > 1 and self.target.shape[-2:] != output.shape[-2:]:
-            raise ValueError(f"the target of {self.name} is {tuple(self.target.shape[-2:])} but its answers are "
-                             f"{tuple(output.shape[-2:])} (height, width): resize the target")
-        target = self.target.to(image.device)
-        return target.clone() if target.is_inference() else target
+        target = _fit_for_autograd(self.target, image)
+        return resize_map(target, output.shape[-2:]) if self.task in MAPS else target
+
+
+def _fit_for_autograd(tensor: Tensor, image: Tensor) -> Tensor:
+    tensor = tensor.to(image.device)
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class IgnoreSigma(nn.Module):
-    """An off-the-shelf network as net(image, sigma)."""
+    """An off-the-shelf network as net(image, sigma[, prompt])."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net = net.eval().requires_grad_(False)
+        self.net = net
+        self.eval().requires_grad_(False)
 
-    def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
-        return self.net(image)
+    def forward(self, image: Tensor, sigma: Tensor, *prompt: Tensor) -> Tensor:
+        return self.net(image, *prompt)
+
+
+def short_labels(descriptions: list[str]) -> tuple[str, ...]:
+    """The first name of each class that no class before it has; 'crane 517' where there is none: without commas."""
+    names: dict[str, str] = {}  # by what they are when case does not count: 'Cardigan' the dog, 'cardigan' the coat
+    for index, description in enumerate(descriptions):
+        choices = [*(part.strip() for part in description.split(",")), f"{description.split(',')[0]} {index}"]
+        name = next(name for name in choices if name.lower() not in names)
+        names[name.lower()] = name
+    return tuple(names.values())
 
 
 def clean(images: Tensor) -> Tensor:
@@ -96,28 +103,10 @@ def clean(images: Tensor) -> Tensor:
     return images.new_zeros(len(images))
 
 
-def class_target(guider: Guider, names: str) -> Tensor:
-    """Classes by name or number, separated by commas -> (n,) long. ValueError names the close or the first choices."""
-    if guider.task != "class":
-        raise ValueError(f"{guider.name} predicts {guider.task}, not classes: give it an image as its target")
-    known = {label.lower(): index for index, label in enumerate(guider.labels)}
-    chosen = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        if name.lower() in known:
-            chosen.append(known[name.lower()])
-        elif name.isdecimal() and int(name) < len(guider.labels):
-            chosen.append(int(name))
-        else:
-            close = difflib.get_close_matches(name.lower(), known, n=5) or list(known)[:8]
-            raise ValueError(f"{guider.name} has no class '{name}': expected a number below {len(guider.labels)} "
-                             f"or a name such as {', '.join(close)}")
-    if not chosen:
-        raise ValueError(f"no class was given: expected one or more names of {guider.name}, separated by commas")
-    return torch.tensor(chosen)
-
-
 @torch.no_grad()
 def reading(guider: Guider, image: Tensor) -> Tensor:
     """What the guider reads in clean images, as a target for others to have the same: image (B, 3, H, W) -> target."""
     output = guider.predict(image, clean(image))
-    return output if guider.task == "depth" else output.argmax(1)
+    if guider.task == "mask":
+        return output.sigmoid()
+    return output.argmax(1) if guider.task in ("class", "segmentation") else output

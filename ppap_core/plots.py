@@ -1,6 +1,7 @@
 """Pictures of numbers, drawn with Pillow: image tensors (1, 3, H, W) in [-1, 1]."""
 import colorsys
 import math
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -172,4 +173,15 @@ def bar_picture(shares: dict[str, float], size: tuple[int, int] = (256, 256)) ->
         top = index * row
         draw.rectangle([0, top + 2, max(share * width, 1), top + row - 3], fill=(170, 200, 245))
         draw.text((6, top + row / 2), f"{name}  {share:.0%}", INK, _font(14), anchor="lm")
+    return _image(picture)
+
+
+def note_picture(lines: Sequence[str], size: tuple[int, int] = (256, 256)) -> Tensor:
+    """A few sentences, broken where they reach the border; size is (height, width) in pixels."""
+    from PIL import Image, ImageDraw
+
+    height, width = size
+    picture = Image.new("RGB", (width, height), PAPER)
+    broken = [part for line in lines for part in textwrap.wrap(line, width // 9)]
+    ImageDraw.Draw(picture).multiline_text((8, 8), "\n".join(broken), INK, _font(15), spacing=6)
     return _image(picture)

@@ -2,10 +2,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = 255  # pixels of a label map that no energy counts
+IGNORE = -100  # pixels of a label map that no energy counts
 
 
 class Task(NamedTuple):
@@ -14,6 +15,7 @@ class Task(NamedTuple):
     loss: Callable[[Tensor, Tensor], Tensor]      # (output, target): what guidance lowers
     distance: Callable[[Tensor, Tensor], Tensor]  # (student output, teacher output): what distillation lowers
     score: Callable[[Tensor, Tensor], Tensor]     # (output, target) in [0, 1], 1 = condition met
+    per_value: bool = False                       # the energy counts once for each value of the image
 
 
 def _full(x: Tensor) -> Tensor:
@@ -22,8 +24,8 @@ def _full(x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """-log p(target): logits (B, K), target (B|1,) long -> (B,)."""
-    return F.cross_entropy(_full(logits), target.expand(len(logits)), reduction="none")
+    """-log p(target): logits (B, K), target (B|1,) long -> (B,). Weights of several classes, (B|1, K): -sum w log p."""
+    return F.cross_entropy(_full(logits), target.expand(len(logits), *target.shape[1:]), reduction="none")
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -34,8 +36,9 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def probability(logits: Tensor, target: Tensor) -> Tensor:
-    """p(target), (B,)."""
-    return (-cross_entropy(logits, target)).exp()
+    """p(target), (B,); of several classes the weighted geometric mean."""
+    total = target.clamp_min(0).sum(1).clamp_min(1e-6) if target.ndim > 1 else 1
+    return (-cross_entropy(logits, target) / total).exp().clamp_max(1)
 
 
 def correlation(depth: Tensor, target: Tensor) -> Tensor:
@@ -45,10 +48,9 @@ def correlation(depth: Tensor, target: Tensor) -> Tensor:
     return F.cosine_similarity(a, b, dim=1, eps=1e-6)
 
 
-def depth_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error in units of the teacher's own spread, so that its range does not matter, (B,)."""
-    student, teacher = _full(student).flatten(1), _full(teacher).flatten(1)
-    return (student - teacher).square().mean(1) / teacher.var(1).clamp_min(1e-6)
+def depth_difference(depth: Tensor, target: Tensor) -> Tensor:
+    """1 - correlation: half the squared error of the two maps once each has mean 0 and spread 1, (B,)."""
+    return 1 - correlation(depth, target)
 
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -65,9 +67,64 @@ def pixel_accuracy(logits: Tensor, target: Tensor) -> Tensor:
     return right.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
 
 
+def mask_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over pixels: logits (B, 1, h, w) of a mask, target (B|1, 1, h, w) in [0, 1] -> (B,)."""
+    logits = _full(logits)
+    each = F.binary_cross_entropy_with_logits(logits, target.to(logits).expand_as(logits), reduction="none")
+    return each.flatten(1).mean(1)
+
+
+def mask_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean KL(teacher || student) of the pixels' two outcomes, logits (B, 1, h, w) -> (B,)."""
+    wanted = _full(teacher).sigmoid()
+    return mask_cross_entropy(student, wanted) - mask_cross_entropy(teacher, wanted)
+
+
+def mask_agreement(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - mean difference of the masks, (B,)."""
+    return 1 - (_full(logits).sigmoid() - _full(target)).abs().flatten(1).mean(1)
+
+
+NATS = 100.0  # of a cosine: the temperature that text-image networks are trained with (CLIP: Radford et al. 2021)
+
+
+def cosine(embedding: Tensor, target: Tensor) -> Tensor:
+    """Cosine of (B, D) and (B|1, D), (B,)."""
+    return F.cosine_similarity(_full(embedding), _full(target), dim=1)
+
+
+def half_square(output: Tensor, target: Tensor) -> Tensor:
+    """Half the mean squared difference, (B, ...) and (B|1, ...) -> (B,)."""
+    return (_full(output) - _full(target)).square().flatten(1).mean(1) / 2
+
+
+def relative_square(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference in units of the teacher's own size, so that its range does not matter, (B,)."""
+    return half_square(student, teacher) / half_square(teacher, torch.zeros_like(teacher)).clamp_min(1e-6)
+
+
+def closeness(output: Tensor, target: Tensor) -> Tensor:
+    """1 where they are equal, 1/2 where they differ by 1, (B,)."""
+    return 1 / (1 + (2 * half_square(output, target)).sqrt())
+
+
 TASKS: dict[str, Task] = {
     "class": Task(cross_entropy, kl, probability),
-    "depth": Task(lambda output, target: 1 - correlation(output, target), depth_distance,
-                  lambda output, target: correlation(output, target).clamp_min(0)),
+    "depth": Task(depth_difference, depth_difference, lambda output, target: correlation(output, target).clamp_min(0)),
     "segmentation": Task(pixel_cross_entropy, kl, pixel_accuracy),
+    "mask": Task(mask_cross_entropy, mask_kl, mask_agreement),
+    "embedding": Task(lambda output, target: NATS * (1 - cosine(output, target)),
+                      lambda student, teacher: 1 - cosine(student, teacher),
+                      lambda output, target: cosine(output, target).clamp_min(0)),
+    "number": Task(half_square, half_square, closeness, per_value=True),
+    **dict.fromkeys(("features", "style", "structure"), Task(half_square, relative_square, closeness, per_value=True)),
 }
+
+
+def resize_map(target: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (B, 1, h, w) or a label map (B, h, w) long in another size; labels are never mixed."""
+    if tuple(target.shape[-2:]) == tuple(size):
+        return target
+    if target.is_floating_point():
+        return F.interpolate(target, size, mode="bilinear", antialias=True)
+    return F.interpolate(target[:, None].double(), size, mode="nearest-exact")[:, 0].long()

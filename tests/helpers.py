@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppap_core.guider import Guider, IgnoreSigma, Preprocess
+from ppap_core.guider import Guider, IgnoreSigma
+from ppap_core.preprocess import Preprocess
 
 B, H, W = 3, 20, 28
 CLASSES = 5
@@ -61,17 +62,21 @@ def fixed_weights(net: nn.Module, seed: int = 0) -> nn.Module:
     return net
 
 
+LABELS = {"class": ("red fox", "grey fox", "tabby", "tiger", "goldfish"), "segmentation": ("wall", "thing")}
+OUTPUTS = {"class": CLASSES, "depth": 1, "segmentation": 2, "mask": 1, "embedding": 6, "number": 1, "features": 4,
+           "style": 7, "structure": 9}
+DENSE = ("depth", "segmentation", "mask", "features")  # tasks with one answer for each pixel
 TARGETS = {"class": torch.tensor([2]), "depth": randn(1, 1, 6, 8, seed=5),
-           "segmentation": randn(1, 6, 8, seed=6).gt(0).long()}
+           "segmentation": randn(1, 6, 8, seed=6).gt(0).long(), "mask": randn(1, 1, 6, 8, seed=7).sigmoid(),
+           "embedding": randn(1, 6, seed=8), "number": torch.tensor([[0.8]]), "features": randn(1, 4, 6, 8, seed=9),
+           "style": randn(1, 7, seed=10), "structure": randn(1, 9, seed=11)}
 
 
 def small_guider(task: str = "class", view: str = "denoised", seed: int = 0, dtype: torch.dtype = torch.float32) -> Guider:
     """A guider with experts' likely troubles: batch norm, a resize, statistics of its own. Aimed at something."""
-    outputs = {"class": CLASSES, "depth": 1, "segmentation": 2}[task]
-    net = fixed_weights(SmallNet(outputs, dense=task != "class"), seed).to(dtype)
+    net = fixed_weights(SmallNet(OUTPUTS[task], dense=task in DENSE), seed).to(dtype)
     preprocess = Preprocess((12, 16), (0.48, 0.45, 0.4), (0.22, 0.23, 0.24))
-    labels = ("red fox", "grey fox", "tabby", "tiger", "goldfish") if task == "class" else ()
-    return Guider(f"small/{task}", IgnoreSigma(net), preprocess, task, labels, view, TARGETS[task])
+    return Guider(f"small/{task}", IgnoreSigma(net), preprocess, task, LABELS.get(task, ()), view, TARGETS[task])
 
 
 def snapshot(net: nn.Module) -> dict[str, Tensor]:

@@ -1,16 +1,18 @@
 """Guidance as a shift of the prediction. The central test is the first one; the rest are invariants and faults."""
 import logging
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TARGETS, VIEWS, B, H, W, images, level, randn, says, small_guider
+from helpers import TARGETS, VIEWS, B, H, W, disturb, images, level, randn, says, small_guider
 
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
-from ppap_core.guidance import Ramp, Term, energy_gradient, guidance_shift, guided
+from ppap_core.guidance import HALF, Ramp, Term, energy_gradient, guidance_shift, guided, part_of
 from ppap_core.guider import IgnoreSigma
 from ppap_core.noise import EVERYWHERE, ExpertSchedule, NoiseInterval, expand, flow_to_ve
+from ppap_core.rules import rule_guider
 from ppap_core.sampling import karras_sigmas, sample_euler, sample_heun, seeded_noise
 from ppap_core.tasks import TASKS
 from ppap_core.tinyworld.gaussian import GaussianMixture
@@ -338,6 +340,186 @@ def test_a_guided_denoiser_reports_its_shifts_and_stacks():
     out = guided(inner, [second], on_shift=seen.append)(x, sigma)
     torch.testing.assert_close(out, smooth(x, sigma) + seen[0].shift + seen[1].shift)
     assert [len(shift.readings) for shift in seen] == [1, 1]
+
+
+# Half precision
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The least cosine of two gradients, over the images."""
+    return float(torch.cosine_similarity(a.flatten(1), b.flatten(1)).min())
+
+
+class Watch(torch.nn.Module):
+    """A network that remembers the type it answered in and the sizes of the batches it was asked about."""
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__()
+        self.net, self.types, self.counts = net, [], []
+
+    def forward(self, image, sigma, *prompt):
+        self.counts.append(len(image))
+        out = self.net(image, sigma, *prompt)
+        self.types.append(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize("compute", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("view", VIEWS)
+def test_full_precision_changes_no_bit(view, compute):
+    plain, other = (guidance_shift([Term(small_guider(view=view))], *situation(), compute=each) for each in (None, compute))
+    assert torch.equal(other.shift, plain.shift) and torch.equal(other.readings[0].energy, plain.readings[0].energy)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("compute", HALF)
+def test_a_network_computes_in_half_precision_and_its_energy_and_gradient_are_full(compute, task):
+    guider = small_guider(task)
+    watched = replace(guider, net=Watch(guider.net))
+    energy, gradient = energy_gradient(guider, *situation())
+    half, rough = energy_gradient(watched, *situation(), compute)
+    assert watched.net.types == [compute] and half.dtype == rough.dtype == torch.float32
+    torch.testing.assert_close(half, energy, rtol=0.05, atol=0.02)
+    assert not torch.equal(rough, gradient) and alike(rough, gradient) > 0.99
+    torch.testing.assert_close(rough.norm(), gradient.norm(), rtol=0.05, atol=0)
+
+
+def test_small_gradients_do_not_vanish_in_float16():
+    guider = small_guider()
+    base_network(guider).head.weight.data *= 1e-5
+    _, gradient = energy_gradient(guider, *situation())
+    assert gradient.abs().max() < 1e-6
+    assert alike(energy_gradient(guider, *situation(), torch.float16)[1], gradient) > 0.99
+
+
+def test_the_large_energy_of_a_large_image_does_not_overflow_in_float16():
+    image = randn(1, 3, 200, 180).tanh()
+    for task in ("number", "features"):
+        guider = small_guider(task)
+        _, gradient = energy_gradient(guider, image, level(1.0, image), image)
+        _, half = energy_gradient(guider, image, level(1.0, image), image, torch.float16)
+        assert half.isfinite().all() and alike(half, gradient) > 0.99
+
+
+@pytest.mark.parametrize("compute", HALF)
+@pytest.mark.parametrize("rule", ["sharpness", "edges", "colours"])
+def test_what_has_no_weights_stays_precise(rule, compute):
+    x, sigma, denoised = situation()
+    guider = rule_guider(rule)
+    guider = guider.aim(guider.predict(images(1, seed=4), sigma[:1]))
+    full, half = (guidance_shift([Term(guider)], x, sigma, denoised, compute=each).shift for each in (None, compute))
+    assert torch.equal(half, full)
+
+
+def test_experts_that_were_chosen_in_half_precision_are_the_same_afterwards():
+    guider, x = small_guider(), images()
+    gradients = []
+    for compute in (None, torch.bfloat16):
+        bank = ExpertBank(base_network(guider), ExpertSchedule.log_spaced(2, 0.1, 10.0), LoraSpec(2, 2.0))
+        for index in range(2):
+            disturb(bank, index)
+        bank.select(0)
+        energy_gradient(with_experts(guider, bank), x, level(8.0, x), x, compute)
+        gradients.append(energy_gradient(with_experts(guider, bank), x, level(8.0, x), x)[1])
+    assert torch.equal(*gradients)
+
+
+def test_half_precision_works_under_inference_mode():
+    terms = [Term(small_guider())]
+    expected = guidance_shift(terms, *situation(), compute=torch.bfloat16).shift
+    with torch.inference_mode():
+        assert torch.equal(guidance_shift(terms, *situation(), compute=torch.bfloat16).shift, expected)
+
+
+# Memory
+
+class Cramped(Watch):
+    """A network that runs out of memory when it is asked about too many images at once, half way through."""
+
+    def __init__(self, net: torch.nn.Module, room: int, error: Exception | None = None):
+        super().__init__(net)
+        self.room, self.error, self.graph = room, error, None
+        self.freed = []
+
+    def forward(self, image, sigma, *prompt):
+        if self.graph:
+            self.freed.append(self.graph() is None)
+        if len(image) > self.room:
+            self.counts.append(len(image))
+            begun = image * 2
+            self.graph = weakref.ref(begun)
+            raise self.error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(image, sigma, *prompt)
+
+
+def cramped(guider, room: int, **more):
+    return replace(guider, net=Cramped(guider.net, room, **more))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("room", "asked"), [(4, [5, 3, 2]), (2, [5, 3, 2, 2, 1]), (1, [5, 3, 2, 1, 1, 1, 1, 1])])
+def test_a_batch_that_does_not_fit_into_memory_is_guided_in_parts_as_in_one(room, asked, task, view):
+    guider = small_guider(task, view)
+    each = [guider.target, guider.target.flip(-1) + (task == "class")]
+    guider = guider.aim(torch.cat([each[i % 2] for i in range(5)]))
+    small, mask = cramped(guider, room), randn(5, 1, H, W).sigmoid()
+    whole = guidance_shift([Term(guider, 2.0, mask=mask)], *situation(count=5))
+    parts = guidance_shift([Term(small, 2.0, mask=mask)], *situation(count=5))
+    torch.testing.assert_close(parts.shift, whole.shift, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts.readings[0].energy, whole.readings[0].energy)
+    assert small.net.counts == asked
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_prompt_is_cut_along_with_the_batch(size):
+    guider = replace(small_guider("embedding"), prompt=randn(size, 6, seed=2))
+    net = guider.net
+
+    def answer(image, sigma, prompt):
+        return net(image, sigma) * prompt
+
+    whole = energy_gradient(replace(guider, net=answer), *situation(count=4))
+    parts = energy_gradient(replace(guider, net=Cramped(answer, 1)), *situation(count=4))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_what_was_begun_is_freed_before_the_next_part():
+    small = cramped(small_guider(), 1)
+    energy_gradient(small, *situation(count=4))
+    assert small.net.counts == [4, 2, 1, 1, 1, 1] and small.net.freed == [True] * 5
+
+
+def test_a_single_image_that_does_not_fit_is_said_in_words():
+    with says(torch.OutOfMemoryError, "small/class", "single image", f"{W} x {H}", "smaller"):
+        guidance_shift([Term(cramped(small_guider(), 0))], *situation())
+
+
+def test_other_devices_say_it_in_their_own_words():
+    error = RuntimeError("MPS backend out of memory (MPS allocated: 8.10 GB, max allowed: 9.07 GB).")
+    small = cramped(small_guider(), 2, error=error)
+    torch.testing.assert_close(energy_gradient(small, *situation())[1], energy_gradient(small_guider(), *situation())[1],
+                               rtol=1e-4, atol=1e-7)
+
+
+def test_another_fault_of_a_network_is_not_taken_for_a_lack_of_memory():
+    small = cramped(small_guider(), 2, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        guidance_shift([Term(small)], *situation())
+    assert small.net.counts == [B]
+
+
+@pytest.mark.parametrize("name", ["target", "prompt"])
+def test_a_target_for_half_a_batch_is_refused_whatever_fits_into_memory(name):
+    guider = replace(small_guider("embedding"), **{name: randn(2, 6)})
+    with says(ValueError, "small/embedding", name, "2 images", "4 are sampled"):
+        guidance_shift([Term(cramped(guider, 2))], *situation(count=4))
+
+
+def test_the_guider_for_a_part_keeps_what_is_for_all_images():
+    guider = replace(small_guider("embedding"), prompt=randn(5, 6))
+    part = part_of(guider, slice(1, 4), 5)
+    assert torch.equal(part.prompt, guider.prompt[1:4]) and part.target is guider.target and part.net is guider.net
 
 
 # Faults

@@ -7,9 +7,10 @@ from helpers import B, fixed_weights, images, level, says
 from safetensors.torch import load_file, save_file
 
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, fingerprint, with_experts
-from ppap_core.guider import class_target, clean
+from ppap_core.guider import clean
 from ppap_core.loaders import load_guider
 from ppap_core.noise import ExpertSchedule
+from ppap_core.targets import class_target
 
 timm = pytest.importorskip("timm")
 
@@ -37,21 +38,21 @@ def test_a_network_that_timm_saved_is_loaded_with_its_weights_preprocessing_and_
     data = timm.data.resolve_data_config({}, model=net)
     assert guider.name == "timm/my net" and guider.task == "class" and guider.labels == tuple(LABELS)
     assert fingerprint(base_network(guider)) == fingerprint(net)
-    assert guider.preprocess.size == ARCHITECTURES[architecture][1]
+    assert guider.preprocess.crop == ARCHITECTURES[architecture][1]
     assert tuple(guider.preprocess.mean) == tuple(data["mean"]) and tuple(guider.preprocess.std) == tuple(data["std"])
     assert guider.preprocess.interpolation == data["interpolation"] == "bicubic"
     assert not any(parameter.requires_grad for parameter in guider.net.parameters()) and not guider.net.net.training
 
 
 def test_a_loaded_network_answers_as_the_one_that_was_saved_on_images_prepared_by_timm(tmp_path):
-    """torchvision's own normalisation and the network's own size, so that only the weights and numbers can differ."""
-    transforms = pytest.importorskip("torchvision.transforms")
     net = write_folder(tmp_path / "net", "vit_tiny_patch16_224")
     guider = load_guider(tmp_path / "net")
-    image = torch.nn.functional.interpolate(images(), (48, 48))
-    prepared = transforms.Normalize(guider.preprocess.mean, guider.preprocess.std)((image + 1) / 2)
+    image = images()
+    said = json.loads((tmp_path / "net" / "config.json").read_text())["pretrained_cfg"]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(said))
+    prepared = torch.stack([transform((each + 1) / 2) for each in image])
     with torch.no_grad():
-        torch.testing.assert_close(guider.predict(image, clean(image)), net(prepared))
+        torch.testing.assert_close(guider.predict(image, clean(image)), net(prepared), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

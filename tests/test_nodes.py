@@ -31,7 +31,7 @@ EVERY = [pytest.param(node, id=node.name) for name in NODE_FILES for node in cla
 
 @pytest.mark.parametrize("name", TREES)
 def test_only_the_bridge_knows_torch_and_comfyui_and_only_the_folders_its_folders(name: str):
-    known = {"bridge.py": OUTSIDE - {"folder_paths"}, "folders.py": {"folder_paths"}}
+    known = {"bridge.py": OUTSIDE - {"folder_paths"}, "memory.py": {"comfy", "torch"}, "folders.py": {"folder_paths"}}
     assert not imported(TREES[name]) & (OUTSIDE - known.get(name, set()))
 
 

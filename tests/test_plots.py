@@ -1,13 +1,14 @@
 """Pictures of numbers: they show what they were given, and no input breaks them."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import images, randn, says, small_guider
 
 from ppap_core.guidance import Reading
-from ppap_core.guider import clean
-from ppap_core.pictures import look_through, map_target
+from ppap_core.guider import clean, reading
+from ppap_core.pictures import look_through
 from ppap_core.plots import (
     bar_picture,
     colour,
@@ -18,8 +19,12 @@ from ppap_core.plots import (
     labels_of_picture,
     line_plot,
     loss_plot,
+    note_picture,
     save_picture,
 )
+from ppap_core.rules import RULES, rule_guider
+from ppap_core.targets import map_target
+from ppap_core.tasks import TASKS
 
 
 def is_picture(image: torch.Tensor, height: int | None = None, width: int | None = None) -> bool:
@@ -111,16 +116,79 @@ def test_shares_are_drawn_as_bars():
     assert is_picture(bar_picture({"red fox": 0.9, "tabby": 0.1, "none": 0.0}), 256, 256)
 
 
-@pytest.mark.parametrize("task", ["depth", "segmentation"])
-def test_what_a_guider_sees_is_a_picture_that_can_be_its_target(task):
-    guider = small_guider(task)
-    guider = guider if task == "depth" else guider.__class__(**{**vars(guider), "labels": ("wall", "thing")})
-    picture = look_through(guider, images())
-    target = map_target(guider, picture)
-    assert picture.shape[:2] == (3, 3) and bool((guider.aim(target).score(images(), clean(images())) > 0.99).all())
+def test_sentences_are_broken_at_the_border():
+    note = note_picture(["One sentence that is much longer than what fits into a single line of the picture.", "Two."])
+    assert is_picture(note, 256, 256) and bool((note[..., -6:] == 1).all()) and bool((note[:, :, 40:80] < 0).any())
+    assert is_picture(note_picture([], size=(30, 50)), 30, 50)
 
 
-def test_a_class_guider_shows_bars_and_takes_no_map():
-    assert look_through(small_guider(), images(2)).shape[:2] == (2, 3)
+# What a guider sees
+
+def ask(guider):
+    """A mask guider that was asked about a text; others as they are."""
+    net = guider.net
+    asked = replace(guider, prompt=randn(1, 6), net=lambda image, sigma, prompt: net(image, sigma))
+    return asked if guider.task == "mask" else guider
+
+
+def is_batch(pictures: torch.Tensor, count: int) -> bool:
+    return pictures.shape[:2] == (count, 3) and all(is_picture(each[None].contiguous()) for each in pictures)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("task", TASKS)
+def test_what_any_guider_sees_is_one_picture_for_each_image(task, count):
+    guider, image = ask(small_guider(task)), images(count)
+    aimed, free = look_through(guider, image), look_through(replace(guider, target=None), image)
+    assert is_batch(aimed, count) and is_batch(free, count)
+    assert torch.equal(aimed, free) == (task in ("class", "depth", "segmentation", "mask"))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_any_rule_reads_is_one_picture_for_each_image(name):
+    guider, image = rule_guider(name), images()
+    for each in (guider, guider.aim(reading(guider, image[:1]))):
+        assert is_batch(look_through(each, image), 3)
+
+
+@pytest.mark.parametrize("task", ["depth", "segmentation", "mask"])
+def test_a_map_that_a_guider_sees_can_be_its_target(task):
+    guider, image = ask(small_guider(task)), images()
+    own, other = (guider.aim(map_target(guider, look_through(guider, each))) for each in (image, image.flip(0)))
+    assert bool((own.score(image, clean(image)) > 0.8).all())
+    assert own.energy(image, clean(image)).sum() <= other.energy(image, clean(image)).sum()
+
+
+def test_a_mask_guider_that_was_not_asked_sees_nothing():
+    with says(ValueError, "small/mask", "not asked yet", "Aim at Text"):
+        look_through(small_guider("mask"), images())
+
+
+def test_the_colours_of_an_image_are_stripes_as_wide_as_their_shares():
+    shades = torch.tensor([[1.0, 0.2, 0.2], [-0.8, -0.6, -1.0], [0.0, -0.2, 0.1], [-0.8, -0.6, -1.0]])
+    image = shades.T[None, :, None].expand(1, 3, 20, 4).repeat_interleave(7, dim=3)
+    stripes = look_through(rule_guider("colours"), image)
+    assert stripes.shape == (1, 3, 256, 256)
+    for column, shade in ((5, 1), (122, 1), (134, 2), (188, 2), (196, 0), (250, 0)):
+        torch.testing.assert_close(stripes[0, :, :, column], shades[shade][:, None].expand(-1, 256))
+
+
+def test_a_layout_is_shown_in_its_cells():
+    guider, image = rule_guider("layout"), images()
+    cells = guider.predict(image, clean(image))
+    assert torch.equal(look_through(guider, image), cells.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3))
+
+
+def test_the_closer_an_image_is_to_the_target_the_longer_is_its_bar():
+    guider, image = small_guider("embedding"), images(1)
+    def filled(guider) -> int:
+        return int(((look_through(guider, image)[0] * 127.5 + 127.5).round() == torch.tensor([170, 200, 245])[:, None, None])
+                   .all(0).sum())
+    own = guider.predict(image, clean(image))
+    assert filled(guider.aim(own)) > 1.5 * filled(guider.aim(own + 3 * own.norm() * randn(1, 6).sign() / 6**0.5))
+
+
+def test_a_class_guider_takes_no_map():
     with says(ValueError, "small/class", "class"):
         map_target(small_guider(), images(1))
+

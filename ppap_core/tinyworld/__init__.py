@@ -4,7 +4,8 @@ from pathlib import Path
 from torch import nn
 
 from ..files import load_tensors
-from ..guider import Guider, IgnoreSigma, Preprocess
+from ..guider import Guider, IgnoreSigma
+from ..preprocess import Preprocess
 from .denoiser import TinyDenoiser
 from .networks import tiny_convnext, tiny_resnet
 from .scenes import CLASSES

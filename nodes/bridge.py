@@ -1,9 +1,12 @@
-"""The only file that knows ComfyUI: tensors, models, folders, progress. Everything else is schema or mathematics."""
+"""Between ComfyUI and the core: tensors, models, sampling, progress. Memory is in its own file, mathematics in the core."""
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import comfy.latent_formats
 import comfy.model_base
@@ -34,6 +37,7 @@ from ..ppap_core.samples import SampleStore
 from ..ppap_core.sampling import Denoiser, seeded_noise
 from ..ppap_core.tinyworld.denoiser import SIGMA_DATA
 from . import folders
+from .memory import compute_type, patcher, patcher_of, room_for, settle
 from .types import GuidanceTerm, Report, Samples
 
 KEY = "ppap"
@@ -112,33 +116,7 @@ def empty_pixels(batch: int, size: int) -> dict:
     return {"samples": torch.zeros(batch, 3, size, size)}
 
 
-# Networks under ComfyUI's memory management
-
-def patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
-    """A network that ComfyUI moves and frees."""
-    management = comfy.model_management
-    return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
-
-
-def patcher_of(net: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
-    """The one patcher of a guider's network: it lives on the network, because ComfyUI must not see it go first."""
-    if not hasattr(net, "comfy_patcher"):
-        net.comfy_patcher = patcher(net)
-    return net.comfy_patcher
-
-
-def settle(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
-    """Make networks differentiable where they are needed.
-
-    ComfyUI moves weights in inference mode, which makes them inference tensors; and a plain guider shares its weights
-    with its experts, so that freeing the one moves the other.
-    """
-    with torch.inference_mode(False):
-        for net in networks:
-            for tensor in (*net.parameters(), *net.buffers()):
-                if tensor.is_inference() or tensor.device != device:
-                    tensor.data = tensor.data.to(device, copy=True)
-
+# Guiders' networks
 
 def ready(guider: Guider) -> torch.device:
     """Load a guider's network to look through it right now; returns where it is."""
@@ -211,10 +189,10 @@ def core_term(model: comfy.model_patcher.ModelPatcher, term: GuidanceTerm) -> Te
 # Guidance
 
 class Run:
-    """One sampling with guidance: its terms, what they did, and what came out."""
+    """One sampling with guidance: its terms, the type it computes in, what the terms did, and what came out."""
 
-    def __init__(self, terms: list[Term]):
-        self.terms, self.readings, self.samples = terms, [], None
+    def __init__(self, terms: list[Term], compute: torch.dtype):
+        self.terms, self.compute, self.readings, self.samples = terms, compute, [], None
 
 
 def apply_guidance(model: comfy.model_patcher.ModelPatcher, terms: Sequence[GuidanceTerm], max_rms: float):
@@ -224,7 +202,8 @@ def apply_guidance(model: comfy.model_patcher.ModelPatcher, terms: Sequence[Guid
     networks = list({id(term.guider.net): term.guider.net for term in terms}.values())
 
     def start_run(executor, *args, **kwargs):
-        runs.append(Run([core_term(executor.class_obj.model_patcher, term) for term in terms]))
+        model = executor.class_obj.model_patcher
+        runs.append(Run([core_term(model, term) for term in terms], compute_type(model)))
         runs[-1].samples = executor(*args, **kwargs)
         return runs[-1].samples
 
@@ -234,13 +213,16 @@ def apply_guidance(model: comfy.model_patcher.ModelPatcher, terms: Sequence[Guid
 
     def guide(args: dict) -> Tensor:
         x, sigma = to_ve(args["model"].model_sampling, args["input"], args["sigma"])
-        found = guidance_shift(runs[-1].terms, x, sigma, args["denoised"], max_rms=max_rms or float("inf"))
+        found = guidance_shift(runs[-1].terms, x, sigma, args["denoised"], max_rms=max_rms or float("inf"),
+                               compute=runs[-1].compute)
         if found is None:
             return args["denoised"]
         runs[-1].readings += found.readings
         return args["denoised"] + found.shift
 
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
+    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY,
+                                room_for([term.guider for term in terms if term.weight], KEY))
     guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, after_loading)
     guided.set_model_sampler_post_cfg_function(guide)
     guided.set_additional_models(KEY, guided.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
@@ -289,6 +271,12 @@ def progress(total: int) -> Callable[[int, Tensor | None], None]:
         picture = None if preview is None else latent_preview.preview_to_image(preview[0].movedim(0, -1))
         bar.update_absolute(done, total, picture and ("JPEG", picture, 512))
     return report
+
+
+def progress_in_shares() -> Callable[[int, int], None]:
+    """Report(done, all) for work whose size is only known once it has begun."""
+    report = progress(1000)
+    return lambda done, total: report(1000 * done // max(total, 1))
 
 
 def about_model(model, *conditioning: list) -> dict:
@@ -383,15 +371,25 @@ def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str
 
 # Guiders by name
 
-def guider_sources() -> dict[str, Callable[[], Guider]]:
-    """Everything Load Guider can load, by name: the bundled ones first."""
-    sources = {f"tinyworld/{task}": lambda task=task: loaders.load_tinyworld(task) for task in tinyworld.TASKS}
+_loaded: WeakValueDictionary[tuple, torch.nn.Module] = WeakValueDictionary()  # keeps no network alive
+
+
+def guider_sources() -> dict[str, Callable[[str], Guider]]:
+    """Everything Load Guider can load, by name, as functions of what is read of it: the bundled ones first."""
+    sources = {f"tinyworld/{task}": partial(loaders.load_tinyworld, task) for task in tinyworld.TASKS}
     for folder in folders.guider_folders():
-        sources.setdefault(folder.name, lambda folder=folder: loaders.load_guider(folder))
+        sources.setdefault(folder.name, partial(loaders.load_guider, folder))
     return sources
 
 
-def load_guider(name: str) -> Guider:
-    """A guider by the name in the list. ValueError for any other name."""
-    with autograd():
-        return folders.choose(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")()
+def load_guider(name: str, answer: str = "own") -> Guider:
+    """A guider by the name in the list; read once for as long as its network is in use. ValueError for any other name."""
+    load = folders.choose(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")
+    key = (name, answer, *folders.guider_state(name))
+    net = _loaded.get(key)
+    if net is None:
+        with autograd():
+            guider = load(answer)
+        net = _loaded[key] = guider.net
+        net.loaded_as = replace(guider, net=None)  # without the network, which would then hold itself
+    return replace(net.loaded_as, net=net)

@@ -6,6 +6,8 @@ from typing import Any
 
 import folder_paths
 
+from ..ppap_core.download import folder_name
+
 
 def register_folders() -> None:
     """The pack's model folders; those of extra_model_paths.yaml stay."""
@@ -14,9 +16,14 @@ def register_folders() -> None:
 
 
 def guider_folders() -> list[Path]:
-    """Folders that hold a guider: those with a config.json in models/ppap_guiders."""
+    """Folders that hold a guider: those with a config.json in models/ppap_guiders. A dot hides one that is not whole yet."""
     roots = map(Path, folder_paths.get_folder_paths("ppap_guiders"))
-    return sorted(file.parent for root in roots if root.is_dir() for file in root.glob("*/config.json"))
+    return sorted(file.parent for root in roots if root.is_dir() for file in root.glob("[!.]*/config.json"))
+
+
+def downloaded_guider(repo: str) -> Path:
+    """Where the guider of owner/name on the hub goes. ValueError for what is no such name."""
+    return Path(folder_paths.get_folder_paths("ppap_guiders")[0]) / folder_name(repo)
 
 
 def output_folder(*names: str) -> Path:
@@ -26,7 +33,13 @@ def output_folder(*names: str) -> Path:
 
 def guider_state(name: str) -> list[str]:
     """Changes when the files of a guider change."""
-    return [_state(file) for folder in guider_folders() if folder.name == name for file in sorted(folder.iterdir())]
+    return [_state(file) for folder in guider_folders() if folder.name == name
+            for file in sorted(folder.iterdir()) if file.is_file()]
+
+
+def download_state(repo: str | None) -> list[str]:
+    """Changes when a downloaded guider comes or goes. A linked name, None, is not known yet."""
+    return guider_state(folder_name(repo)) if repo else []
 
 
 def expert_files() -> dict[str, Path]:

@@ -2,7 +2,10 @@
 from comfy_api.latest import io
 
 from ..ppap_core.bank_file import load_bank, save_bank
+from ..ppap_core.download import download
 from ..ppap_core.experts import ExpertBank, with_experts
+from ..ppap_core.loaders import ANSWERS
+from ..ppap_core.rules import RULES, rule_guider
 from ..ppap_core.tinyworld import SIZE
 from . import bridge, folders
 from .types import PPAPGuider
@@ -36,24 +39,79 @@ class PPAPLoadGuider(io.ComfyNode):
         return io.Schema(
             node_id="PPAPLoadGuider", display_name="Load Guider", category=CATEGORY,
             description="A network that judges images and can steer a diffusion model. The tiny world's own come with the "
-                        "pack; others are folders in models/ppap_guiders, such as a timm classifier with config.json and "
-                        "model.safetensors.",
+                        "pack; others are folders in models/ppap_guiders, with config.json and safetensors, as their hub "
+                        "pages offer them: of timm any, of transformers classifiers, CLIP and SigLIP, depth, segmentation, "
+                        "CLIPSeg and DINO. What cannot be loaded is refused with a sentence that says why.",
             inputs=[io.Combo.Input("guider_name", options=list(bridge.guider_sources()),
-                                   tooltip="The network. tinyworld/... come with the pack.")],
+                                   tooltip="The network. tinyworld/... come with the pack."),
+                    io.Combo.Input("answer", options=list(ANSWERS), default="own", optional=True,
+                                   tooltip="What is read of the network. own: its answer, such as classes or depth. Or how "
+                                           "it sees an image inside: structure (what is where, without colours; DINO or "
+                                           "timm), style (textures and colours, without places; timm, such as VGG), "
+                                           "embedding (what it is like as a whole).")],
             outputs=[PPAPGuider.Output(display_name="guider", tooltip="The network, not aimed at anything yet.")])
 
     @classmethod
-    def validate_inputs(cls, guider_name):
+    def validate_inputs(cls, guider_name, answer="own"):
         return folders.verdict(folders.choose, bridge.guider_sources(), guider_name, "guider",
                               "put its folder into models/ppap_guiders")
 
     @classmethod
-    def fingerprint_inputs(cls, guider_name):
+    def fingerprint_inputs(cls, guider_name, answer="own"):
         return folders.guider_state(guider_name)
 
     @classmethod
-    def execute(cls, guider_name):
-        return io.NodeOutput(bridge.load_guider(guider_name))
+    def execute(cls, guider_name, answer="own"):
+        return io.NodeOutput(bridge.load_guider(guider_name, answer))
+
+
+class PPAPDownloadGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPDownloadGuider", display_name="Download Guider", category=CATEGORY, is_output_node=True,
+            description="Fetch a network from the Hugging Face hub into models/ppap_guiders: its safetensors and the small "
+                        "files that say what it is, nothing that can hold code. Only when this node is queued.",
+            inputs=[io.String.Input("repo_id", default="",
+                                    tooltip="Owner and name of the network, as the head of its page has them, such as: "
+                                            "timm/resnet18.a1_in1k")])
+
+    @classmethod
+    def validate_inputs(cls, repo_id):
+        return folders.verdict(folders.downloaded_guider, repo_id)
+
+    @classmethod
+    def fingerprint_inputs(cls, repo_id):
+        return folders.download_state(repo_id)
+
+    @classmethod
+    def execute(cls, repo_id):
+        folder = folders.downloaded_guider(repo_id)
+        known = folder.exists()
+        download(repo_id, folder, bridge.progress_in_shares())
+        done = f"{folder.name} is there already" if known else f"downloaded {folder.name}"
+        return io.NodeOutput(ui={"text": [f"{done}: press R and choose it in Load Guider"]})
+
+
+class PPAPRule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPRule", display_name="Rule", category=CATEGORY,
+            description="A guider without a network: something that can be measured in any image. Nothing needs to be "
+                        "downloaded or trained, and it costs next to nothing.",
+            inputs=[io.Combo.Input("rule", options=list(RULES), default="colours",
+                                   tooltip="colours, layout and edges are aimed at an image; brightness, contrast, "
+                                           "saturation and sharpness at a number; symmetry, seamless tiling and smoothness "
+                                           "need no target.")],
+            outputs=[PPAPGuider.Output(display_name="guider",
+                                       tooltip="The rule, for Aim at Image or Aim at Number, or for Guidance Term at once "
+                                               "if it needs no target.")])
+
+    @classmethod
+    def execute(cls, rule):
+        with bridge.autograd():
+            return io.NodeOutput(rule_guider(rule))
 
 
 class PPAPLoadExperts(io.ComfyNode):
@@ -105,4 +163,4 @@ class PPAPSaveExperts(io.ComfyNode):
         return io.NodeOutput(ui={"text": [f"saved {file.name}"]})
 
 
-NODES = [PPAPTinyWorld, PPAPLoadGuider, PPAPLoadExperts, PPAPSaveExperts]
+NODES = [PPAPTinyWorld, PPAPLoadGuider, PPAPDownloadGuider, PPAPRule, PPAPLoadExperts, PPAPSaveExperts]

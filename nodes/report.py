@@ -58,8 +58,10 @@ class PPAPLookThrough(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPLookThrough", display_name="Look Through", category=CATEGORY,
-            description="What a guider sees in images: a depth map, coloured regions, or how sure it is of each class.",
-            inputs=[PPAPGuider.Input("guider", tooltip="Any guider; a target is not needed."),
+            description="What a guider sees in images: how sure it is of each class, a depth map, coloured regions, a mask, "
+                        "the number it measures, or how close the image is to what it is aimed at.",
+            inputs=[PPAPGuider.Input("guider", tooltip="Any guider. A target is needed only to show how close an image is "
+                                                       "to it."),
                     io.Image.Input("image", tooltip="Images without noise.")],
             outputs=[io.Image.Output(tooltip="One picture for each image.")])
 

@@ -83,17 +83,22 @@ class PPAPDistilExperts(io.ComfyNode):
                     io.Float.Input("alpha", default=8.0, min=0.0, max=1024.0, step=0.5,
                                    tooltip="Scale of the adapters is alpha / rank. Neutral: 0, the experts stay the plain "
                                            "network."),
-                    io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Of noise, images and starting weights.")],
+                    io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Of noise, images and starting weights."),
+                    io.Float.Input("temperature", default=1.0, min=0.05, max=10.0, step=0.05, optional=True,
+                                   tooltip="Of the plain network's classes while it teaches: below 1 they are sharper, so "
+                                           "that the experts learn to be surer; the paper uses 0.25. Guiders without "
+                                           "classes do not use it. Neutral: 1.")],
             outputs=[PPAPGuider.Output(display_name="guider", tooltip="The guider with its experts."),
                      PPAPLosses.Output(display_name="losses", tooltip="The loss of every training step, for Plot Losses.")])
 
     @classmethod
     def execute(cls, samples, guider, view, experts, sigma_min, sigma_max, steps, batch_size, learning_rate, rank, alpha,
-                seed):
+                seed, temperature=1.0):
         lowest, highest = bridge.sigma_range(samples.model)
         schedule = ExpertSchedule.log_spaced(experts, sigma_min or lowest, sigma_max or highest)
         bank = bridge.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed)
-        losses = bridge.distil(samples, guider, bank, DistillConfig(steps, batch_size, learning_rate, seed))
+        config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature)
+        losses = bridge.distil(samples, guider, bank, config)
         return io.NodeOutput(with_experts(guider, bank), losses)
 
 

@@ -57,8 +57,9 @@ def _api(each: dict, origin: dict, about: dict) -> dict:
     values, inputs = iter(each.get("widgets_values", [])), {}
     for name, (kind, *options) in specs.items():
         if isinstance(kind, list) or kind in WIDGETS:
-            inputs[name] = next(values)
-            if options and options[0].get("control_after_generate"):
-                next(values)  # what the page does with a seed after each run
+            about_it = options[0] if options else {}
+            inputs[name] = next(values, about_it.get("default"))  # a file may be older than the last inputs of a node
+            if about_it.get("control_after_generate") or name in ("seed", "noise_seed"):
+                next(values, None)  # what the page does with a seed after each run
     inputs |= {slot["name"]: origin[slot["link"]] for slot in each["inputs"] if slot.get("link") is not None}
     return {"class_type": each["type"], "inputs": inputs}

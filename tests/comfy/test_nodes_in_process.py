@@ -1,10 +1,13 @@
 """The nodes in a real ComfyUI, called as its executor calls them."""
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import says
+
+from ppap_core.rules import RULES
 
 SAMPLERS = ("euler", "heun", "dpmpp_2m_sde", "uni_pc")
 
@@ -48,6 +51,15 @@ class World:
         settings = {"view": "denoised", "experts": 2, "sigma_min": 0.0, "sigma_max": 0.0, "steps": 2, "batch_size": 4,
                     "learning_rate": 1e-3, "rank": 2, "alpha": 2.0, "seed": 0, "guider": self.guider, **changes}
         return self.comfy("PPAPDistilExperts", samples=self.samples(), **settings)[0]
+
+    def seen(self, seed: int = 77) -> torch.Tensor:
+        """An IMAGE of the tiny world."""
+        return self.comfy("VAEDecode", samples={"samples": self.sample(seed=seed)[:1]}, vae=self.vae)[0]
+
+    def energy(self, guider: Any, images: torch.Tensor) -> torch.Tensor:
+        """How far clean images are from the target."""
+        with self.comfy.pack.nodes.bridge.autograd(), torch.no_grad():
+            return guider.energy(images.clone(), torch.zeros(len(images)))
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +236,121 @@ def test_a_picture_and_the_map_that_is_seen_in_it_are_the_same_target(comfy, wor
     assert world.guided(world.term(by_map)).isfinite().all()
 
 
+def rule(world: World, name: str, plain: torch.Tensor) -> Any:
+    """A rule aimed as people aim it: at an image, at half as much again as there is, or at nothing."""
+    [guider] = world.comfy("PPAPRule", rule=name)
+    if RULES[name].aim == "image":
+        return world.comfy("PPAPAimAtImage", guider=guider, image=world.seen(), image_is="a picture")[0]
+    if RULES[name].aim == "number":
+        measured = guider.predict(plain.clone(), torch.zeros(len(plain))).mean().item()
+        return world.comfy("PPAPAimAtNumber", guider=guider, number=1.5 * measured)[0]
+    return guider
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_rule_steers_without_a_network(comfy, world: World, name: str):
+    plain = world.sample(steps=8)
+    guider = rule(world, name, plain)
+    guided = world.guided(world.term(guider, weight=2.0), steps=8)
+    before, after = (world.energy(guider, images) for images in (plain, guided))
+    assert guided.isfinite().all() and after.mean() < 0.9 * before.mean(), (before, after)
+    [seen] = comfy("PPAPLookThrough", guider=guider, image=world.seen())
+    assert seen.shape[0] == 1 and seen.shape[-1] == 3 and 0 <= seen.min() and seen.max() <= 1
+
+
+def test_a_rule_and_a_network_steer_together_and_both_are_loaded(world: World):
+    import comfy.model_management as management
+
+    [symmetry] = world.comfy("PPAPRule", rule="symmetry left-right")
+    management.unload_all_models()
+    both = world.guided(world.term(symmetry, weight=1.0, terms=world.term()))
+    assert both.isfinite().all() and not torch.equal(both, world.guided())
+    loaded = {id(each.model.model) for each in management.current_loaded_models}
+    assert {id(world.plain.net), id(symmetry.net)} <= loaded
+    management.unload_all_models()
+    assert torch.equal(world.guided(world.term(symmetry, weight=1.0, terms=world.term())), both)
+
+
+def test_a_palette_is_reached(comfy, world: World):
+    [stripes] = comfy("PPAPPalette", colours="#1d3557:3, #ffd166")
+    assert stripes.shape == (1, 64, 64, 3)
+    assert torch.equal(comfy("PPAPPalette", colours="#1D3557:3,ffd166:1,")[0], stripes), "a width of 1 is neutral"
+    yellow = torch.tensor([0xFF, 0xD1, 0x66]) / 255
+    assert (stripes - yellow).abs().amax(-1).lt(0.01).float().mean() == 0.25
+    [guider] = comfy("PPAPRule", rule="colours")
+    [guider] = comfy("PPAPAimAtImage", guider=guider, image=stripes, image_is="a picture")
+
+    def distance(images: torch.Tensor) -> torch.Tensor:
+        """Of the distributions of red, green and blue, from 0 to 1; those of the palette are the same in every image."""
+        shares = (torch.arange(100) + 0.5) / 100
+        ours, wanted = (each.flatten(2).quantile(shares, dim=2) for each in ((images + 1) / 2, stripes.movedim(-1, 1)))
+        return (ours - wanted).abs().mean()
+    plain, guided = world.sample(steps=12), world.guided(world.term(guider, weight=8.0), steps=12)
+    before, after = distance(plain), distance(guided)
+    assert after < 0.08 and after < before / 2.5, (before, after)
+
+
+def test_several_classes_in_one_image_and_weight_0_changes_nothing(comfy, world: World):
+    [both] = comfy("PPAPAimAtClass", guider=world.plain, classes="star + ring:0.5")
+    assert both.target.shape == (1, 8) and sorted(both.target.unique().tolist()) == [0.0, 0.5, 1.0]
+    guided = world.guided(world.term(both, weight=8.0))
+    assert world.energy(both, guided).mean() < world.energy(both, world.sample()).mean()
+    [away] = comfy("PPAPAimAtClass", guider=world.plain, classes="star + ring:-1, disk, heart + 0")
+    assert away.target.shape == (3, 8) and world.guided(world.term(away)).isfinite().all()
+    [nothing] = comfy("PPAPAimAtClass", guider=world.plain, classes="star:0")
+    assert torch.equal(world.guided(world.term(nothing)), world.sample())
+
+
+def test_a_mask_says_where_a_class_shall_be(comfy):
+    world, judge = World(comfy, batch=8), comfy.pack.ppap_core.tinyworld.load_judge("segmentation")
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 13:25, 6:18] = 1
+    [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/segmentation")
+    [guider] = comfy("PPAPAimAtMask", guider=guider, mask=mask, name="disk")
+    plain, guided = (world.sample(steps=12), world.guided(world.term(guider, weight=40.0), max_rms=0.3, steps=12))
+    with comfy.pack.nodes.bridge.autograd(), torch.no_grad():
+        before, after = ((judge.predict(images.clone().clamp(-1, 1), torch.zeros(8)).argmax(1)[:, mask[0] > 0] == 1)
+                         .float().mean() for images in (plain, guided))
+    assert after > before + 0.25, (before, after)
+
+
+def reader(guider: Any, task: str = "embedding") -> Any:
+    """The classifier as if it were a network that knows texts: its answer is what a text has to come close to."""
+    return replace(guider, task=task, read_text=lambda text: torch.eye(8)[[len(text) % 8]])
+
+
+def test_a_text_is_aimed_at_and_each_line_is_for_one_image(comfy, world: World):
+    [guider] = comfy("PPAPAimAtText", guider=reader(world.plain), text="a red star")
+    assert guider.target.tolist() == torch.eye(8)[[2]].tolist() and not guider.target.is_inference()
+    guided = world.guided(world.term(guider))
+    assert guided.isfinite().all() and not torch.equal(guided, world.sample())
+    [lines] = comfy("PPAPAimAtText", guider=reader(world.plain), text="a red star\n\n a ring \nthe moon")
+    assert lines.target.argmax(1).tolist() == [2, 6, 0] and world.guided(world.term(lines)).isfinite().all()
+    [asked] = comfy("PPAPAimAtText", guider=reader(world.plain, "mask"), text="star")
+    assert asked.target is None and asked.prompt.shape == (1, 8)
+
+
+def test_cut_outs_change_what_is_seen_and_none_are_neutral(comfy, world: World):
+    [guider] = comfy("PPAPCutOuts", guider=world.guider, count=3)
+    guided = world.guided(world.term(guider))
+    assert guided.isfinite().all() and not torch.equal(guided, world.guided())
+    [none] = comfy("PPAPCutOuts", guider=world.guider, count=0)
+    assert torch.equal(world.guided(world.term(none)), world.guided())
+
+
+def test_temperature_1_is_neutral_and_a_lower_one_teaches_something_else(world: World):
+    usual, named, sharper = world.experts(), world.experts(temperature=1.0), world.experts(temperature=0.25)
+    assert torch.equal(world.guided(world.term(named)), world.guided(world.term(usual)))
+    assert not torch.equal(world.guided(world.term(sharper)), world.guided(world.term(usual)))
+
+
+def test_the_answer_of_a_network_is_chosen_and_what_it_cannot_answer_is_said(comfy, world: World):
+    [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/class", answer="own")
+    assert guider.net is world.plain.net or guider.name == world.plain.name
+    with says(ValueError, "tiny world", "style", "'own'"):
+        comfy("PPAPLoadGuider", guider_name="tinyworld/class", answer="style")
+
+
 def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: World):
     import comfy.model_management as management
 
@@ -249,7 +376,9 @@ def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
 def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):
     with says(ValueError, "'stair'", "star"):
         comfy("PPAPAimAtClass", guider=world.plain, classes="stair")
-    with says(ValueError, "no map of classes"):
+    with says(ValueError, "'half'", "star:0.5"):
+        comfy("PPAPAimAtClass", guider=world.plain, classes="star:half")
+    with says(ValueError, "predicts class", "a drawn map", "depth"):
         comfy("PPAPAimAtImage", guider=world.plain, image=torch.rand(1, 32, 32, 3), image_is="a map")
     with says(ValueError, "no target"):
         world.guided(world.term(world.plain))
@@ -271,6 +400,39 @@ def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):
         comfy("PPAPLoadGuider", guider_name="../class")
 
 
+def test_each_way_to_aim_refuses_what_it_is_not_for_in_one_sentence(comfy, world: World):
+    [depth] = comfy("PPAPLoadGuider", guider_name="tinyworld/depth")
+    [regions] = comfy("PPAPLoadGuider", guider_name="tinyworld/segmentation")
+    [symmetry], [bright] = (comfy("PPAPRule", rule=name) for name in ("symmetry half turn", "brightness"))
+    mask = torch.ones(1, 32, 32)
+    with says(ValueError, "tinyworld/guider_class", "knows no texts", "CLIP"):
+        comfy("PPAPAimAtText", guider=world.plain, text="a star")
+    with says(ValueError, "no text was given"):
+        comfy("PPAPAimAtText", guider=reader(world.plain), text=" \n ")
+    with says(ValueError, "tinyworld/guider_depth", "predicts depth", "a mask", "segmentation"):
+        comfy("PPAPAimAtMask", guider=depth, mask=mask, name="star")
+    with says(ValueError, "the mask is empty"):
+        comfy("PPAPAimAtMask", guider=regions, mask=mask * 0, name="star")
+    with says(ValueError, "no class 'tree'", "wall"):
+        comfy("PPAPAimAtMask", guider=regions, mask=mask, name="tree")
+    with says(ValueError, "was not asked yet", "Aim at Text"):
+        comfy("PPAPAimAtMask", guider=reader(depth, "mask"), mask=mask, name="")
+    with says(ValueError, "predicts class", "a number"):
+        comfy("PPAPAimAtNumber", guider=world.plain, number=0.5)
+    with says(ValueError, "brightness", "no target"):
+        world.guided(world.term(bright))
+    with says(ValueError, "depth", "parts of an image", "without Cut-outs"):
+        comfy("PPAPCutOuts", guider=depth, count=8)
+    with says(ValueError, "brightness", "is a rule", "without Cut-outs"):
+        comfy("PPAPCutOuts", guider=bright, count=8)
+    with says(ValueError, "rule/symmetry half turn", "experts"):
+        world.experts(guider=symmetry)
+    with says(ValueError, "'#12345'", "six hexadecimal digits"):
+        comfy("PPAPPalette", colours="#ff0000, #12345")
+    palette = comfy.registered["PPAPPalette"]
+    assert palette.validate_inputs("#ff0000") is True and "no colour was given" in palette.validate_inputs(" , ")
+
+
 def test_damaged_and_foreign_experts_are_refused(comfy, world: World):
     comfy("PPAPSaveExperts", guider=world.experts(), file_name="whole")
     file = comfy.pack.nodes.folders.expert_file("whole.safetensors")
@@ -278,10 +440,11 @@ def test_damaged_and_foreign_experts_are_refused(comfy, world: World):
     with says(ValueError, "cut.safetensors", "cannot be read"):
         comfy("PPAPLoadExperts", guider=world.plain, file_name="cut.safetensors")
     with comfy.pack.nodes.bridge.autograd():
-        for parameter in (other := World(comfy)).plain.net.parameters():
+        other = comfy.pack.ppap_core.tinyworld.load_guider("class")  # not the one network that all nodes share
+        for parameter in other.net.parameters():
             parameter.data.mul_(1.01)
     with says(ValueError, "whole.safetensors", "fingerprint"):
-        comfy("PPAPLoadExperts", guider=other.plain, file_name="whole.safetensors")
+        comfy("PPAPLoadExperts", guider=other, file_name="whole.safetensors")
 
 
 def test_latent_models_are_refused_in_words(comfy, world: World):

@@ -1,4 +1,5 @@
 """Through a running server: the shipped workflows, progress, cancel, and the cache."""
+import json
 import re
 import shutil
 import time
@@ -8,9 +9,11 @@ from comfy_server import Server, messages
 from graphs import MODEL, VAE, WORKFLOWS, WORLD, distilling, node, quick, sampling, weighing, workflow
 from PIL import ImageStat
 
-NODES = {"PPAPTinyWorld", "PPAPLoadGuider", "PPAPLoadExperts", "PPAPSaveExperts", "PPAPAimAtClass", "PPAPAimAtImage",
-         "PPAPGuidanceTerm", "PPAPCombineTerms", "PPAPApplyGuidance", "PPAPGuidedKSampler", "PPAPGenerateSamples",
-         "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance", "PPAPGuidanceReport", "PPAPLookThrough"}
+NODES = {"PPAPTinyWorld", "PPAPLoadGuider", "PPAPDownloadGuider", "PPAPRule", "PPAPLoadExperts", "PPAPSaveExperts",
+         "PPAPAimAtClass", "PPAPAimAtText", "PPAPAimAtImage", "PPAPAimAtMask", "PPAPAimAtNumber", "PPAPPalette",
+         "PPAPCutOuts", "PPAPGuidanceTerm", "PPAPCombineTerms", "PPAPApplyGuidance", "PPAPGuidedKSampler",
+         "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance", "PPAPGuidanceReport",
+         "PPAPLookThrough"}
 WORKFLOW_NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 GUIDED = WORLD | {
     "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),
@@ -53,10 +56,21 @@ def test_a_shipped_workflow_runs_and_saves_pictures(server: Server, name: str):
             for picture in server.pictures(outputs[key])} >= {720}, "a plot is 720 pixels wide"
 
 
-def test_the_workflows_show_every_node_but_load_experts_which_needs_a_file(server: Server):
+def test_the_workflows_show_every_node_but_those_that_a_fresh_install_has_no_use_for(server: Server):
     info = server.get("/object_info")
     shown = {each["class_type"] for name in WORKFLOW_NAMES for each in workflow(name, info).values()}
-    assert shown & NODES == NODES - {"PPAPLoadExperts"}
+    need_files, for_larger_images = {"PPAPDownloadGuider", "PPAPLoadExperts", "PPAPAimAtText"}, {"PPAPCutOuts"}
+    assert shown & NODES == NODES - need_files - for_larger_images
+
+
+def test_a_workflow_from_before_a_node_grew_runs_with_neutral_values(server: Server):
+    graph = workflow("quickstart", server.get("/object_info"))
+    [guider] = [each["inputs"] for each in graph.values() if each["class_type"] == "PPAPLoadGuider"]
+    [distil] = [each["inputs"] for each in graph.values() if each["class_type"] == "PPAPDistilExperts"]
+    page = json.loads((WORKFLOWS / "quickstart.json").read_text())
+    assert ["tinyworld/class"] in [each.get("widgets_values") for each in page["nodes"]], "the file knows no answer"
+    assert guider == {"guider_name": "tinyworld/class", "answer": "own"}
+    assert distil["temperature"] == 1.0 and distil["seed"] == 0 and distil["alpha"] == 8
 
 
 def test_the_same_graph_queued_twice_does_no_work_twice(server: Server):
@@ -109,9 +123,12 @@ def test_saved_experts_are_found_and_guide(server: Server):
     ("PPAPLoadGuider", {"guider_name": "../secrets"}, ["../secrets", "tinyworld/class"]),
     ("PPAPLoadExperts", {"guider": ["2", 0], "file_name": "absent.safetensors"}, ["absent.safetensors", "ppap_experts"]),
     ("PPAPSaveExperts", {"guider": ["2", 0], "file_name": "../up"}, ["'../up'", "without a folder"]),
+    ("PPAPPalette", {"colours": "#1d3557, blue"}, ["'blue'", "six hexadecimal digits"]),
 ])
 def test_a_wrong_name_is_refused_before_anything_runs(server: Server, kind: str, inputs: dict, words: list[str]):
-    graph = GUIDED | {"9": node(kind, **inputs), "10": node("PPAPSaveExperts", guider=["9", 0], file_name="x")}
+    shows = node("PreviewImage", images=["9", 0])
+    ends = shows if kind == "PPAPPalette" else node("PPAPSaveExperts", guider=["9", 0], file_name="x")
+    graph = GUIDED | {"9": node(kind, **inputs), "10": ends}
     errors = server.post("/prompt", {"prompt": graph})["node_errors"]["9"]["errors"]
     assert len(errors) == 1 and all(word in errors[0]["details"] + errors[0]["message"] for word in words), errors
 

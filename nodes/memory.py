@@ -1,0 +1,101 @@
+"""Networks under ComfyUI's memory management: loaded, differentiable, and with room for their gradients."""
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ..ppap_core.guidance import part_of
+from ..ppap_core.guider import Guider
+from ..ppap_core.memory import gradient_bytes
+
+log = logging.getLogger(__name__)
+SPARE = 1.5  # of what autograd keeps: the backward pass needs room of its own
+SHARE = 1 / 4  # of the device's memory that a gradient may ask for; what needs more is done in parts of the batch
+
+
+def patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """A network that ComfyUI moves and frees."""
+    management = comfy.model_management
+    return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
+
+
+def patcher_of(net: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """The one patcher of a guider's network: it lives on the network, because ComfyUI must not see it go first."""
+    if not hasattr(net, "comfy_patcher"):
+        net.comfy_patcher = patcher(net)
+    return net.comfy_patcher
+
+
+def settle(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
+    """Make networks differentiable where they are needed.
+
+    ComfyUI moves weights in inference mode, which makes them inference tensors; and a plain guider shares its weights
+    with its experts, so that freeing the one moves the other.
+    """
+    with torch.inference_mode(False):
+        for net in networks:
+            for tensor in (*net.parameters(), *net.buffers()):
+                if tensor.is_inference() or tensor.device != device:
+                    tensor.data = tensor.data.to(device, copy=True)
+
+
+def compute_type(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
+    """The type a model computes in, which is not that of its weights where these are cast: float8, for one."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+
+
+class Room(comfy.controlnet.ControlBase):
+    """Memory that the sampling needs beside the model: asked for as a ControlNet asks for its own."""
+
+    def __init__(self, size: float):
+        super().__init__()
+        self.size = size
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> float:
+        return self.size
+
+    def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> "Room":
+        clone = Room(self.size)
+        if autoregister:
+            self.multigpu_clones[load_device] = clone
+        return clone
+
+
+def room_for(guiders: Sequence[Guider], key: str) -> Callable:
+    """A wrapper of ComfyUI's prepare_sampling that makes room for the guiders' gradients before the model is loaded."""
+    @cache
+    def needed(shape: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
+        return max((_memory_of(guider, shape, compute, limit) for guider in guiders), default=0.0)  # one runs after another
+
+    def prepare(executor, model, noise_shape, conds: dict, *args: Any, **kwargs: Any) -> tuple:
+        limit = SHARE * comfy.model_management.get_total_memory(model.load_device)
+        size = needed(tuple(noise_shape), compute_type(model), limit)
+        others = [each["control"].size for each in conds.get(key, [])]  # of a guidance below this one
+        loaded, _, *more = executor(model, noise_shape, conds | {key: [{"control": Room(max([size, *others]))}]}, *args,
+                                    **kwargs)
+        return loaded, conds, *more
+    return prepare
+
+
+def _memory_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
+    """Bytes for the gradient of a whole batch, or of as much of it as the limit allows, but at least of one image."""
+    def bytes_for(count: int) -> float:
+        part = part_of(guider, slice(0, count), shape[0])
+        return SPARE * gradient_bytes(part, (count, *shape[1:]), compute, without=_hung_on(guider))
+    try:
+        whole = bytes_for(shape[0])
+        return whole if whole <= limit else max(limit, bytes_for(1))
+    except Exception as error:  # a network may do what cannot be followed without numbers, and sampling works all the same
+        log.warning("the memory that %s needs cannot be told before it runs (%s): none is kept free for it", guider.name,
+                    error)
+        return 0.0
+
+
+def _hung_on(guider: Guider) -> tuple:
+    """What this pack keeps on a network that is not part of it."""
+    return tuple(value for name, value in vars(guider.net).items() if name in ("comfy_patcher", "loaded_as"))

@@ -1,0 +1,68 @@
+"""The Download Guider node, against a hub that runs in the test."""
+import pytest
+from test_download import FILES, REPO, TAKEN, Hub, contents, hub  # noqa: F401  the fixture
+
+FOLDER = "some-one--a_net.v1"
+
+
+@pytest.fixture
+def here(comfy, hub: Hub, monkeypatch):  # noqa: F811
+    """The pack with its downloads going to the test's hub and to an empty folder."""
+    module, load = comfy.pack.ppap_core.download, comfy.pack.nodes.load
+    monkeypatch.setattr(load, "download", lambda repo, folder, report: module.download(repo, folder, report, hub.url))
+    monkeypatch.setattr(module, "SMALLEST", 1000)
+    monkeypatch.setattr(module, "LARGEST", 2000)
+    place = comfy.pack.nodes.folders.downloaded_guider(REPO)
+    assert not place.exists()
+    yield place
+    for file in (*place.parent.glob(f"{FOLDER}/*"), *place.parent.glob(f".{FOLDER}/*")):
+        file.unlink()
+    for folder in (*place.parent.glob(FOLDER), *place.parent.glob(f".{FOLDER}")):
+        folder.rmdir()
+
+
+def node(comfy):
+    return comfy.registered["PPAPDownloadGuider"]
+
+
+def test_a_downloaded_network_is_in_the_list_of_load_guider(comfy, here):
+    state = node(comfy).fingerprint_inputs(repo_id=REPO)
+    done = node(comfy).execute(repo_id=REPO)
+    assert done.ui == {"text": [f"downloaded {FOLDER}: press R and choose it in Load Guider"]}
+    assert here.parent.name == "ppap_guiders" and contents(here) == {name: FILES[name] for name in TAKEN}
+    assert FOLDER in comfy.pack.nodes.bridge.guider_sources()
+    assert node(comfy).fingerprint_inputs(repo_id=REPO) != state
+    again = node(comfy).execute(repo_id=REPO)
+    assert again.ui == {"text": [f"{FOLDER} is there already: press R and choose it in Load Guider"]}
+
+
+def test_the_bar_moves_and_cancel_stops_and_the_next_run_goes_on(comfy, here, hub, monkeypatch):  # noqa: F811
+    import comfy.model_management as management
+    from comfy.utils import ProgressBar
+
+    seen = []
+
+    def update(self, value, total, preview=None):
+        seen.append((value, total))
+        if value > 300:
+            management.interrupt_current_processing(True)
+    monkeypatch.setattr(ProgressBar, "update_absolute", update)
+    with pytest.raises(management.InterruptProcessingException):
+        node(comfy).execute(repo_id=REPO)
+    assert not here.exists() and FOLDER not in comfy.pack.nodes.bridge.guider_sources()
+    assert f".{FOLDER}" not in comfy.pack.nodes.bridge.guider_sources()
+    monkeypatch.setattr(ProgressBar, "update_absolute", lambda self, value, total, preview=None: None)
+    node(comfy).execute(repo_id=REPO)
+    assert seen[0] == (0, 1000) and seen == sorted(seen)
+    assert contents(here) == {name: FILES[name] for name in TAKEN}
+    assert hub.served == sum(len(FILES[name]) for name in TAKEN)
+
+
+@pytest.mark.parametrize("name", ["", "resnet18", "../a/b", "timm/../../x"])
+def test_a_wrong_name_is_refused_before_anything_runs(comfy, name: str):
+    assert "owner/name" in node(comfy).validate_inputs(repo_id=name)
+    assert node(comfy).validate_inputs(repo_id="timm/resnet18.a1_in1k") is True
+
+
+def test_a_name_that_is_linked_is_not_known_yet(comfy):
+    assert node(comfy).validate_inputs(repo_id=None) is True and node(comfy).fingerprint_inputs(repo_id=None) == []

@@ -2,10 +2,8 @@
 
 Nothing that can hold code is fetched: no pickles, no Python.
 """
-import hashlib
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,7 @@ WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors"  # what loaders read; anything in 
 BESIDE = {"config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json",
           "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model"}
-SMALLEST, LARGEST = 2**20, 2**26  # bytes of a piece; a piece should take about a second
+PIECE = 2**24  # bytes that are asked for at once: what a stopped download loses at most
 
 
 def folder_name(repo: str) -> str:
@@ -28,16 +26,16 @@ def folder_name(repo: str) -> str:
     return repo.replace("/", "--")
 
 
-def wanted(names: list[str]) -> list[str]:
+def wanted(repo: str, names: list[str]) -> list[str]:
     """Of a repository's files those to fetch. ValueError without a config.json or without safetensors."""
     weights = [name for name in names if re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII)]
     weights = [name for name in weights if re.fullmatch(WEIGHTS, name)] or weights
     if not weights:
-        raise ValueError("no weights in safetensors, only such as can hold code or none at all: expected model.safetensors; "
-                         "choose another network, or a copy of this one that has them")
+        raise ValueError(f"{repo} has no weights in safetensors, only such as can hold code or none at all: expected "
+                         "model.safetensors; choose another network, or a copy of this one that has them")
     if "config.json" not in names:
-        raise ValueError("no config.json, which says what network it is: expected one beside the weights; choose another "
-                         "network")
+        raise ValueError(f"{repo} has no config.json, which says what network it is: expected one beside the weights; "
+                         "choose another network")
     return sorted(BESIDE & set(names)) + sorted(weights)
 
 
@@ -46,83 +44,49 @@ def download(repo: str, folder: Path, report: Report, endpoint: str | None = Non
 
     A download that was stopped goes on where it stopped. ImportError, ValueError or ConnectionError in words.
     """
-    name = folder_name(repo)
+    part = folder.with_name(f".{folder_name(repo)}")
     if folder.exists():
         return folder
     try:
-        from huggingface_hub import HfApi, hf_hub_url
+        from huggingface_hub import HfApi, HfFileSystem
     except ImportError as error:
         raise ImportError(f"downloading needs the package huggingface_hub ({error}): install it with 'pip install "
                           f"huggingface_hub', or copy the files into {folder} by hand") from error
     with _in_words(repo):
         about = HfApi(endpoint=endpoint).model_info(repo, files_metadata=True, timeout=30)
     files = {each.rfilename: each for each in about.siblings}
-    try:
-        files = [files[name] for name in wanted(list(files))]
-    except ValueError as error:
-        raise ValueError(f"{repo} has {error}") from None
-    part = folder.with_name(f".{name}")
+    files = [files[name] for name in wanted(repo, list(files))]
     part.mkdir(parents=True, exist_ok=True)
-    for file, done in _with_progress(files, part, report):
-        url = hf_hub_url(repo, file.rfilename, revision=about.sha, endpoint=endpoint)
-        _fetch(repo, url, part / file.rfilename, file, done)
+    total, before = sum(file.size for file in files), 0
+    missing = total - sum(path.stat().st_size for path in part.iterdir())
+    if missing > (free := shutil.disk_usage(part).free):
+        raise ValueError(f"{missing / 1e9:.1f} GB are to be downloaded but {free / 1e9:.1f} GB are free in {part.parent}: "
+                         "make room, or name another place for ppap_guiders in extra_model_paths.yaml")
+    hub = HfFileSystem(endpoint=endpoint, skip_instance_cache=True)
+    for file in files:
+        with _in_words(repo):
+            remote = hub.open(f"{repo}/{file.rfilename}", revision=about.sha, cache_type="none")
+        path, read = part / file.rfilename, _in_words(repo)(remote.read)
+        with path.open("ab") as out:
+            remote.seek(out.tell())
+            report(before + out.tell(), total)
+            while piece := read(PIECE):
+                out.write(piece)
+                report(before + out.tell(), total)
+        if not _intact(path, file):
+            path.unlink()
+            raise ValueError(f"{path.name} of {repo} did not arrive as it is on the hub: queue it again")
+        before += file.size
     part.rename(folder)
     return folder
 
 
-def _with_progress(files: list, part: Path, report: Report) -> Iterator[tuple]:
-    """(file, its own progress report) of each file, once it is known that there is room for all."""
-    total = sum(file.size for file in files)
-    missing = total - sum(_size(part / file.rfilename) for file in files)
-    if missing > (free := shutil.disk_usage(part).free):
-        raise ValueError(f"{missing / 1e9:.1f} GB are to be downloaded but {free / 1e9:.1f} GB are free in {part.parent}: "
-                         "make room, or name another place for ppap_guiders in extra_model_paths.yaml")
-    before = 0
-    for file in files:
-        yield file, lambda done, before=before: report(before + done, total)
-        before += file.size
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _fetch(repo: str, url: str, path: Path, file, report: Callable[[int], None]) -> None:
-    """Piece by piece into a file, from where it ends."""
-    size = SMALLEST
-    path.touch()
-    report(_size(path))
-    while (done := _size(path)) < file.size:
-        started = time.monotonic()
-        with _in_words(repo):
-            piece, whole = _get(url, done, min(size, file.size - done))
-        with path.open("wb" if whole else "ab") as out:
-            out.write(piece)
-        report(_size(path))
-        size = min(2 * size, LARGEST) if time.monotonic() - started < 1 else max(size // 2, SMALLEST)
-    if not _intact(path, file):
-        path.unlink()
-        raise ValueError(f"{path.name} of {repo} did not arrive as it is on the hub: queue it again")
-
-
-def _get(url: str, start: int, count: int) -> tuple[bytes, bool]:
-    """Bytes of a file from `start` on; or all of it, and True, from a server that knows no ranges."""
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
-
-    headers = build_hf_headers() | {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
-    response = http_backoff("GET", url, headers=headers, timeout=30, max_retries=2)
-    hf_raise_for_status(response)
-    return response.content, response.status_code == 200
-
-
 def _intact(path: Path, file) -> bool:
-    """Whether a file is what the hub says it is: by SHA-256 for large ones, by git's own hash for the others."""
-    expected = file.lfs.sha256 if file.lfs else file.blob_id
-    hashed = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {_size(path)}\0".encode(), usedforsecurity=False)
+    """Whether a file is what the hub says it is, which nothing checks that reads by pieces."""
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
     with path.open("rb") as read:
-        while piece := read.read(2**20):
-            hashed.update(piece)
-    return hashed.hexdigest() == expected
+        return sha_fileobj(read).hex() == file.lfs.sha256 if file.lfs else git_hash(read.read()) == file.blob_id
 
 
 @contextmanager

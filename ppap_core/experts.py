@@ -228,7 +228,10 @@ class ExpertBank(nn.Module):
 
 
 def base_network(guider: Guider) -> nn.Module:
-    """The frozen network of a plain guider. ValueError if it has experts already."""
+    """The frozen network of a plain guider. ValueError if it has experts already, or is a rule."""
+    if isinstance(guider.net, nn.Module) and not any(True for _ in guider.net.parameters()):
+        raise ValueError(f"{guider.name} has no network that could learn: expected one from Load Guider; a rule guides "
+                         "without experts")
     if not isinstance(guider.net, IgnoreSigma):
         raise ValueError(f"{guider.name} is not a plain guider: experts are made from a guider without experts")
     return guider.net.net

@@ -106,10 +106,10 @@ def load_transformers(folder: Path, answer: str = "own") -> Guider:
     config, model = _load(folder)
     name, architecture = f"transformers/{folder.name}", config.architectures[0]
     make = partial(Guider, name, preprocess=_preprocess(folder))
+    if architecture in TOWERS and answer in ("own", "embedding"):
+        return _image_tower(make, folder, config, model)
     if answer != "own" or architecture in BACKBONES:
         return _backbone(make, model, architecture, "structure" if answer == "own" else answer)
-    if architecture in TOWERS:
-        return _image_tower(make, folder, config, model)
     if architecture == "CLIPSegForImageSegmentation":
         parts = nn.ModuleDict({"vision": model.clip.vision_model, "decoder": model.decoder})
         return make(IgnoreSigma(Network(parts, partial(prompted_mask, list(model.extract_layers)))), task="mask",
@@ -117,7 +117,7 @@ def load_transformers(folder: Path, answer: str = "own") -> Guider:
     task, ask = next(found for suffix, found in QUESTIONS.items() if architecture.endswith(suffix))
     if architecture.startswith("OneFormer"):
         ask = partial(class_times_mask_of_task, _tokens_of_task(folder, config.task_seq_len))
-    labels = () if task == "depth" else _labels(name, config, model)
+    labels = () if task == "depth" else _labels(name, config.id2label)
     return make(IgnoreSigma(Network(model, ask)), task=task, labels=labels)
 
 
@@ -126,6 +126,7 @@ QUESTIONS = {
     "ForSemanticSegmentation": ("segmentation", logits), "ForUniversalSegmentation": ("segmentation", class_times_mask),
     "MaskFormerForInstanceSegmentation": ("segmentation", class_times_mask),
 }
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 BACKBONES = ("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel", "ViTModel", "ViTMSNModel")
 TOWERS = ("CLIPModel", "SiglipModel", "Siglip2Model", "CLIPVisionModelWithProjection", "SiglipVisionModel",
           "Siglip2VisionModel")
@@ -168,8 +169,8 @@ def _preprocess(folder: Path) -> Preprocess:
                             "bright the network wants its images; copy it from the network's own page")
 
 
-def _labels(name: str, config, model: nn.Module) -> tuple[str, ...]:
-    labels = [str(config.id2label[index]) for index in range(len(config.id2label))]
+def _labels(name: str, named: dict[int, str]) -> tuple[str, ...]:
+    labels = [str(named.get(index, index)) for index in range(len(named))]
     if labels == [f"LABEL_{index}" for index in range(len(labels))]:
         log.warning("%s has no names for its %d classes in config.json: aim it at numbers", name, len(labels))
         return tuple(map(str, range(len(labels))))
@@ -206,7 +207,8 @@ def linear_head(file: Path) -> nn.Sequential:
     for name in names:
         weight, prefix = tensors.get(f"{name}.weight", tensors.get(name)), f"{name}." if f"{name}.weight" in tensors else ""
         layer = nn.Linear(weight.shape[-1], weight.shape[0])
-        layer.load_state_dict({"weight": weight.float(), "bias": tensors[f"{prefix}bias"].float()})
+        bias = tensors.get(f"{prefix}bias", torch.zeros(len(weight)))
+        layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
         layers.append(layer)
     sizes = [(layer.in_features, layer.out_features) for layer in layers]
     if not sizes or sizes[-1][1] != 1 or any(a[1] != b[0] for a, b in zip(sizes, sizes[1:], strict=False)):
@@ -218,24 +220,28 @@ def linear_head(file: Path) -> nn.Sequential:
 @torch.no_grad()
 def _read_text(folder: Path, model: nn.Module, text: str) -> Tensor:
     """The embedding of a text, (1, D)."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise FileNotFoundError(f"{folder.name} has no tokenizer that can be read ({' '.join(str(error).split())[:150]}): "
-                                "copy the tokenizer's files from the network's own page") from error
     length, padded = model.config.text_config.max_position_embeddings, "siglip" in model.config.model_type
-    tokens = tokenizer([text], padding="max_length" if padded else False, truncation=True, max_length=length,
-                       return_tensors="pt")
+    tokens = _tokens(folder, text, length, padded)
     found = model.get_text_features(input_ids=tokens["input_ids"])  # without a mask: SigLIP was trained to read its padding
     return found if isinstance(found, Tensor) else found.pooler_output
 
 
 def _tokens_of_task(folder: Path, length: int) -> Tensor:
     """What OneFormer is told, (1, length)."""
+    tokens = _tokens(folder, "the task is semantic", length, padded=True)
+    return tokens["input_ids"] * tokens["attention_mask"]
+
+
+def _tokens(folder: Path, text: str, length: int, padded: bool) -> dict[str, Tensor]:
     from transformers import AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
-        ["the task is semantic"], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return tokens["input_ids"] * tokens["attention_mask"]
+    if not any((folder / name).exists() for name in TOKENIZERS):  # transformers 5 would make one that knows no word
+        raise FileNotFoundError(f"{folder.name} has no tokenizer: expected one of {', '.join(TOKENIZERS)}; copy the "
+                                "tokenizer's files from the network's own page")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"the tokenizer in {folder.name} cannot be read ({' '.join(str(error).split())[:150]}): copy its "
+                         "files again from the network's own page") from error
+    return tokenizer([text], padding="max_length" if padded else False, truncation=True, max_length=length,
+                     return_tensors="pt", return_attention_mask=True)

@@ -63,12 +63,17 @@ class Guider:
     def target_for(self, image: Tensor, output: Tensor) -> Tensor:
         """The target, in the place of the images and the size of the answers. ValueError without one that fits."""
         if self.target is None:
-            raise ValueError(f"the guider {self.name} has no target: aim it at a {self.task} first")
+            raise ValueError(f"the guider {self.name} has no target: it judges {self.task}; aim it with an Aim node first")
         if len(self.target) not in (1, len(image)):
             raise ValueError(f"the target of {self.name} is for {len(self.target)} images but {len(image)} are "
                              "sampled: give one target for all, or one for each")
         target = _fit_for_autograd(self.target, image)
-        return resize_map(target, output.shape[-2:]) if self.task in MAPS else target
+        if self.task in MAPS:
+            return resize_map(target, output.shape[-2:])
+        if self.task != "class" and target[0].numel() > 1 and target.shape[1:] != output.shape[1:]:
+            raise ValueError(f"the target of {self.name} has the shape {tuple(target.shape[1:])} but its answers have "
+                             f"{tuple(output.shape[1:])}: aim it at an image of the size that is sampled")
+        return target
 
 
 def _fit_for_autograd(tensor: Tensor, image: Tensor) -> Tensor:

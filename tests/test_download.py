@@ -43,8 +43,10 @@ class Hub:
         self.asked.append(path)
         if self.refuse:
             return self.send(request, self.refuse[0], b"", {"X-Error-Code": self.refuse[1]})
-        if path == f"/api/models/{REPO}":
-            return self.send(request, 200, json.dumps(self.about()).encode(), {"Content-Type": "application/json"})
+        if path.startswith("/api/"):
+            asked = {"": self.about, f"/revision/{SHA}": self.about, f"/tree/{SHA}": self.tree}
+            found = asked[path.removeprefix(f"/api/models/{REPO}")]()
+            return self.send(request, 200, json.dumps(found).encode(), {"Content-Type": "application/json"})
         resolved = re.fullmatch(rf"/{REPO}/resolve/{SHA}/(.+)", path)
         if resolved and resolved[1].endswith(".safetensors"):  # large files lie on other servers
             return self.send(request, 302, b"", {"Location": f"{self.url}/far/{resolved[1]}"})
@@ -74,6 +76,10 @@ class Hub:
         return {"id": REPO, "modelId": REPO, "sha": SHA, "private": False, "tags": [], "downloads": 0, "likes": 0,
                 "siblings": [sibling(*each) for each in self.files.items()]}
 
+    def tree(self) -> list[dict]:
+        return [{"type": "file", "path": name, "size": len(content), "oid": ""} for name, content in self.files.items()
+                if "/" not in name]
+
 
 CONFIG = b'{"architecture": "resnet18"}'
 FILES = {"config.json": CONFIG, "model.safetensors": bytes(range(256)) * 41 + b"end", "tokenizer.json": b"{}",
@@ -84,8 +90,7 @@ TAKEN = {"config.json", "model.safetensors", "tokenizer.json", "vocab.txt"}
 
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[Hub]:
-    monkeypatch.setattr(module, "SMALLEST", 1000)
-    monkeypatch.setattr(module, "LARGEST", 2000)
+    monkeypatch.setattr(module, "PIECE", 2000)
     hub = Hub(dict(FILES))
     thread = threading.Thread(target=hub.server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -124,7 +129,7 @@ PLAIN, SHARDS = ["config.json", "model.safetensors"], [f"model-0000{i}-of-00002.
      ["config.json", "preprocessor_config.json", "special_tokens_map.json", "spiece.model", "other.safetensors"]),
     ([*PLAIN, "../evil.safetensors", "a\\b.safetensors", "config.json.py", "tokenizer.py", "x.bin"], PLAIN)])
 def test_of_a_repository_only_the_known_kinds_at_its_root_are_wanted(names, taken):
-    assert wanted(names) == taken
+    assert wanted(REPO, names) == taken
 
 
 @pytest.mark.parametrize(("names", "words"), [
@@ -185,11 +190,15 @@ def test_a_folder_that_is_there_is_left_alone_and_the_hub_is_not_asked(hub, tmp_
     assert not hub.asked and not contents(tmp_path)
 
 
-def test_a_server_that_knows_no_ranges_is_understood(hub, tmp_path):
+@pytest.mark.parametrize("begun", [b"", FILES["model.safetensors"][:700], b"older" + FILES["model.safetensors"]])
+def test_from_a_server_that_knows_no_ranges_a_file_comes_whole_or_is_begun_anew(hub, tmp_path, begun):
     hub.ranges = False
     part = tmp_path / f".{folder_name(REPO)}"
     part.mkdir()
-    (part / "model.safetensors").write_bytes(FILES["model.safetensors"][:700])
+    (part / "model.safetensors").write_bytes(begun)
+    if begun:
+        with says(ValueError, "model.safetensors", REPO, "again"):
+            fetch(hub, tmp_path / "net")
     fetch(hub, tmp_path / "net")
     assert contents(tmp_path / "net") == {name: FILES[name] for name in TAKEN}
 
@@ -221,10 +230,12 @@ def test_no_connection_is_said_in_words(tmp_path):
         download(REPO, tmp_path / "net", print, endpoint="http://127.0.0.1:9")
 
 
-def test_a_file_that_is_refused_is_said_in_words(hub, tmp_path):
+@pytest.mark.parametrize(("code", "error", "words"), [
+    ("Forbidden", ConnectionError, "where it stopped"), ("GatedRepo", ValueError, "accepted its terms")])
+def test_a_file_that_is_refused_is_said_in_words(hub, tmp_path, code, error, words):
     def refuse(done, total):
-        hub.refuse = 403, "Forbidden"
-    with says(ConnectionError, REPO):
+        hub.refuse = 403, code
+    with says(error, REPO, words):
         fetch(hub, tmp_path / "net", refuse)
 
 

@@ -222,6 +222,26 @@ def test_code_in_a_folder_is_never_run(tmp_path):
         assert "\n" not in str(error)
 
 
+def test_code_beside_a_tokenizer_is_never_run(tmp_path):
+    FAMILIES["CLIP"].write(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (tmp_path / "evil.py").write_text("raise SystemExit('this code must never run')")
+    try:
+        load_guider(tmp_path).read_text("a star")
+    except ValueError as error:
+        assert "\n" not in str(error) and "tokenizer" in str(error)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "OneFormer"])
+def test_a_missing_tokenizer_is_told_in_one_sentence(tmp_path, name: str):
+    FAMILIES[name].write(tmp_path)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with says(FileNotFoundError, "tokenizer", "copy"):
+        load_guider(tmp_path).read_text("a star")
+
+
 def test_a_missing_list_of_class_names_is_told_and_numbers_go_on_working(tmp_path, caplog):
     FAMILIES["image classifier (ViT)"].write(tmp_path)
     config = tmp_path / "config.json"

@@ -10,8 +10,7 @@ def here(comfy, hub: Hub, monkeypatch):  # noqa: F811
     """The pack with its downloads going to the test's hub and to an empty folder."""
     module, load = comfy.pack.ppap_core.download, comfy.pack.nodes.load
     monkeypatch.setattr(load, "download", lambda repo, folder, report: module.download(repo, folder, report, hub.url))
-    monkeypatch.setattr(module, "SMALLEST", 1000)
-    monkeypatch.setattr(module, "LARGEST", 2000)
+    monkeypatch.setattr(module, "PIECE", 2000)
     place = comfy.pack.nodes.folders.downloaded_guider(REPO)
     assert not place.exists()
     yield place

@@ -336,6 +336,10 @@ def test_cut_outs_change_what_is_seen_and_none_are_neutral(comfy, world: World):
     assert guided.isfinite().all() and not torch.equal(guided, world.guided())
     [none] = comfy("PPAPCutOuts", guider=world.guider, count=0)
     assert torch.equal(world.guided(world.term(none)), world.guided())
+    for task in ("class", "embedding", "number", "style"):
+        assert comfy("PPAPCutOuts", guider=replace(world.plain, task=task), count=4)[0].cutouts == 4
+    [symmetry] = comfy("PPAPRule", rule="symmetry half turn")
+    assert comfy("PPAPCutOuts", guider=symmetry, count=0)[0] == symmetry
 
 
 def test_temperature_1_is_neutral_and_a_lower_one_teaches_something_else(world: World):

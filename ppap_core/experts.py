@@ -103,7 +103,7 @@ class ExpertBank(nn.Module):
             from peft import LoraConfig
             from peft.functional import inject_adapter_in_model
         except ImportError as error:
-            raise ImportError(f"experts need the package peft ({error}): install it with 'pip install peft'; guiding "
+            raise ImportError(f"experts need the package peft ({error}): install it with 'pip install peft>=0.18'; guiding "
                               "with a plain guider works without it") from error
         names = "|".join(re.escape(name) for name in self.lora.targets)
         config = LoraConfig(r=self.lora.rank, lora_alpha=self.lora.alpha, target_modules=f"({names})")

@@ -15,17 +15,43 @@ from .preprocess import timm_preprocess
 log = logging.getLogger(__name__)
 
 
-class Features(nn.Module):
-    """A network without its head, and what is made of some of its inner maps."""
+class Inner(nn.Module):
+    """Some of a network's inner maps, without what comes after them: image -> [(B, C, h, w)]."""
 
-    def __init__(self, net: nn.Module, layers: list[int], read: Callable[[list[Tensor]], Tensor]):
+    def __init__(self, net: nn.Module, layers: list[int]):
         super().__init__()
-        self.net, self.layers, self.read = net, layers, read
+        self.net, self.layers = net, layers
         net.prune_intermediate_layers(layers)
 
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.net.forward_intermediates(image, indices=self.layers, intermediates_only=True, output_fmt="NCHW")
+
+
+class Chain(nn.Module):
+    """The same for a network that is one chain of layers (VGG), which not every timm shows: what each pooling is given."""
+
+    def __init__(self, layers: nn.Sequential):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = []
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d):
+                maps.append(image)
+            image = layer(image)
+        return maps
+
+
+class Features(nn.Module):
+    """What is made of a network's inner maps."""
+
+    def __init__(self, maps: nn.Module, read: Callable[[list[Tensor]], Tensor]):
+        super().__init__()
+        self.maps, self.read = maps, read
+
     def forward(self, image: Tensor) -> Tensor:
-        maps = self.net.forward_intermediates(image, indices=self.layers, intermediates_only=True, output_fmt="NCHW")
-        return self.read(maps)
+        return self.read(self.maps(image))
 
 
 class Embedding(nn.Module):
@@ -67,19 +93,23 @@ def load_timm(folder: Path, answer: str = "own") -> Guider:
         return make(IgnoreSigma(net), task="class", labels=_labels(folder.name, config, net))
     if answer in ("own", "embedding"):
         return make(IgnoreSigma(Embedding(net)), task="embedding")
+    read = gram if answer == "style" else self_similarity
+    if config["architecture"].startswith("vgg"):
+        return make(IgnoreSigma(Features(Chain(net.features), read)), task=answer)
     if not hasattr(net, "forward_intermediates"):
         raise ValueError(f"{config['architecture']} shows timm no inner maps, which {answer} is read from: expected another "
                          "network, such as vgg19 for style or a vision transformer for structure")
     fine = [index for index, about in enumerate(net.feature_info) if about["reduction"] <= 16]
-    layers, read = (fine, gram) if answer == "style" else ([len(net.feature_info) - 1], self_similarity)
-    return make(IgnoreSigma(Features(net, layers, read)), task=answer)
+    layers = fine if answer == "style" else [len(net.feature_info) - 1]
+    return make(IgnoreSigma(Features(Inner(net, layers), read)), task=answer)
 
 
 def _load(folder: Path) -> tuple[nn.Module, dict]:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"this guider needs the package timm ({error}): install it with 'pip install timm'") from error
+        raise ImportError(f"this guider needs the package timm ({error}): install it with 'pip install timm>=1.0.15'"
+                          ) from error
 
     config = read_json(folder / "config.json")
     architecture = config.get("architecture")
@@ -103,7 +133,9 @@ def _load(folder: Path) -> tuple[nn.Module, dict]:
 def _data_config(config: dict, net: nn.Module) -> dict:
     from timm.data import resolve_data_config
 
-    return resolve_data_config(config.get("pretrained_cfg", {}), model=net)
+    data = resolve_data_config(config.get("pretrained_cfg", {}), model=net)
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None)  # the file may say that of the network it came from
+    return data | {"input_size": (3, *size)} if size else data
 
 
 def _labels(name: str, config: dict, net: nn.Module) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def timm_net(architecture: str, labels: bool = True, **settings) -> Callable[[Pa
         timm = pytest.importorskip("timm")
         net = wake(timm.create_model(architecture, pretrained=False, num_classes=len(LABELS) if labels else 0, **settings))
         config = {"label_names": list(LABELS)} if labels else {}
-        timm.models.save_for_hf(net, folder, model_config=config, model_args=settings or None, safe_serialization=True)
+        timm.models._hub.save_for_hf(net, folder, model_config=config, model_args=settings or None, safe_serialization=True)
     return write
 
 

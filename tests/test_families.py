@@ -138,8 +138,10 @@ def prepared_by_the_library(folder: Path, image: Tensor) -> tuple[Tensor, bool]:
     if "architecture" in json.loads((folder / "config.json").read_text()):
         import timm
 
-        said = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-        transform = timm.data.create_transform(**timm.data.resolve_data_config(said))
+        said = json.loads((folder / "config.json").read_text())
+        side = said.get("model_args", {}).get("img_size")
+        size = {"input_size": (3, *(side if isinstance(side, list) else (side, side)))} if side else {}
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(said["pretrained_cfg"]) | size)
         return transform(image)[None], True
     import transformers
 

@@ -77,4 +77,4 @@ print(len(found), "|".join(said))
     count, said = fresh_process(code).split(" ", 1)
     assert int(count) == len(list((ROOT / "web" / "docs").glob("PPAP*.md")))
     timm, peft = said.split("|")
-    assert "pip install timm" in timm and "pip install peft" in peft
+    assert "pip install timm>=" in timm and "pip install peft>=" in peft

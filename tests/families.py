@@ -71,6 +71,7 @@ def hugging(architecture: str, config: Callable[[], object], processor: dict, to
             pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
         made = config()
         model = wake(getattr(transformers, architecture)(made))
+        folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, safe_serialization=True)
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
         if tokenizer:

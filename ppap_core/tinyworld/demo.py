@@ -77,7 +77,7 @@ def write_results(world: World, rows: dict[str, tuple[Guider | None, float]], fo
         results.append({"row": name, "weight": weight, **asdict(found), "seconds_per_image": seconds})
         terms = [Term(guider.aim(torch.arange(len(CLASSES), device=world.device)), weight)] if guider else []
         sheet[name] = world.sample(range(len(CLASSES)), STEPS, terms)
-    save_picture(contact_sheet(sheet, heads=[f"wanted: {label}" for label in CLASSES]), folder / "contact_sheet.png")
+    save_picture(contact_sheet(sheet, heads=CLASSES), folder / "contact_sheet.png")  # under each column what was wanted
     write_json(folder / "results.json", results)
     lines = ["| | right by the judge | right by the guider | Fréchet distance | seconds per image |",
              "|---|---:|---:|---:|---:|"]

@@ -78,3 +78,16 @@ print(len(found), "|".join(said))
     assert int(count) == len(list((ROOT / "web" / "docs").glob("PPAP*.md")))
     timm, peft = said.split("|")
     assert "pip install timm>=" in timm and "pip install peft>=" in peft
+
+
+def test_guiders_lie_in_any_folder_that_comfyui_was_told_of(comfy, tmp_path):
+    """As `ppap_guiders` in extra_model_paths.yaml does it."""
+    import folder_paths
+
+    FAMILIES["image classifier (ViT)"].write(tmp_path / "elsewhere" / "my classifier")
+    folder_paths.add_model_folder_path("ppap_guiders", str(tmp_path / "elsewhere"))
+    try:
+        assert "my classifier" in comfy.pack.nodes.bridge.guider_sources()
+        assert comfy("PPAPLoadGuider", guider_name="my classifier")[0].name == "transformers/my classifier"
+    finally:
+        folder_paths.get_folder_paths("ppap_guiders").remove(str(tmp_path / "elsewhere"))

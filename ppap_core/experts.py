@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .guider import Guider, IgnoreSigma
+from .guider import Guider, IgnoreSigma, has_network
 from .noise import ExpertSchedule, seeded
 
 VIEWS = ("noisy", "denoised")
@@ -229,7 +229,7 @@ class ExpertBank(nn.Module):
 
 def base_network(guider: Guider) -> nn.Module:
     """The frozen network of a plain guider. ValueError if it has experts already, or is a rule."""
-    if isinstance(guider.net, nn.Module) and not any(True for _ in guider.net.parameters()):
+    if isinstance(guider.net, nn.Module) and not has_network(guider):
         raise ValueError(f"{guider.name} has no network that could learn: expected one from Load Guider; a rule guides "
                          "without experts")
     if not isinstance(guider.net, IgnoreSigma):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .guider import Guider
+from .guider import Guider, has_network
 from .noise import EVERYWHERE, NoiseInterval, as_seen, expand
 from .sampling import Denoiser
 from .tasks import TASKS
@@ -188,8 +188,7 @@ def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype
 
 def _computing_in(compute: torch.dtype | None, guider: Guider, device: str) -> AbstractContextManager:
     """Half precision where it was asked for; what has no weights, such as a rule, is cheap and stays precise."""
-    weights = isinstance(guider.net, torch.nn.Module) and any(True for _ in guider.net.parameters())
-    if compute not in HALF or not weights or not torch.amp.is_autocast_available(device):
+    if compute not in HALF or not has_network(guider) or not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, dtype=compute)
 

@@ -37,7 +37,8 @@ class Guider:
         return replace(self, target=target)
 
     def predict(self, image: Tensor, sigma: Tensor) -> Tensor:
-        """The network's output for images at noise levels (B,)."""
+        """The network's output for images at noise levels (B,). ValueError where it waits for a text."""
+        require_prompt(self)
         if self.prompt is None:
             return self.net(self.preprocess(image), sigma)
         prompt = _fit_for_autograd(self.prompt, image).to(image.dtype).expand(len(image), -1)
@@ -101,6 +102,17 @@ def short_labels(descriptions: list[str]) -> tuple[str, ...]:
         name = next(name for name in choices if name.lower() not in names)
         names[name.lower()] = name
     return tuple(names.values())
+
+
+def require_prompt(guider: Guider) -> None:
+    """ValueError if a guider that marks what a text asks for was not asked yet."""
+    if guider.task == "mask" and guider.prompt is None and guider.read_text is not None:
+        raise ValueError(f"{guider.name} marks what a text asks for, and was not asked yet: use Aim at Text first")
+
+
+def has_network(guider: Guider) -> bool:
+    """Whether it has weights, as a network has and a rule has not."""
+    return isinstance(guider.net, nn.Module) and any(True for _ in guider.net.parameters())
 
 
 def clean(images: Tensor) -> Tensor:

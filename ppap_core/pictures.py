@@ -18,10 +18,8 @@ def look_through(guider: Guider, images: Tensor) -> Tensor:
     Maps as maps, classes as bars, numbers in words, what rules read as small pictures; of all else, such as an embedding,
     how close it is to the target.
     """
-    if guider.task == "mask" and guider.prompt is None:
-        raise ValueError(f"{guider.name} marks what a text asks for, and was not asked yet: use Aim at Text first")
     output = guider.predict(images, clean(images))
-    draw = RULES.get(guider.name) or TASKS.get(guider.task, _closeness)
+    draw = PICTURES.get(guider.name) or PICTURES.get(guider.task, _closeness)
     return draw(guider, images, output).clamp(-1, 1)
 
 
@@ -60,13 +58,11 @@ def _stripes(guider: Guider, images: Tensor, output: Tensor) -> Tensor:
     return F.interpolate(shares[:, :, None].expand(-1, -1, SIDE, -1), (SIDE, SIDE))
 
 
-TASKS: dict[str, Callable[[Guider, Tensor, Tensor], Tensor]] = {
+PICTURES: dict[str, Callable[[Guider, Tensor, Tensor], Tensor]] = {  # by the name of a rule, or by task
     "class": _classes, "number": _numbers,
     "depth": lambda guider, images, output: depth_picture(output),
     "segmentation": lambda guider, images, output: label_picture(output.argmax(1)),
     "mask": lambda guider, images, output: (2 * output.sigmoid() - 1).expand(-1, 3, -1, -1),
-}
-RULES: dict[str, Callable[[Guider, Tensor, Tensor], Tensor]] = {
     "rule/colours": _stripes,
     "rule/layout": lambda guider, images, output: F.interpolate(output, (SIDE, SIDE)),
     "rule/edges": lambda guider, images, output: depth_picture(output),

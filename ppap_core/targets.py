@@ -4,9 +4,9 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .guider import Guider, reading
+from .guider import Guider, has_network, reading, require_prompt
 from .plots import labels_of_picture
 from .tasks import IGNORE
 
@@ -84,7 +84,6 @@ def aim_at_text(guider: Guider, text: str) -> Guider:
 
 def image_target(guider: Guider, picture: Tensor) -> Tensor:
     """What the guider reads in pictures (B, 3, H, W) in [-1, 1], for others to have the same."""
-    _require_prompt(guider)
     return reading(guider, picture)
 
 
@@ -110,7 +109,7 @@ def mask_target(guider: Guider, mask: Tensor, name: str) -> Tensor:
     _require(guider, "a mask", "segmentation", "mask")
     mask = mask[:, None].float()
     if guider.task == "mask":
-        _require_prompt(guider)
+        require_prompt(guider)
         return guider.preprocess.frame(mask, "bilinear").clamp(0, 1)
     inside = guider.preprocess.frame(mask, "nearest-exact")[:, 0] > 0.5
     if not bool(inside.flatten(1).any(1).all()):
@@ -124,11 +123,6 @@ def number_target(guider: Guider, number: float) -> Tensor:
     return torch.tensor([[float(number)]])
 
 
-def _require_prompt(guider: Guider) -> None:
-    if guider.task == "mask" and guider.prompt is None:
-        raise ValueError(f"{guider.name} marks what a text asks for, and was not asked yet: use Aim at Text first")
-
-
 PARTS = ("class", "embedding", "number", "style")  # what a part of an image has as much as the whole
 
 
@@ -137,7 +131,7 @@ def with_cutouts(guider: Guider, count: int) -> Guider:
 
     ValueError for guiders that parts of an image tell nothing.
     """
-    network = isinstance(guider.net, nn.Module) and any(True for _ in guider.net.parameters())
+    network = has_network(guider)
     if count and not (network and guider.task in PARTS):
         what = f"predicts {guider.task}" if network else "is a rule"
         raise ValueError(f"{guider.name} {what}, which parts of an image cannot tell: expected a network for "

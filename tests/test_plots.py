@@ -161,7 +161,7 @@ def test_a_map_that_a_guider_sees_can_be_its_target(task):
 
 def test_a_mask_guider_that_was_not_asked_sees_nothing():
     with says(ValueError, "small/mask", "not asked yet", "Aim at Text"):
-        look_through(small_guider("mask"), images())
+        look_through(replace(small_guider("mask"), read_text=lambda text: randn(1, 4)), images())
 
 
 def test_the_colours_of_an_image_are_stripes_as_wide_as_their_shares():

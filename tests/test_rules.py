@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppap_core import rules
+from ppap_core.experts import base_network
 from ppap_core.guidance import Term
 from ppap_core.guider import Guider, clean, reading
 from ppap_core.rules import RULES, rule_guider
@@ -305,3 +306,15 @@ def test_one_weight_is_right_for_every_rule(world, name):
     noise = randn(3, 3, 32, 32, seed=5).to(world.device)
     known = world.denoise(steered + 0.3 * noise, level(0.3, steered))
     assert (known - steered).square().mean().sqrt() < 0.1 and steered.abs().max() < 1.5
+
+
+def test_a_rule_has_no_network_for_experts():
+    with says(ValueError, "rule/colours", "no network", "without experts"):
+        base_network(rule_guider("colours"))
+
+
+def test_a_target_whose_shape_no_answer_has_is_told_in_words():
+    guider = rule_guider("symmetry left-right")
+    image = images()
+    with says(ValueError, "symmetry", f"(3, {H}, {W})", "(3, 9, 14)", "size that is sampled"):
+        guider.aim(reading(guider, image[..., :9, :14])).energy(image, clean(image))

@@ -140,7 +140,7 @@ def test_a_picture_is_met_best_by_itself(task):
 def test_a_mask_guider_must_be_asked_before_it_reads_a_picture_or_a_mask():
     for aim in (lambda guider: image_target(guider, images()), lambda guider: mask_target(guider, torch.ones(1, H, W), "")):
         with says(ValueError, "small/mask", "not asked yet", "Aim at Text"):
-            aim(small_guider("mask"))
+            aim(replace(small_guider("mask"), read_text=lambda text: randn(1, 4)))
 
 
 def test_what_an_asked_mask_guider_reads_in_a_picture_is_a_mask():

@@ -1,20 +1,22 @@
 """An expert bank as one safetensors file, with everything needed to refuse a wrong match."""
 from pathlib import Path
 
-from .experts import ExpertBank, LoraSpec, base_network, fingerprint
+from torch import Tensor
+
+from .experts import PIXELS, ExpertBank, LoraSpec, base_network, fingerprint
 from .files import load_tensors, save_tensors, with_prefix, without_prefix
 from .guider import Guider
 from .noise import ExpertSchedule
+from .view import LatentSpace
 
 FORMAT = 1
 KIND = "expert bank"
 NOISE = "sigma of x = image + sigma noise"
-SPACE = "pixel"  # the only thing that is diffused so far
 
 
 def _belongs(guider: Guider, weights: str) -> dict:
     """What must agree between a file and a guider: everything that would silently make experts useless."""
-    return {"kind": KIND, "format": FORMAT, "noise": NOISE, "space": SPACE, "task": guider.task, "fingerprint": weights,
+    return {"kind": KIND, "format": FORMAT, "noise": NOISE, "task": guider.task, "fingerprint": weights,
             "preprocess": guider.preprocess.about()}
 
 
@@ -23,9 +25,12 @@ def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
     tensors = {}
     for index in range(len(bank.schedule)):
         tensors |= with_prefix(f"expert_{index}", bank.weights(index))
+    if bank.space:
+        tensors |= {"space.factors": bank.space.factors, "space.bias": bank.space.bias}
     save_tensors(path, tensors, _belongs(guider, bank.fingerprint) | {
-        "guider": guider.name, "view": bank.view, "edges": list(bank.schedule.edges), "rank": bank.lora.rank,
-        "alpha": bank.lora.alpha, "targets": list(bank.lora.targets), "recipe": bank.recipe})
+        "guider": guider.name, "space": bank.space_name, "shuffle": bank.space.shuffle if bank.space else 1,
+        "view": bank.view, "edges": list(bank.schedule.edges), "rank": bank.lora.rank, "alpha": bank.lora.alpha,
+        "targets": list(bank.lora.targets), "recipe": bank.recipe})
 
 
 def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
@@ -41,11 +46,18 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     try:
         schedule = ExpertSchedule(tuple(map(float, about["edges"])))
         lora = LoraSpec(int(about["rank"]), float(about["alpha"]), tuple(map(str, about["targets"])))
-        view = str(about["view"])
+        view, space = str(about["view"]), _space(tensors, about)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the description in {Path(path).name} is damaged ({error}): copy or distil it again") from error
-    bank = ExpertBank(base_network(guider), schedule, lora, view)
+    bank = ExpertBank(base_network(guider), schedule, lora, view, space=space)
     bank.recipe = about.get("recipe", {})
     for index in range(len(schedule)):
         bank.load(index, without_prefix(f"expert_{index}", tensors))
     return bank
+
+
+def _space(tensors: dict[str, Tensor], about: dict) -> LatentSpace | None:
+    name = str(about["space"])
+    if name == PIXELS:
+        return None
+    return LatentSpace(name, tensors["space.factors"], tensors["space.bias"], int(about["shuffle"]))

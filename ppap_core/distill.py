@@ -32,20 +32,21 @@ class DistillConfig:
     temperature: float = 1.0  # of the teacher's classes; 1 changes nothing, below it sharpens (the paper: 0.25)
 
 
-def distill_loss(guider: Guider, bank: ExpertBank, see: Denoiser, images: Tensor, sigma: Tensor, noise: Tensor,
-                 temperature: float = 1.0) -> Tensor:
+def distill_loss(guider: Guider, bank: ExpertBank, see: Denoiser, images: Tensor, diffused: Tensor, sigma: Tensor,
+                 noise: Tensor, temperature: float = 1.0) -> Tensor:
     """Distance of the expert's answer on what it sees of a noisy image from the plain answer on the clean one, (B,).
 
     guider: the plain one, the teacher. see(x, sigma): what the experts look at, `as_seen` for the noisy view or the
-    denoiser for the denoised view. images, noise (B, 3, H, W); sigma (B,), all in one interval.
+    denoiser for the denoised view. images (B, 3, H, W); diffused: the latents they were decoded from, or the images
+    again; noise like it; sigma (B,), all in one interval.
     """
     with torch.no_grad():
         teacher = guider.predict(images, clean(images))
         if guider.task in ("class", "segmentation", "mask"):
             teacher = teacher / temperature
-        seen = see(images + expand(sigma, images) * noise, sigma)
-    student = with_experts(guider, bank).predict(seen, sigma)
-    return TASKS[guider.task].distance(student, teacher)
+        seen = see(diffused + expand(sigma, diffused) * noise, sigma)
+    student = with_experts(guider, bank)
+    return TASKS[guider.task].distance(student.predict(student.look(seen, sigma), sigma), teacher)
 
 
 def view_of(bank: ExpertBank, denoise: Denoiser | None) -> Denoiser:
@@ -58,13 +59,16 @@ def view_of(bank: ExpertBank, denoise: Denoiser | None) -> Denoiser:
 
 
 def draw_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, size: int,
-               seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, noise levels and noise of a step: a pure function of its arguments, so that a resumed run is the same run."""
+               seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images, what was diffused, noise levels and noise of a step: a pure function of its arguments, so that a resumed
+    run is the same run."""
     generator = seeded(seed, index, step)
     images = store.batch(step, size, seed + index * 2**64)
+    diffused = store.latent_batch(step, size, seed + index * 2**64)
     flip = torch.rand(size, generator=generator) < 0.5
-    images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return images, bank.schedule[index].sample(size, generator), torch.randn(images.shape, generator=generator)
+    if diffused is None:  # the mirror image of a latent is not the latent of the mirror image
+        diffused = images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    return images, diffused, bank.schedule[index].sample(size, generator), torch.randn(diffused.shape, generator=generator)
 
 
 def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleStore, denoise: Denoiser | None = None,
@@ -122,19 +126,21 @@ def disagreement(guider: Guider, other: Guider, store: SampleStore, see: Denoise
 
     With the plain guider as the other it shows where experts are needed; with the experts, what they learned.
     """
-    images = store.batch(0, size, seed=-1).to(device)
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    images, latents = store.batch(0, size, seed=-1).to(device), store.latent_batch(0, size, seed=-1)
+    diffused = images if latents is None else latents.to(device)
+    noise = torch.randn(diffused.shape, generator=torch.Generator().manual_seed(0)).to(device)
     teacher, out = guider.predict(images, clean(images)), []
     for sigma in sigmas:
         level = images.new_full((len(images),), sigma)
-        seen = see(images + expand(level, images) * noise, level)
+        seen = other.look(see(diffused + expand(level, diffused) * noise, level), level)
         out.append(TASKS[guider.task].distance(other.predict(seen, level), teacher).mean().item())
     return out
 
 
 def _about(guider: Guider, bank: ExpertBank, index: int, store: SampleStore, config: DistillConfig) -> dict:
     return {"guider": guider.name, "fingerprint": bank.fingerprint, "index": index, "edges": list(bank.schedule.edges),
-            "view": bank.view, "lora": {**asdict(bank.lora), "targets": list(bank.lora.targets)},
+            "view": bank.view, "space": bank.space_name,
+            "lora": {**asdict(bank.lora), "targets": list(bank.lora.targets)},
             "store": store.recipe, "images": len(store),
             "config": {key: value for key, value in asdict(config).items() if key != "save_every"}}
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .files import with_prefix
 from .guider import Guider, IgnoreSigma, has_network
 from .noise import ExpertSchedule, seeded
+from .view import LatentSpace, Stem
 
 VIEWS = ("noisy", "denoised")
+PIXELS = "pixel"  # the name of what is diffused where that is images
 SPARE_SHARE, SPARE_BYTES = 0.25, 16 * 2**20  # what a bank may add to its network's memory: the larger of the two
 
 
@@ -76,19 +79,21 @@ class ExpertBank(nn.Module):
     of the weight, so that it costs no time. Always in eval mode: batch-norm statistics stay those of clean images, the same
     in distillation and in guidance.
 
-    view: what the experts look at, "noisy" or "denoised".
+    view: what the experts look at, "noisy" or "denoised". space: the latents they look at, each through a stem of its own
+    that belongs to it like its adapter; None for images.
     """
 
     def __init__(self, base: nn.Module, schedule: ExpertSchedule, lora: LoraSpec = LoraSpec(),
-                 view: str = "denoised", seed: int = 0):
+                 view: str = "denoised", seed: int = 0, space: LatentSpace | None = None):
         super().__init__()
         if view not in VIEWS:
             raise ValueError(f"there is no view '{view}': expected one of {', '.join(VIEWS)}")
         self.fingerprint = fingerprint(base)
         self.recipe: dict = {}  # how the experts were made, for people
-        self.schedule, self.view = schedule, view
+        self.schedule, self.view, self.space = schedule, view, space
         self.lora = replace(lora, targets=lora.targets or default_targets(base))
         self.net = _share_weights(base)
+        self.stems = nn.ModuleList(Stem(space, seeded(seed, index, 1)) for index in range(len(schedule)) if space)
         self._inject(seed)
         self._layers = sorted(_adapted_layers(self.net), key=lambda layer: layer.base_layer.weight.numel())
         self._merged = self._choose_merged()
@@ -97,6 +102,11 @@ class ExpertBank(nn.Module):
         self._in_training: list[nn.Parameter] = []
         self.active = -1
         self.select(0)
+
+    @property
+    def space_name(self) -> str:
+        """What the experts look at, for files and people."""
+        return self.space.name if self.space else PIXELS
 
     def _inject(self, seed: int) -> None:
         try:
@@ -147,7 +157,8 @@ class ExpertBank(nn.Module):
     def _named(self, index: int) -> dict[str, nn.Parameter]:
         """The parameters of one expert under names that do not depend on its number."""
         mark = f".expert_{index}."
-        return {name.replace(mark, "."): parameter for name, parameter in self.net.named_parameters() if mark in name}
+        adapter = {name.replace(mark, "."): parameter for name, parameter in self.net.named_parameters() if mark in name}
+        return adapter | (with_prefix("stem", dict(self.stems[index].named_parameters())) if self.space else {})
 
     def select(self, index: int) -> None:
         """Switch expert `index` on and the others off."""
@@ -171,12 +182,19 @@ class ExpertBank(nn.Module):
 
     def forward(self, image: Tensor, sigma: Tensor, *prompt: Tensor) -> Tensor:
         """Output of the expert responsible for sigma (B,). ValueError if the batch spans two intervals."""
+        self.select(self._responsible(sigma))
+        return self.net(image, *prompt)
+
+    def see(self, diffused: Tensor, sigma: Tensor) -> Tensor:
+        """The image that the expert responsible for sigma (B,) sees of latents (B, C, h, w)."""
+        return self.stems[self._responsible(sigma)](diffused) if self.space else diffused
+
+    def _responsible(self, sigma: Tensor) -> int:
         low, high = (self.schedule.index(float(value)) for value in sigma.aminmax())
         if low != high:
             raise ValueError(f"one batch holds noise levels of the experts {low} and {high}: split it, so that all "
                              "images of a call belong to one interval")
-        self.select(low)
-        return self.net(image, *prompt)
+        return low
 
     @contextmanager
     def trainable(self, index: int) -> Iterator[list[nn.Parameter]]:
@@ -223,7 +241,7 @@ class ExpertBank(nn.Module):
     def trainable_share(self) -> float:
         """Weights of one expert over the weights of the base."""
         one = sum(parameter.numel() for parameter in self._named(0).values())
-        everything = sum(parameter.numel() for parameter in self.net.parameters())
+        everything = sum(parameter.numel() for parameter in self.parameters())
         return one / (everything - one * len(self.schedule))
 
 
@@ -239,4 +257,4 @@ def base_network(guider: Guider) -> nn.Module:
 
 def with_experts(guider: Guider, bank: ExpertBank) -> Guider:
     """The guider with a bank in the place of its network; it looks at what the experts were distilled for."""
-    return replace(guider, net=bank, view=bank.view)
+    return replace(guider, net=bank, view=bank.view, see=bank.see if bank.space else None)

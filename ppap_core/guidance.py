@@ -58,6 +58,7 @@ class Term:
     window: NoiseInterval = EVERYWHERE
     ramp: Callable[[float], float] = constant
     mask: Tensor | None = None  # (B|1, 1, H, W) in [0, 1] on the grid of x
+    balanced: bool = False      # whether the weight is a share of what is uncertain; else it scales the gradient as it is
 
     def strength(self, sigma: float) -> float:
         """Weight of the gradient at a noise level; 0 when the network need not run."""
@@ -90,6 +91,8 @@ def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Te
     A guider of the noisy view judges as_seen(x):    -sigma^2 weight dE/dx (the paper; exact for an exact E).
     One of the denoised view judges the prediction:  -r^2 weight dE/d denoised, with the variance of the image given x
     under a Gaussian prior, r^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2), so that a weight means the same in both.
+    Balanced terms only take the direction of the gradient, for each sample alone: their shift has the root mean square
+    weight * r, inside their mask, whatever the scale of the energy: a share of what is still uncertain.
 
     max_rms: upper limit for the root mean square of the summed shift of each sample, in units of the data; infinity
     changes nothing. compute: the type that the guiders' networks compute in; None or float32 changes nothing.
@@ -101,10 +104,14 @@ def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Te
         if strength == 0:
             continue
         energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
-        part = -strength * _step_size(term.guider.view, level, sigma_data) * gradient
-        if term.mask is not None:
-            part = part * _mask_for(term.mask, part)
-        part = _finite(part, term.guider.name, level)
+        gradient = _finite(gradient, term.guider.name, level)
+        mask = None if term.mask is None else _mask_for(term.mask, gradient)
+        if term.balanced:
+            part = -strength * _uncertainty(level, sigma_data) * _direction(gradient, mask)
+        else:
+            part = -strength * _step_size(term.guider.view, level, sigma_data) * gradient
+        if mask is not None:
+            part = part * mask
         readings.append(Reading(index, level, energy, _rms(part)))
         total = part if total is None else total + part
     return None if total is None else Shift(_limit(total, max_rms), readings)
@@ -182,8 +189,13 @@ def _gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
 def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype | None = None) -> Tensor:
     """Energy (B,), at least float32, of the points that the guider looks at, with its network in a type to compute in."""
     with _computing_in(compute, guider, point.device.type):
-        energy = guider.energy(as_seen(point, sigma) if guider.view == "noisy" else point, sigma)
-    return energy.float() if energy.dtype in HALF else energy
+        image = guider.look(as_seen(point, sigma) if guider.view == "noisy" else point, sigma)
+        energy = guider.energy(_full(image), sigma)  # a picture is resized in full precision
+    return _full(energy)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def _computing_in(compute: torch.dtype | None, guider: Guider, device: str) -> AbstractContextManager:
@@ -202,7 +214,22 @@ def _loss_scale(guider: Guider, point: Tensor, compute: torch.dtype | None) -> f
 
 
 def _step_size(view: str, sigma: float, sigma_data: float) -> float:
-    return sigma**2 if view == "noisy" else sigma**2 * sigma_data**2 / (sigma**2 + sigma_data**2)
+    return sigma**2 if view == "noisy" else _uncertainty(sigma, sigma_data) ** 2
+
+
+def _uncertainty(sigma: float, sigma_data: float) -> float:
+    """Standard deviation of the data given a noisy state, under a Gaussian prior."""
+    return sigma * sigma_data / math.hypot(sigma, sigma_data)
+
+
+def _direction(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient of each sample with a root mean square of 1, inside the mask; zeros where it vanishes."""
+    if mask is None:
+        size = _rms(gradient)
+    else:
+        inside = mask.expand_as(gradient)
+        size = _rms(gradient * inside.sqrt()) / inside.flatten(1).mean(1).sqrt().clamp_min(1e-12)
+    return gradient / expand(size.clamp_min(torch.finfo(size.dtype).tiny), gradient)
 
 
 def _common_level(sigma: Tensor) -> float:

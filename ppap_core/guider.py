@@ -16,6 +16,7 @@ class Guider:
     """A differentiable judge of images.
 
     image (B, 3, H, W) in [-1, 1] -> preprocess -> net(image, sigma) -> output -> task loss against the target -> (B,)
+    Where a latent is diffused, `see` makes the image of it.
 
     An off-the-shelf network ignores sigma (`IgnoreSigma`); an `ExpertBank` in its place uses it.
     """
@@ -31,10 +32,15 @@ class Guider:
     prompt: Tensor | None = None             # (B|1, D), for networks that answer about a text
     read_text: Callable[[str], Tensor] | None = None  # text -> (1, D), for networks that know texts
     cutouts: int = 0                         # square parts of the image that are judged beside the whole
+    see: Callable[[Tensor, Tensor], Tensor] | None = None  # (what is diffused, sigma) -> image; None where it is one
 
     def aim(self, target: Tensor) -> "Guider":
         """The same guider with a target."""
         return replace(self, target=target)
+
+    def look(self, diffused: Tensor, sigma: Tensor) -> Tensor:
+        """The image (B, 3, H, W) that is seen of what is diffused (B, C, h, w)."""
+        return self.see(diffused, sigma) if self.see else diffused
 
     def predict(self, image: Tensor, sigma: Tensor) -> Tensor:
         """The network's output for images at noise levels (B,). ValueError where it waits for a text."""

@@ -56,7 +56,7 @@ def test_the_loss_compares_the_expert_on_the_noisy_image_with_the_plain_network_
     bank = make_bank(guider, view)
     disturb(bank, 1)
     image, sigma, noise = images(), torch.tensor([0.5, 1.0, 1.9]), randn(3, 3, 20, 28, seed=8)
-    loss = distill_loss(guider, bank, view_of(bank, denoise), image, sigma, noise)
+    loss = distill_loss(guider, bank, view_of(bank, denoise), image, image, sigma, noise)
     x = image + sigma[:, None, None, None] * noise
     seen = x / (1 + sigma**2).sqrt()[:, None, None, None] if view == "noisy" else denoise(x, sigma)
     expected = TASKS[task].distance(with_experts(guider, bank).predict(seen, sigma), guider.predict(image, clean(image)))
@@ -67,7 +67,7 @@ def test_without_noise_a_new_expert_has_nothing_to_learn():
     guider = small_guider()
     bank = make_bank(guider)
     image = images()
-    loss = distill_loss(guider, bank, lambda x, sigma: x, image, level(0.2, image), torch.zeros_like(image))
+    loss = distill_loss(guider, bank, lambda x, sigma: x, image, image, level(0.2, image), torch.zeros_like(image))
     assert loss.abs().max() < 1e-6
 
 
@@ -77,7 +77,7 @@ def test_an_expert_sees_in_guidance_what_it_saw_in_distillation(view):
     bank = make_bank(guider, view)
     image, sigma, noise = images(), level(1.0, images()), randn(3, 3, 20, 28, seed=8)
     handle = bank.register_forward_pre_hook(lambda module, inputs: seen.append([part.detach().clone() for part in inputs]))
-    distill_loss(guider, bank, view_of(bank, denoise), image, sigma, noise)
+    distill_loss(guider, bank, view_of(bank, denoise), image, image, sigma, noise)
     x = image + noise
     guidance_shift([Term(with_experts(guider, bank))], x, sigma, denoise(x, sigma))
     handle.remove()
@@ -92,7 +92,7 @@ def test_no_gradient_reaches_the_teacher_or_the_denoiser(view):
     image = images()
     with bank.trainable(1):
         see = view_of(bank, lambda x, sigma: x * factor)
-        distill_loss(guider, bank, see, image, level(1.0, image), randn(3, 3, 20, 28)).sum().backward()
+        distill_loss(guider, bank, see, image, image, level(1.0, image), randn(3, 3, 20, 28)).sum().backward()
     assert factor.grad is None and all(parameter.grad is None for parameter in guider.net.parameters())
     assert any(parameter.grad is not None for parameter in bank.parameters())
 
@@ -119,7 +119,7 @@ def test_a_batch_of_a_step_is_a_function_of_seed_expert_and_step(store):
 def test_the_noise_of_every_batch_is_of_its_own_expert(store):
     bank = make_bank(small_guider())
     for index in range(3):
-        sigmas = torch.cat([draw_batch(bank, index, store, step, 8, 0)[1] for step in range(50)])
+        sigmas = torch.cat([draw_batch(bank, index, store, step, 8, 0)[2] for step in range(50)])
         assert {bank.schedule.index(sigma) for sigma in sigmas.tolist()} == {index}
 
 

@@ -110,7 +110,7 @@ def test_three_experts_start_as_the_plain_network_learn_alone_and_come_back_from
     with bank.trainable(1) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
         for _ in range(2):
-            loss = distill_loss(guider, bank, as_seen, image, level(1.0, image), randn(*image.shape, seed=3))
+            loss = distill_loss(guider, bank, as_seen, image, image, level(1.0, image), randn(*image.shape, seed=3))
             optimizer.zero_grad()
             loss.mean().backward()
             optimizer.step()

@@ -589,3 +589,51 @@ def test_one_call_with_two_noise_levels_is_refused():
     x, _, denoised = situation()
     with says(ValueError, 0.5, 2.0, "one level"):
         guidance_shift([Term(small_guider())], x, torch.tensor([0.5, 0.5, 2.0]), denoised)
+
+
+# Balanced terms
+
+def balanced_shift(term: Term, sigma: float = 1.5, count: int = B) -> torch.Tensor:
+    x, level_of, denoised = situation(sigma, count)
+    return guidance_shift([term], x, level_of, denoised).shift
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("sigma", [0.05, 1.5, 40.0])
+def test_a_balanced_shift_is_a_share_of_what_is_uncertain(view, sigma):
+    shift = balanced_shift(Term(small_guider(view=view), 0.3, balanced=True), sigma)
+    uncertain = sigma * 0.5 / math.hypot(sigma, 0.5)
+    torch.testing.assert_close(shift.square().flatten(1).mean(1).sqrt(), torch.full((B,), 0.3 * uncertain))
+
+
+def test_a_balanced_term_goes_the_way_of_the_raw_one_whatever_the_scale_of_the_energy():
+    raw = balanced_shift(Term(small_guider("depth")))
+    balanced = balanced_shift(Term(small_guider("depth"), balanced=True))
+    cosine = torch.nn.functional.cosine_similarity(raw.flatten(1), balanced.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(B))
+    number = rule_guider("contrast").aim(torch.tensor([[0.9]]))
+    louder = replace(number, net=lambda image, sigma: 30 * number.net(image, sigma), target=30 * number.target)
+    torch.testing.assert_close(balanced_shift(Term(louder, balanced=True)), balanced_shift(Term(number, balanced=True)))
+    assert not torch.allclose(balanced_shift(Term(louder)), balanced_shift(Term(number)))
+
+
+def test_balance_is_each_sample_s_own():
+    together = balanced_shift(Term(small_guider(), balanced=True))
+    alone = balanced_shift(Term(small_guider(), balanced=True), count=1)
+    torch.testing.assert_close(together[:1], alone)
+
+
+def test_a_balanced_shift_is_as_strong_inside_a_small_mask_as_without_one():
+    mask = torch.zeros(1, 1, H, W)
+    mask[..., 3:9, 5:16] = 1
+    shift = balanced_shift(Term(small_guider(), 0.2, mask=mask, balanced=True))
+    inside = shift[..., 3:9, 5:16].square().flatten(1).mean(1).sqrt()
+    torch.testing.assert_close(inside, torch.full((B,), 0.2 * 1.5 * 0.5 / math.hypot(1.5, 0.5)))
+    assert not (shift * (1 - mask)).any()
+
+
+def test_where_there_is_nothing_to_do_a_balanced_term_does_nothing():
+    flat = rule_guider("contrast").aim(torch.tensor([[0.0]]))
+    x, sigma, _ = situation()
+    found = guidance_shift([Term(flat, balanced=True)], x, sigma, torch.zeros_like(x))
+    assert not found.shift.any() and found.shift.isfinite().all()

@@ -1,0 +1,177 @@
+"""What is seen of a latent: its colours, and stems that start as them and learn."""
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import level, randn, same, says, small_guider
+
+from ppap_core.bank_file import load_bank, save_bank
+from ppap_core.distill import DistillConfig, distill_expert, draw_batch
+from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.files import load_tensors
+from ppap_core.guidance import Term, energy_gradient, guidance_shift
+from ppap_core.memory import gradient_bytes
+from ppap_core.noise import ExpertSchedule, as_seen, expand, seeded
+from ppap_core.samples import SampleStore
+from ppap_core.view import GROW, LatentSpace, Stem
+
+B, C, H, W = 3, 5, 6, 7
+SCHEDULE = ExpertSchedule((0.1, 1.0, 10.0))
+
+
+def space(shuffle: int = 1) -> LatentSpace:
+    return LatentSpace("Test", 0.4 * randn(C, 3, seed=1), 0.1 * randn(3, seed=2), shuffle)
+
+
+def latents(shuffle: int = 1, seed: int = 3) -> torch.Tensor:
+    return randn(B, C * shuffle**2, H, W, seed=seed)
+
+
+def bank_of(view: str = "denoised", shuffle: int = 1) -> ExpertBank:
+    return ExpertBank(base_network(small_guider()), SCHEDULE, LoraSpec(2, 2.0), view, space=space(shuffle))
+
+
+def train_a_little(bank: ExpertBank, index: int) -> None:
+    """Gives the stem of one expert weights as if it had been trained."""
+    bank.load(index, {name: weight + 0.05 * randn(*weight.shape, seed=place)
+                      for place, (name, weight) in enumerate(sorted(bank.weights(index).items()))})
+
+
+def test_colours_are_what_each_channel_adds():
+    found, latent, here = space().colours(latents()), latents(), space()
+    assert found.shape == (B, 3, H, W)
+    one = here.factors.T @ latent[1, :, 4, 5] + here.bias
+    torch.testing.assert_close(found[1, :, 4, 5], one)
+
+
+def test_places_that_hold_several_pixels_are_unfolded_first():
+    """As the reshape of such formats is written: channel, then row, then column of the place."""
+    packed = latents(shuffle=2)
+    unfolded = packed.reshape(B, C, 2, 2, H, W).permute(0, 1, 4, 2, 5, 3).reshape(B, C, 2 * H, 2 * W)
+    assert torch.equal(space(2).colours(packed), space().colours(unfolded))
+    assert space(2).channels == 4 * C == packed.shape[1]
+
+
+@pytest.mark.parametrize("shuffle", [1, 2])
+def test_a_stem_starts_as_the_enlarged_colours(shuffle: int):
+    seen = Stem(space(shuffle), seeded(0))(latents(shuffle))
+    plain = torch.nn.functional.interpolate(space(shuffle).colours(latents(shuffle)), scale_factor=GROW, mode="bilinear")
+    assert seen.shape == (B, 3, GROW * shuffle * H, GROW * shuffle * W)
+    assert torch.equal(seen, plain)
+
+
+def test_each_expert_sees_with_its_own_stem():
+    bank, x = bank_of(), latents()
+    before = [bank.see(x, level(sigma, x)) for sigma in (0.5, 5.0)]
+    assert torch.equal(*before)
+    train_a_little(bank, 1)
+    after = [bank.see(x, level(sigma, x)) for sigma in (0.5, 5.0)]
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+    with says(ValueError, "experts 0 and 1"):
+        bank.see(x, torch.tensor([0.5, 0.5, 5.0]))
+
+
+@pytest.mark.parametrize("view", ["noisy", "denoised"])
+def test_the_gradient_reaches_the_latent(view: str):
+    bank = bank_of(view)
+    train_a_little(bank, 0)
+    guider = with_experts(small_guider(), bank)
+    x, denoised, sigma = latents(), 0.5 * latents(seed=4), level(0.4, latents())
+    energy, gradient = energy_gradient(guider, x, sigma, denoised)
+    assert gradient.shape == x.shape
+
+    def energy_along(step: float) -> torch.Tensor:
+        point = (x if view == "noisy" else denoised) + step * direction
+        seen = as_seen(point, sigma) if view == "noisy" else point
+        return guider.energy(bank.see(seen, sigma), sigma).detach()
+
+    direction, step = randn(*x.shape, seed=9), 1e-2
+    torch.testing.assert_close(energy_along(0.0), energy)
+    slope = (energy_along(step) - energy_along(-step)) / (2 * step)
+    torch.testing.assert_close(slope, (gradient * direction).flatten(1).sum(1), rtol=0.02, atol=2e-3)
+
+
+def test_a_plain_guider_guides_latents_by_their_colours():
+    here = space()
+    guider = replace(small_guider(), see=lambda diffused, sigma: here.colours(diffused))
+    x = latents()
+    found = guidance_shift([Term(guider)], x, level(0.7, x), x, sigma_data=1.0)
+    assert found.shift.shape == x.shape and found.shift.abs().max() > 0
+    moved = guider.energy(here.colours(x + 0.01 * found.shift / found.shift.std()), level(0.7, x))
+    assert (moved < found.readings[0].energy).all()
+
+
+def latent_store(folder: Path) -> SampleStore:
+    store = SampleStore(folder, {"model": "test", "seed": 0})
+
+    def generate(seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        made = torch.stack([randn(C, H, W, seed=seed) for seed in seeds])
+        return (3 * space().colours(made)).tanh(), made
+    store.fill(64, generate)
+    return store
+
+
+def test_a_store_keeps_what_was_diffused_beside_the_images(tmp_path: Path):
+    store = latent_store(tmp_path)
+    assert store.images.shape == (64, 3, H, W) and store.latents.shape == (64, C, H, W)
+    images, diffused, sigma, noise = draw_batch(bank_of(), 1, store, 5, 6, 0)
+    assert diffused.shape == noise.shape == (6, C, H, W) and images.shape == (6, 3, H, W)
+    torch.testing.assert_close(images, (3 * space().colours(diffused)).tanh(), rtol=0, atol=0.02)
+    again = SampleStore(tmp_path, store.recipe)
+    assert torch.equal(again.latent_batch(2, 4, 1), store.latent_batch(2, 4, 1))
+
+
+@pytest.mark.parametrize("view", ["noisy", "denoised"])
+def test_stem_and_adapter_learn_together_and_a_resumed_run_is_the_same(tmp_path: Path, view: str):
+    store, guider = latent_store(tmp_path / "store"), small_guider()
+    config = DistillConfig(steps=6, batch=8, lr=3e-3)
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x / (1 + expand(sigma, x) ** 2)
+    straight, stopped = bank_of(view), bank_of(view)
+    start = {name: weight.clone() for name, weight in straight.weights(1).items()}
+    other = {name: weight.clone() for name, weight in straight.weights(0).items()}
+    distill_expert(guider, straight, 1, store, denoise, config)
+    moved = {name for name, weight in straight.weights(1).items() if not torch.equal(weight, start[name])}
+    assert {name for name in start if name.startswith("stem")} <= moved and len(moved) > 8
+    assert same(other, straight.weights(0)), "the other expert and its stem stay as they were"
+    assert not any(parameter.requires_grad for parameter in straight.parameters())
+
+    def stop(index: int, step: int, loss: float) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+    file = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        distill_expert(guider, stopped, 1, store, denoise, config, file, stop)
+    distill_expert(guider, stopped, 1, store, denoise, config, file)
+    assert same(straight.weights(1), stopped.weights(1))
+
+
+def test_a_bank_of_latents_is_saved_with_its_stems_and_their_space(tmp_path: Path):
+    guider, bank, x = small_guider(), bank_of(shuffle=2), latents(2)
+    train_a_little(bank, 1)
+    save_bank(tmp_path / "bank.safetensors", bank, guider)
+    tensors, about = load_tensors(tmp_path / "bank.safetensors")
+    assert about["space"] == "Test" and about["shuffle"] == 2
+    assert "expert_1.stem.body.0.weight" in tensors
+    loaded = load_bank(tmp_path / "bank.safetensors", guider)
+    assert loaded.space_name == "Test" and loaded.space.channels == bank.space.channels
+    for sigma in (0.5, 5.0):
+        assert torch.equal(loaded.see(x, level(sigma, x)), bank.see(x, level(sigma, x)))
+
+
+def test_stems_count_among_what_is_trained():
+    images = ExpertBank(base_network(small_guider()), SCHEDULE, LoraSpec(2, 2.0))
+    stem = sum(parameter.numel() for parameter in bank_of().stems[0].parameters())
+    base = sum(parameter.numel() for parameter in base_network(small_guider()).parameters())
+    assert bank_of().trainable_share() == pytest.approx(images.trainable_share() + stem / base)
+
+
+def test_the_memory_of_seeing_is_counted():
+    guider = small_guider()
+    here = space()
+    by_colours = replace(guider, see=lambda diffused, sigma: here.colours(diffused))
+    by_stem = with_experts(guider, bank_of())
+    shape = (2, C, 24, 28)
+    assert gradient_bytes(by_stem, shape) > gradient_bytes(by_colours, shape) > 0

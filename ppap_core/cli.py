@@ -14,6 +14,8 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where pictures and tables go")
     bench = commands.add_parser("bench", help="measure every way to guide on the bundled world")
     bench.add_argument("--quick", action="store_true", help="fewer images, shorter training: under an hour on two cores")
+    bench.add_argument("--speed", action="store_true", help="instead: what a guided step costs networks of full size")
+    bench.add_argument("--latent", action="store_true", help="instead: class, depth and segmentation on the latent world")
     bench.add_argument("--folder", type=Path, help="where finished parts are kept: runs/bench or runs/bench_quick")
     bench.add_argument("--json", type=Path, help="also write the rows into this file")
     costs = commands.add_parser("costs", help="memory, switching and time of a bank on a full-size network")
@@ -44,6 +46,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    if options.speed:
+        return _speed(options)
+    if options.latent:
+        return _latent(options)
     from .files import write_json
     from .tinyworld.bench import FULL, QUICK, bench, table
 
@@ -52,6 +58,26 @@ def _bench(options: argparse.Namespace) -> None:
     print(table(rows))
     if options.json:
         write_json(options.json, rows)
+
+
+def _latent(options: argparse.Namespace) -> None:
+    from .files import write_json
+    from .tinyworld.latent_bench import LatentBench, latent_bench, table
+
+    rows = latent_bench(LatentBench(), options.folder or Path("runs/bench_latent"), _clock())
+    print(table(rows))
+    if options.json:
+        write_json(options.json, rows)
+
+
+def _speed(options: argparse.Namespace) -> None:
+    from .files import write_json
+    from .speed import speed, table
+
+    columns = speed(_clock())
+    print(table(columns))
+    if options.json:
+        write_json(options.json, columns)
 
 
 def _costs(options: argparse.Namespace) -> None:

@@ -11,14 +11,15 @@ ALLOWED = {  # file of ppap_core -> files of it that it may import
     "targets": "guider plots tasks", "rules": "guider preprocess",
     "from_timm": "files guider preprocess", "from_transformers": "files guider preprocess",
     "loaders": "files from_timm from_transformers guider tinyworld",
-    "experts": "guider noise", "bank_file": "experts files guider noise", "costs": "experts noise",
+    "experts": "files guider noise view", "bank_file": "experts files guider noise view", "costs": "experts noise",
+    "view": "", "readout": "",
     "guidance": "guider noise sampling tasks",  # not experts: a bank is just a network
-    "memory": "guidance guider",
+    "memory": "guidance guider", "speed": "guidance guider noise preprocess sampling view",
     "distill": "experts files guider noise samples sampling tasks",
 }
 TOP = {"cli", "__main__", "__init__"}  # may import everything
-OPTIONAL = {"peft": {"experts"}, "timm": {"from_timm", "costs"}, "transformers": {"from_transformers"}, "PIL": {"plots"},
-            "huggingface_hub": {"download"}}
+OPTIONAL = {"peft": {"experts"}, "timm": {"from_timm", "costs", "speed"}, "transformers": {"from_transformers"},
+            "PIL": {"plots"}, "huggingface_hub": {"download"}, "diffusers": {"speed"}}
 CORE = sorted((ROOT / "ppap_core").glob("*.py"))
 ALL = sorted((ROOT / "ppap_core").rglob("*.py"))
 
@@ -50,7 +51,7 @@ def test_the_core_never_knows_comfyui_and_loads_heavy_libraries_late(file: Path)
 
 
 def test_the_nodes_import_from_the_core_and_the_core_nothing_from_them():
-    order = ["types", "folders", "memory", "bridge", {"load", "guide", "train", "report"}]
+    order = ["types", "folders", "memory", "models", "bridge", {"load", "guide", "train", "report"}]
     below: set[str] = set()
     for level in order:
         names = {level} if isinstance(level, str) else level

@@ -16,20 +16,21 @@ WEIGHTS = Path(__file__).parent / "weights"
 TASKS = {"class": (CLASSES, False), "depth": ((), True), "segmentation": (("wall", *CLASSES), True)}  # labels, dense
 
 
-def _load(net: nn.Module, name: str) -> nn.Module:
-    tensors, _ = load_tensors(WEIGHTS / f"{name}.safetensors")
+def load_weights(net: nn.Module, name: str, folder: Path = WEIGHTS) -> nn.Module:
+    """A network of the bundled weights, frozen."""
+    tensors, _ = load_tensors(folder / f"{name}.safetensors")
     net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
 
 
 def load_denoiser() -> TinyDenoiser:
     """The trained unconditional denoiser of scenes, (B, 3, 32, 32)."""
-    return _load(TinyDenoiser(), "denoiser")
+    return load_weights(TinyDenoiser(), "denoiser")
 
 
 def _network(make, role: str, task: str) -> Guider:
     labels, dense = TASKS[task]
-    net = _load(make(max(len(labels), 1), dense), f"{role}_{task}")
+    net = load_weights(make(max(len(labels), 1), dense), f"{role}_{task}")
     return Guider(f"tinyworld/{role}_{task}", IgnoreSigma(net), Preprocess((SIZE, SIZE)), task, labels)
 
 

@@ -59,13 +59,14 @@ class Attention(nn.Module):
 class TinyUNet(nn.Module):
     """U-Net on 2x2 pixel patches with two levels; output has the shape of the input.
 
-    x (B, 3, H, W) with H and W divisible by 4, c_noise (B,) -> (B, 3, H, W)
+    x (B, channels, H, W) with H and W divisible by 4, c_noise (B,), condition (B, conditions) -> like x
     """
 
-    def __init__(self, width: int = 64, blocks: int = 3, channels: int = 3):
+    def __init__(self, width: int = 64, blocks: int = 3, channels: int = 3, conditions: int = 0):
         super().__init__()
         embedding, wide = 4 * width, 2 * width
         self.embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.condition = nn.Linear(conditions, embedding) if conditions else None
         self.width = width
         self.stem = nn.Conv2d(4 * channels, width, 3, padding=1)
         self.down = nn.ModuleList(Block(width, width, embedding) for _ in range(blocks))
@@ -78,8 +79,10 @@ class TinyUNet(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
         embedding = self.embed(noise_features(c_noise, self.width).to(x.dtype))
+        if self.condition is not None:
+            embedding = embedding + self.condition(condition)
         h = self.stem(F.pixel_unshuffle(x, 2))
         skips = []
         for block in self.down:

@@ -9,14 +9,34 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
+from ..noise import as_seen, expand
 from ..tasks import cross_entropy, pixel_cross_entropy
 from . import TASKS, WEIGHTS
+from .autoencoder import TinyAutoencoder
 from .denoiser import SIGMA_DATA, TinyDenoiser
+from .flow import TinyControl, TinyFlow, to_diffusers
+from .latent import (
+    SCALE,
+    SHRINK,
+    SIZE,
+    SPACE,
+    Encoded,
+    TinyEps,
+    as_hint,
+    condition,
+    depth_picture,
+    diffused,
+    eps_sigmas,
+    load_autoencoder,
+    load_flow,
+)
 from .networks import augment, tiny_convnext, tiny_resnet
 from .scenes import Scenes, draw
 
@@ -29,9 +49,12 @@ class Recipe:
 
     steps: int
     batch: int = 64
+    size: int = 32         # side of the scenes
     lr: float = 1e-3       # AdamW, 200 steps of warm-up, cosine to zero
     ema: float = 0.999     # the averaged weights are what is saved
     seed: int = 0
+    latents: int = 0       # so many scenes of 128 pixels are encoded and used again and again; 0: fresh scenes, as pixels
+    half: bool = False     # saved as float16
 
 
 def denoiser_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
@@ -59,17 +82,117 @@ def segmentation_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator
     return pixel_cross_entropy(net(augment(scenes.image, generator)), scenes.segmentation)
 
 
+CROP = 64  # side of what an autoencoder is trained on: its convolutions know no place
+
+
+def autoencoder_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
+    """Error of the image after a slight noise on its latent, and of the latent's colours, (B,)."""
+    top, left = torch.randint((SIZE - CROP) // SHRINK + 1, (2,), generator=generator).tolist()
+    image = scenes.image[..., SHRINK * top:SHRINK * top + CROP, SHRINK * left:SHRINK * left + CROP]
+    latent = net.encode(image.contiguous(memory_format=torch.channels_last)).float()
+    noise = torch.randn(latent.shape, generator=generator).to(latent)
+    error = net.decode(latent + 0.1 / SCALE * noise).float() - image
+    off = SPACE.colours(diffused(latent)) - F.avg_pool2d(image, SHRINK)
+    parts = (error.abs(), error.square(), 0.25 * off.square(), 0.01 * diffused(latent).square())
+    return sum(part.flatten(1).mean(1) for part in parts)
+
+
+def flow_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
+    """Error of the velocity at logit-normal times (Esser et al. 2024, section 3.1), (B,)."""
+    given = known_or_not(scenes.label, generator)
+    x, t, target = flow_state(scenes.latent, generator)
+    return (net(x, t, given[:, None], given).float() - target).square().flatten(1).mean(1)
+
+
+def flow_state(latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A noisy state, its time (B,), and the velocity there."""
+    t = (torch.randn(len(latent), generator=generator) + 0.5).sigmoid().to(latent)
+    noise = torch.randn(latent.shape, generator=generator).to(latent)
+    return (1 - expand(t, latent)) * latent + expand(t, latent) * noise, t, noise - latent
+
+
+class Controlled(nn.Module):
+    """The ControlNet in training beside the bundled flow model, which stays as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.control, flow = TinyControl(), load_flow()
+        self.control.load_state_dict(flow.state_dict(), strict=False)
+        self.flow = (flow,)  # no part of what is trained and saved
+
+    def forward(self, x: Tensor, t: Tensor, given: Tensor, hint: Tensor) -> Tensor:
+        flow = self.flow[0].to(x.device)
+        return flow(x, t, given[:, None], given, self.control(x, t, given[:, None], hint))
+
+    def to_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as stock loaders know them."""
+        return to_diffusers(without_prefix("control", tensors))
+
+
+def control_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
+    """The flow model's error under control, (B,)."""
+    x, t, target = flow_state(scenes.latent, generator)
+    velocity = net(x, t, known_or_not(scenes.label, generator, 0.5), scenes.hint)
+    return (velocity.float() - target).square().flatten(1).mean(1)
+
+
+def eps_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
+    """Error of the noise at timesteps drawn evenly (Ho et al. 2020, eq. 14), (B,)."""
+    latent, given = scenes.latent, known_or_not(scenes.label, generator)
+    timestep = torch.randint(1000, (len(latent),), generator=generator)
+    sigma = eps_sigmas()[timestep].to(latent)
+    noise = torch.randn(latent.shape, generator=generator).to(latent)
+    found = net(as_seen(latent + expand(sigma, latent) * noise, sigma), timestep.to(latent), given)
+    return (found.float() - noise).square().flatten(1).mean(1)
+
+
+def known_or_not(label: Tensor, generator: torch.Generator, share: float = 1 / 7) -> Tensor:
+    """The condition of each scene, for a share of them none: the model learns to do without, (B, CONDITIONS)."""
+    without = torch.rand(len(label), generator=generator) < share
+    return condition(label.masked_fill(without.to(label.device), -1))
+
+
+def encoded_scenes(folder: Path, count: int) -> Callable[[range, int], Encoded]:
+    """Scenes as latents, by number; encoded once and kept in the folder while there is something to train."""
+    file = folder / f"encoded_{count}.safetensors"
+    if not file.exists():
+        net = load_autoencoder(folder).to(memory_format=torch.channels_last)
+        save_tensors(file, _encode(net, count), {"count": count})
+    tensors, _ = load_tensors(file)
+    tensors = [tensors[name] for name in Encoded._fields]
+
+    def take(seeds: range, size: int) -> Encoded:
+        latent, label, hint = (tensor[torch.tensor(seeds) % count] for tensor in tensors)
+        return Encoded(latent.float(), label, hint.float())
+    return take
+
+
+@torch.no_grad()
+def _encode(net: nn.Module, count: int, batch: int = 16) -> dict[str, Tensor]:
+    found, first = [], TRAINING_SEEDS * 100
+
+    def encode(image: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net.encode(image.contiguous(memory_format=torch.channels_last)).float()
+    for start in range(first, first + count, batch):
+        scenes = draw(range(start, start + batch), SIZE)
+        found.append(Encoded(diffused(encode(scenes.image)).half(), scenes.label,
+                             as_hint(encode(depth_picture(scenes.depth))).half()))
+    return {name: torch.cat(parts) for name, parts in zip(Encoded._fields, zip(*found, strict=True), strict=True)}
+
+
 def rate(step: int, recipe: Recipe) -> float:
     """Learning rate of a step."""
     return recipe.lr * min((step + 1) / 200, 1) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
 def train_step(net: nn.Module, loss: Callable, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int,
-               device: torch.device) -> float:
-    """One step on scenes that no other step has seen: a function of (recipe, step); returns the loss."""
+               source: Callable[[range, int], NamedTuple], device: torch.device) -> float:
+    """One step on the next scenes of a source: a function of (recipe, step); returns the loss."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     start = TRAINING_SEEDS * (1 + recipe.seed) + step * recipe.batch
-    scenes = Scenes(*(part.to(device) for part in draw(range(start, start + recipe.batch))))
+    scenes = source(range(start, start + recipe.batch), recipe.size)
+    scenes = type(scenes)(*(part.to(device) for part in scenes))
     optimizer.param_groups[0]["lr"] = rate(step, recipe)
     with torch.autocast(device.type, torch.bfloat16):
         value = loss(net, scenes, generator).mean()
@@ -104,13 +227,14 @@ def fit(name: str, net: nn.Module, loss: Callable, recipe: Recipe, folder: Path,
         save_every: int = 250) -> None:
     """Train a network on fresh scenes and write `folder/name.safetensors`; goes on from its state file."""
     state_file = folder / f"{name}.state.safetensors"
-    net.to(device).train()
+    net.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=0.01)
     average = {key: value.detach().clone() for key, value in net.state_dict().items()}
     first = resume(state_file, net, average, optimizer)
+    source = encoded_scenes(folder, recipe.latents) if recipe.latents else draw
     started, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
-        losses.append(train_step(net, loss, optimizer, recipe, step, device))
+        losses.append(train_step(net, loss, optimizer, recipe, step, source, device))
         update_average(average, net, min(recipe.ema, (1 + step) / (10 + step)))
         if (step + 1) % save_every == 0:
             pace = (time.monotonic() - started) / len(losses)
@@ -118,6 +242,10 @@ def fit(name: str, net: nn.Module, loss: Callable, recipe: Recipe, folder: Path,
                   f"{pace * (recipe.steps - step - 1) / 60:.0f} min to go", flush=True)
             save_tensors(state_file, with_prefix("net", net.state_dict()) | with_prefix("average", average)
                          | with_prefix("optimizer", optimizer_tensors(optimizer)), {"step": step + 1})
+    if recipe.half:
+        average = {key: value.half() for key, value in average.items()}
+    if isinstance(net, Controlled):
+        average = net.to_file(average)
     save_tensors(folder / f"{name}.safetensors", average, {"name": name, "recipe": asdict(recipe)})
     state_file.unlink(missing_ok=True)
 
@@ -126,6 +254,12 @@ OUTPUTS = {task: (max(len(labels), 1), dense) for task, (labels, dense) in TASKS
 LOSSES = {"class": class_loss, "depth": depth_loss, "segmentation": segmentation_loss}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     "denoiser": (TinyDenoiser, denoiser_loss, Recipe(steps=11_000, ema=0.9995)),
+    "vae/tinyworld_vae": (TinyAutoencoder, autoencoder_loss, Recipe(steps=2000, batch=16, size=SIZE, seed=3, half=True)),
+    "diffusion_models/tinyworld_flow": (TinyFlow, flow_loss, Recipe(steps=12_000, batch=128, ema=0.9995, seed=4,
+                                                                    latents=16_384, half=True)),
+    "controlnet/tinyworld_depth": (Controlled, control_loss, Recipe(steps=4000, batch=64, ema=0.998, seed=6, latents=8192,
+                                                                    half=True)),
+    "tinyworld_eps": (TinyEps, eps_loss, Recipe(steps=8000, batch=128, ema=0.9995, seed=5, latents=16_384, half=True)),
     **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), loss, Recipe(steps=3000, seed=1))
        for task, loss in LOSSES.items()},
     **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), loss, Recipe(steps=2000, seed=2))

@@ -1,0 +1,270 @@
+"""The benchmark on the latent tiny world: what guiders should look at, and depth and segmentation guidance against the
+exact scene, with and without experts, beside class conditioning and a ControlNet."""
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..distill import DistillConfig, distill
+from ..experts import ExpertBank, LoraSpec, base_network, with_experts
+from ..files import claim, read_json, write_json
+from ..guidance import Term, guided
+from ..guider import Guider, clean
+from ..metrics import FeatureStats, frechet_distance
+from ..noise import ExpertSchedule, expand
+from ..samples import SampleStore
+from ..sampling import Denoiser, sample_euler, seeded_noise
+from . import TASKS, load_guider, load_judge
+from .latent import (
+    CHANNELS,
+    SHRINK,
+    SIZE,
+    SPACE,
+    as_hint,
+    condition,
+    depth_picture,
+    load_autoencoder,
+    load_control,
+    load_flow,
+    undiffused,
+)
+from .scenes import Scenes, draw
+from .scores import truth
+
+Report = Callable[[str], None]
+GRID = SIZE // SHRINK
+SHIFT = 3.0  # of the flow's times, as ComfyUI samples models of this kind
+
+
+@dataclass(frozen=True)
+class LatentBench:
+    """Everything that a result depends on, besides the weights of the world."""
+
+    images: int = 64
+    steps: int = 20
+    batch: int = 32
+    store: int = 1024
+    edges: tuple[float, ...] = (0.1, 0.3, 0.8, 2.0, 6.0, 20.0)
+    rank: int = 8
+    training: DistillConfig = DistillConfig(steps=400, batch=32, lr=2e-3)
+    weights: tuple[float, ...] = (0.1, 0.3, 0.6)  # of balanced terms; 0.3 is what people start with
+    scenes: int = 2048  # real scenes that Frechet distances are taken to
+
+
+class LatentWorld:
+    """The flow model in the core's convention, the autoencoder, and guiders and judges of all tasks, on one device."""
+
+    def __init__(self):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.flow, self.control, self.autoencoder = (load().to(self.device) for load in
+                                                     (load_flow, load_control, load_autoencoder))
+        self.guiders, self.judges = ({task: load(task) for task in TASKS} for load in (load_guider, load_judge))
+        for guider in (*self.guiders.values(), *self.judges.values()):
+            base_network(guider).to(self.device)
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: Tensor, given: Tensor | None = None, hint: Tensor | None = None) -> Tensor:
+        """Expected latent (B, 16, h, w) of x = latent + sigma noise. given (B, CONDITIONS); hint for the ControlNet."""
+        given = x.new_zeros(len(x), 16) if given is None else given
+        t = sigma / (1 + sigma)
+        state, context = (1 - expand(t, x)) * x, given[:, None]
+        control = [] if hint is None else self.control(state, t, context, hint)
+        return state - expand(t, x) * self.flow(state, t, context, given, control)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, 8h, 8w) in [-1, 1]."""
+        return self.autoencoder.decode(undiffused(latents)).clamp(-1, 1)
+
+    def see_decoded(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """What a guider sees of latents through the autoencoder."""
+        return self.autoencoder.decode(undiffused(latents))
+
+    def sample(self, seeds: Sequence[int], steps: int, denoise: Denoiser) -> Tensor:
+        """Latents of the given seeds after so many Euler steps at the flow's shifted times."""
+        ramp = torch.linspace(1 - 0.5 / steps, 0, steps + 1)
+        t = SHIFT * ramp / (1 + (SHIFT - 1) * ramp)
+        sigmas = t / (1 - t)
+        noise = seeded_noise(seeds, (CHANNELS, GRID, GRID)).to(self.device)
+        return sample_euler(denoise, noise * sigmas[0], sigmas)
+
+
+def see_colours(latents: Tensor, sigma: Tensor) -> Tensor:
+    """What a guider sees of latents without a decoder."""
+    return SPACE.colours(latents)
+
+
+def latent_store(world: LatentWorld, folder: Path, config: LatentBench, report: Report) -> SampleStore:
+    """Unconditional images and their latents, to distil from."""
+    store = SampleStore(folder, {"model": "tinyworld_flow", "sampler": "euler", "steps": config.steps, "seed": 70_000_000})
+
+    def generate(seeds: list[int]) -> tuple[Tensor, Tensor]:
+        latents = world.sample(seeds, config.steps, world.denoise)
+        return torch.cat([world.decode(part) for part in latents.split(16)]), latents
+    store.fill(config.store, generate, lambda have, _: report(f"samples: {have} of {config.store}"))
+    return store
+
+
+def experts(world: LatentWorld, task: str, view: str, config: LatentBench, folder: Path, report: Report) -> Guider:
+    """Experts of one task and view, each with its stem, distilled on the world's own latents."""
+    store = latent_store(world, folder / "samples", config, report)
+    guider = world.guiders[task]
+    bank = ExpertBank(base_network(guider), ExpertSchedule(config.edges), LoraSpec(config.rank, config.rank), view,
+                      space=SPACE).to(world.device)
+
+    def on_step(index: int, step: int, loss: float) -> None:
+        if (step + 1) % 100 == 0:
+            report(f"experts of {task}, {view} view: {index + 1} of {len(bank.schedule)}, step {step + 1}, loss {loss:.4f}")
+    distill(guider, bank, store, world.denoise, config.training, folder / f"experts_{task}_{view}", on_step)
+    return with_experts(guider, bank)
+
+
+def score(judge: Guider, images: Tensor, scenes: Scenes) -> Tensor:
+    """How well images meet their scenes, by a judge that never guides, (B,): 1 or 0 for the class, mean absolute error of
+    the depth, mean intersection over union of wall and object."""
+    with torch.no_grad():
+        answer = judge.predict(images, clean(images))
+    if judge.task == "class":
+        return (answer.argmax(1) == scenes.label).float()
+    if judge.task == "depth":
+        return (answer - scenes.depth).abs().flatten(1).mean(1)
+    return overlap(answer.argmax(1) > 0, scenes.segmentation > 0)
+
+
+def overlap(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over object and wall of intersection over union, of masks (B, H, W) -> (B,)."""
+    ratios = [(a & b).flatten(1).sum(1) / (a | b).flatten(1).sum(1).clamp_min(1)
+              for a, b in ((found, wanted), (~found, ~wanted))]
+    return sum(ratios) / 2
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to meet a scene: what guides, if anything, and what the model is told."""
+
+    guider: Guider | None = None
+    told_class: bool = False
+    controlled: bool = False
+
+
+def measure(world: LatentWorld, task: str, way: Way, weight: float, config: LatentBench, reference: FeatureStats) -> dict:
+    """Images for scenes that nothing was trained on, one for each."""
+    found, stats, judge = [], FeatureStats(reference.sum.numel()), world.judges[task]
+    for start in range(0, config.images, config.batch):
+        seeds = range(1000 + start, 1000 + min(start + config.batch, config.images))
+        scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
+        images = world.decode(world.sample(seeds, config.steps, denoiser(world, way, scenes, weight, seeds)))
+        found.append(score(judge, images, scenes))
+        stats.update(features(world, images))
+    return {"score": float(torch.cat(found).mean()), "frechet": frechet_distance(stats, reference)}
+
+
+def denoiser(world: LatentWorld, way: Way, scenes: Scenes, weight: float, seeds: Sequence[int]) -> Denoiser:
+    """The model on its way to these scenes."""
+    given = condition(scenes.label) if way.told_class else None
+    hint = encoded_depth(world, seeds) if way.controlled else None
+    denoise = partial(world.denoise, given=given, hint=hint)
+    if way.guider is None:
+        return denoise
+    term = Term(way.guider.aim(truth(scenes, way.guider.task)), weight, balanced=True)
+    return guided(denoise, [term], sigma_data=1.0)
+
+
+def step_ratio(world: LatentWorld, way: Way, repeats: int = 9) -> float:
+    """Seconds of a step over seconds of a plain one, taken in turn: the median of the ratios."""
+    seeds = range(8)
+    scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
+    x = seeded_noise(seeds, (CHANNELS, GRID, GRID)).to(world.device)
+    step, plain = denoiser(world, way, scenes, 0.3, seeds), world.denoise
+
+    def seconds(function: Denoiser) -> float:
+        started = time.perf_counter()
+        function(x, x.new_ones(len(x)))
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+    seconds(step)
+    return statistics.median(seconds(step) / seconds(plain) for _ in range(repeats))
+
+
+@torch.no_grad()
+def encoded_depth(world: LatentWorld, seeds: range) -> Tensor:
+    """The exact depth of scenes as the ControlNet is given it."""
+    return as_hint(world.autoencoder.encode(depth_picture(draw(seeds, SIZE).depth.to(world.device))))
+
+
+@torch.no_grad()
+def features(world: LatentWorld, images: Tensor) -> Tensor:
+    """The class judge's features."""
+    judge = world.judges["class"]
+    return base_network(judge).features(judge.preprocess(images))
+
+
+def scene_features(world: LatentWorld, count: int) -> FeatureStats:
+    """Of real scenes."""
+    stats = FeatureStats(features(world, draw(range(2), SIZE // 4).image.to(world.device)).shape[1])
+    for start in range(0, count, 256):
+        stats.update(features(world, draw(range(start, min(start + 256, count)), SIZE // 4).image.to(world.device)))
+    return stats
+
+
+def ways(world: LatentWorld, task: str, distilled: Callable[[str], Guider]) -> dict[str, Callable[[], Way]]:
+    """All rows of a task; experts are made when their row comes."""
+    plain = world.guiders[task]
+    found = {
+        "no guidance": Way,
+        "plain, noisy view, colours": lambda: Way(replace(plain, view="noisy", see=see_colours)),
+        "plain, denoised view, colours": lambda: Way(replace(plain, see=see_colours)),
+        "plain, denoised view, decoder": lambda: Way(replace(plain, see=world.see_decoded)),
+        "experts, noisy view, stem": lambda: Way(distilled("noisy")),
+        "experts, denoised view, stem": lambda: Way(distilled("denoised")),
+        "told the class": lambda: Way(told_class=True)}
+    if task != "class":
+        found |= {"told the class, and experts": lambda: Way(distilled("denoised"), told_class=True),
+                  "ControlNet of depth": lambda: Way(controlled=True),
+                  "ControlNet of depth, and experts": lambda: Way(distilled("denoised"), controlled=True)}
+    return found
+
+
+def latent_bench(config: LatentBench, folder: Path, report: Report) -> list[dict]:
+    """All tasks, all rows, each at all weights; what the folder holds already is not done again."""
+    claim(folder, asdict(config))
+    world, folder, rows = LatentWorld(), Path(folder), []
+    reference = scene_features(world, config.scenes)
+    for task in TASKS:
+        def distilled(view: str, task=task) -> Guider:
+            return experts(world, task, view, config, folder, report)
+        for number, (name, make) in enumerate(ways(world, task, distilled).items()):
+            file = folder / f"{task}_{number}.json"
+            if not file.exists():
+                way = make()
+                found = {f"{weight:g}": measure(world, task, way, weight, config, reference)
+                         for weight in (config.weights if way.guider else (0.0,))}
+                report(f"{task}, {name}: {found}")
+                write_json(file, {"task": task, "row": name, "by_weight": found, "step_ratio": step_ratio(world, way)})
+            rows.append(read_json(file))
+    return rows
+
+
+MEASURES = {"class": "right by the judge", "depth": "depth error", "segmentation": "mean IoU"}
+
+
+def table(rows: list[dict]) -> str:
+    """One Markdown table for each task, each cell score / Fréchet distance, a column for each weight."""
+    lines = []
+    for task, measure_name in MEASURES.items():
+        mine = [row for row in rows if row["task"] == task]
+        weights = next(list(row["by_weight"]) for row in mine if len(row["by_weight"]) > 1)
+        lines += [f"| {task}: {measure_name} / Fréchet distance | " + " | ".join(f"weight {each}" for each in weights)
+                  + " | times a plain step |", "|---|" + "---:|" * (len(weights) + 1)]
+        for row in mine:
+            cells = [row["by_weight"].get(each, row["by_weight"].get("0")) for each in weights]
+            lines.append(f"| {row['row']} | " + " | ".join(f"{each['score']:.3f} / {each['frechet']:.0f}" for each in cells)
+                         + f" | {row['step_ratio']:.2f} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -8,15 +8,10 @@ from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-import comfy.latent_formats
-import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
-import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.sd
-import comfy.supported_models_base
 import comfy.utils
 import latent_preview
 import torch
@@ -31,16 +26,34 @@ from ..ppap_core.distill import DistillConfig, distill
 from ..ppap_core.experts import ExpertBank, LoraSpec, base_network
 from ..ppap_core.guidance import Ramp, Term, constant, guidance_shift
 from ..ppap_core.guider import Guider
-from ..ppap_core.noise import ExpertSchedule, NoiseInterval, flow_to_ve
+from ..ppap_core.noise import ExpertSchedule, NoiseInterval
 from ..ppap_core.plots import loss_plot
 from ..ppap_core.samples import SampleStore
 from ..ppap_core.sampling import Denoiser, seeded_noise
-from ..ppap_core.tinyworld.denoiser import SIGMA_DATA
+from ..ppap_core.view import LatentSpace
 from . import folders
-from .memory import compute_type, patcher, patcher_of, room_for, settle
+from .memory import compute_type, patcher_of, room_for, settle
+from .models import (
+    Decoder,
+    Patcher,
+    frames_as_images,
+    from_ve,
+    images_as_frames,
+    is_pixel,
+    mask_for,
+    require_supported,
+    sigma_data_of,
+    sigma_range,
+    space_name,
+    space_of,
+    through_colours,
+    to_ve,
+    window_of,
+)
 from .types import GuidanceTerm, Report, Samples
 
 KEY = "ppap"
+See = Callable[[Tensor, Tensor], Tensor]
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 
 
@@ -64,48 +77,6 @@ def autograd():
         yield
 
 
-# The tiny world as a model of ComfyUI
-
-class Pixels(comfy.latent_formats.LatentFormat):
-    """Pixels in [-1, 1] as a latent."""
-
-    latent_channels = 3
-    spacial_downscale_ratio = 1
-    latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-
-
-class TinyConfig(comfy.supported_models_base.BASE):
-    """What ComfyUI asks of a kind of model."""
-
-    sampling_settings = {"sigma_min": tinyworld.SIGMA_MIN, "sigma_max": tinyworld.SIGMA_MAX, "sigma_data": SIGMA_DATA}
-    latent_format = Pixels
-
-
-class TinyDiffusion(torch.nn.Module):
-    """The tiny network in the call that ComfyUI makes; there is nothing it could be conditioned on."""
-
-    dtype = torch.float32
-
-    def __init__(self, net: torch.nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, timestep: Tensor, **unused: Any) -> Tensor:
-        return self.net(x, timestep)
-
-
-def tinyworld_model() -> comfy.model_patcher.ModelPatcher:
-    """The tiny denoiser as a MODEL: ComfyUI's own EDM preconditioning around the bare network."""
-    model = comfy.model_base.BaseModel(TinyConfig({"disable_unet_model_creation": True}), comfy.model_base.ModelType.EDM)
-    model.diffusion_model = TinyDiffusion(tinyworld.load_denoiser().net)
-    return patcher(model)
-
-
-def pixel_vae() -> comfy.sd.VAE:
-    """The VAE of models whose latents are pixels already."""
-    return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
-
-
 def empty_conditioning() -> list:
     """The CONDITIONING of a model that takes none."""
     return [[torch.zeros(1, 1, 1), {}]]
@@ -126,85 +97,62 @@ def ready(guider: Guider) -> torch.device:
     return loaded.load_device
 
 
-# Models and noise levels
+# Guidance
 
-def require_pixels(model: comfy.model_patcher.ModelPatcher) -> None:
-    """ValueError for what guidance cannot steer yet."""
-    latent, sampling = model.get_model_object("latent_format"), model.get_model_object("model_sampling")
-    if latent.latent_channels != 3 or latent.latent_dimensions != 2 or latent.scale_factor != 1.0:
-        raise ValueError(f"guidance of latent models is not built yet: this model's latents are {type(latent).__name__} "
-                         f"with {latent.latent_channels} channels, expected plain pixels; use a pixel-space model")
-    if not isinstance(sampling, (comfy.model_sampling.EPS, comfy.model_sampling.CONST)):
-        raise ValueError(f"this model's sampling is {type(sampling).__name__}, expected a noise-predicting, "
-                         "velocity-predicting, EDM or flow model: use another model")
+class Run:
+    """One sampling with guidance: its terms, what one unit of the data is, the type it computes in, and what came of it."""
+
+    def __init__(self, terms: list[Term], sigma_data: float, compute: torch.dtype):
+        self.terms, self.sigma_data, self.compute = terms, sigma_data, compute
+        self.readings, self.levels, self.samples = [], set(), None
 
 
-def is_flow(sampling: Any) -> bool:
-    return isinstance(sampling, comfy.model_sampling.CONST)
+def core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], see: See | None) -> Term:
+    """A term in the units of a model's noise and on the grid of what is sampled.
 
-
-def to_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """ComfyUI's noisy state and noise level in the core's convention, x = image + sigma * noise."""
-    if not is_flow(sampling):
-        return x, sigma
-    x, sigma = flow_to_ve(x, sigma.clamp(max=0.9999))  # a flow starts at pure noise, t = 1, which no VE level can say
-    return x, sigma * getattr(sampling, "noise_scale", 1.0)
-
-
-def from_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """The way back."""
-    if not is_flow(sampling):
-        return x, sigma
-    ratio = sigma / getattr(sampling, "noise_scale", 1.0)
-    return x / (1 + ratio)[:, None, None, None], ratio / (1 + ratio)
-
-
-def ve_level(sampling: Any, sigma: float) -> float:
-    """One noise level of ComfyUI in the core's convention."""
-    return to_ve(sampling, torch.ones(1, 1, 1, 1), torch.tensor([float(sigma)], dtype=torch.float64))[1].item()
-
-
-def sigma_range(model: comfy.model_patcher.ModelPatcher) -> tuple[float, float]:
-    """Lowest and highest noise level of a model."""
-    sampling = model.get_model_object("model_sampling")
-    return ve_level(sampling, sampling.sigma_min), ve_level(sampling, sampling.sigma_max)
-
-
-def window_of(sampling: Any, start: float, end: float) -> NoiseInterval:
-    """Shares of the sampling as noise levels: 0 takes in the highest, 1 the lowest; windows that touch do not overlap."""
-    low, high = (ve_level(sampling, sampling.percent_to_sigma(share)) for share in (end, start))
-    return NoiseInterval(low, float("inf") if start <= 0 else high)
-
-
-def core_term(model: comfy.model_patcher.ModelPatcher, term: GuidanceTerm) -> Term:
-    """A term in the units of a model's noise."""
+    see: how its guider sees what is diffused; None for pixels.
+    """
     window, (lowest, highest) = window_of(model.get_model_object("model_sampling"), term.start, term.end), sigma_range(model)
     low, high = max(window.lo, lowest), min(window.hi, highest)
     flat = low >= high or term.factor_at_start == term.factor_at_end == 1
     ramp = constant if flat else Ramp(NoiseInterval(low, high), term.factor_at_start, term.factor_at_end)
-    mask = None if term.mask is None else term.mask[:, None]
-    return Term(term.guider, term.weight, window, ramp, mask)
+    mask = None if term.mask is None else mask_for(term.mask, shape)
+    return Term(replace(term.guider, see=see), term.weight, window, ramp, mask, term.balanced)
 
 
-# Guidance
+def require_same_space(guider: Guider, model: Patcher) -> None:
+    """ValueError if a guider's experts read other latents than a model diffuses."""
+    if isinstance(guider.net, ExpertBank) and guider.net.space_name != space_name(model):
+        raise ValueError(f"the experts of {guider.name} were distilled for {guider.net.space_name} models, but this model's "
+                         f"kind is {space_name(model)}: use experts that were distilled for a model of this kind, or the "
+                         "plain guider")
 
-class Run:
-    """One sampling with guidance: its terms, the type it computes in, what the terms did, and what came out."""
 
-    def __init__(self, terms: list[Term], compute: torch.dtype):
-        self.terms, self.compute, self.readings, self.samples = terms, compute, [], None
+def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float,
+                   vae: comfy.sd.VAE | None = None) -> Patcher:
+    """A MODEL whose denoised predictions are shifted by all terms; every sampler and every other patch goes on working.
 
-
-def apply_guidance(model: comfy.model_patcher.ModelPatcher, terms: Sequence[GuidanceTerm], max_rms: float):
-    """A MODEL whose denoised predictions are shifted by all terms; every sampler and every other patch goes on working."""
-    require_pixels(model)
+    vae: what guiders of the denoised view look through at latents; without it they see the latents' colours.
+    """
+    require_supported(model)
+    for term in terms:
+        require_same_space(term.guider, model)
     guided, runs = model.clone(), deque(maxlen=4)
-    networks = list({id(term.guider.net): term.guider.net for term in terms}.values())
+    looking = [term for term in terms if term.guider.view == "denoised" and not term.guider.see]
+    decoder = Decoder(vae, model) if vae is not None and looking and not is_pixel(model) else None
+    networks = list({id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}.values())
 
-    def start_run(executor, *args, **kwargs):
-        model = executor.class_obj.model_patcher
-        runs.append(Run([core_term(model, term) for term in terms], compute_type(model)))
-        runs[-1].samples = executor(*args, **kwargs)
+    def see_for(term: GuidanceTerm) -> See | None:
+        if is_pixel(model) or term.guider.see:
+            return term.guider.see
+        return decoder if decoder is not None and term in looking else through_colours(space_of(model))
+
+    def start_run(executor, noise, *args, **kwargs):
+        patched = executor.class_obj.model_patcher
+        shape = frames_as_images(noise).shape
+        runs.append(Run([core_term(patched, term, shape, see_for(term)) for term in terms],
+                        sigma_data_of(patched), compute_type(patched)))
+        runs[-1].samples = executor(noise, *args, **kwargs)
         return runs[-1].samples
 
     def after_loading(executor, guider, sigmas, *args, **kwargs):
@@ -212,50 +160,55 @@ def apply_guidance(model: comfy.model_patcher.ModelPatcher, terms: Sequence[Guid
         return executor(guider, sigmas, *args, **kwargs)
 
     def guide(args: dict) -> Tensor:
+        denoised, run = args["denoised"], runs[-1]
         x, sigma = to_ve(args["model"].model_sampling, args["input"], args["sigma"])
-        found = guidance_shift(runs[-1].terms, x, sigma, args["denoised"], max_rms=max_rms or float("inf"),
-                               compute=runs[-1].compute)
+        run.levels.add(float(sigma[0]))
+        frames = frames_as_images(x)
+        found = guidance_shift(run.terms, frames, sigma.repeat_interleave(len(frames) // len(x)), frames_as_images(denoised),
+                               sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute)
         if found is None:
-            return args["denoised"]
-        runs[-1].readings += found.readings
-        return args["denoised"] + found.shift
+            return denoised
+        run.readings += found.readings
+        return denoised + images_as_frames(found.shift, denoised)
 
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
-    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY,
-                                room_for([term.guider for term in terms if term.weight], KEY))
+    seen = [replace(term.guider, see=see_for(term)) for term in terms if term.weight]
+    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(seen, KEY))
     guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, after_loading)
     guided.set_model_sampler_post_cfg_function(guide)
     guided.set_additional_models(KEY, guided.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
-    guided.set_attachments(KEY, (*applied(model), (terms, max_rms, runs)))
+    guided.set_attachments(KEY, (*applied(model), (terms, max_rms, vae, runs)))
     return guided
 
 
-def applied(model: comfy.model_patcher.ModelPatcher) -> tuple:
-    """(terms, max_rms, the latest runs) of every guidance that was applied to a model."""
+def applied(model: Patcher) -> tuple:
+    """(terms, max_rms, VAE, the latest runs) of every guidance that was applied to a model."""
     return model.get_attachment(KEY) or ()
 
 
-def report_of(model: comfy.model_patcher.ModelPatcher, latent: dict) -> Report:
+def report_of(model: Patcher, latent: dict) -> Report:
     """What guidance did while this LATENT was sampled. ValueError if it was not sampled with this MODEL."""
-    names, readings = [], []
-    for _, _, runs in applied(model):
+    names, readings, levels = [], [], set()
+    for *_, runs in applied(model):
         for run in (run for run in runs if _same(run.samples, latent["samples"])):
             readings += [each._replace(term=each.term + len(names)) for each in run.readings]
+            levels |= run.levels
             names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(run.terms, 1)]
             break
     if not names:
         raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "
                          "Guidance and the latent that a sampler made with it")
-    return Report(tuple(names), tuple(readings))
+    return Report(tuple(names), tuple(readings), len(levels))
 
 
 def _same(samples: Tensor | None, latent: Tensor) -> bool:
     return samples is not None and samples.shape == latent.shape and torch.equal(samples.to(latent), latent)
 
 
-def sample_guided(model, terms: Sequence[GuidanceTerm], max_rms: float, *settings: Any, **more: Any) -> tuple[dict, Report]:
+def sample_guided(model, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, *settings: Any,
+                  **more: Any) -> tuple[dict, Report]:
     """The stock KSampler on a guided model: its LATENT and the report."""
-    guided = apply_guidance(model, terms, max_rms)
+    guided = apply_guidance(model, terms, max_rms, vae)
     latent = common_ksampler(guided, *settings, **more)[0]
     return latent, report_of(guided, latent)
 
@@ -282,7 +235,7 @@ def progress_in_shares() -> Callable[[int, int], None]:
 def about_model(model, *conditioning: list) -> dict:
     """What tells one model and its conditioning from another, for recipes."""
     sampling = model.get_model_object("model_sampling")
-    guidance = [settings for *settings, _ in applied(model)]
+    guidance = [settings for *settings, _, _ in applied(model)]
     return {"model": digest([model.get_key_patches(), model.model_options, type(sampling).__mro__[1:3], sampling.sigmas,
                              guidance]),
             "conditioning": digest(conditioning)}
@@ -293,22 +246,36 @@ def generate_samples(samples: Samples, count: int, latent: dict, *settings: Any)
 
     settings: steps, sampler name, scheduler.
     """
-    shape, steps, done = latent["samples"].shape, settings[0], len(samples.store)
-    report = progress(count * steps)
+    empty = comfy.sample.fix_empty_latent_channels(samples.model, latent["samples"])
+    shape, steps, done = empty.shape, settings[0], len(samples.store)
+    report, space = progress(count * steps), samples.space
 
-    def generate(seeds: list[int]) -> Tensor:
-        return torch.cat([one_batch(seeds[i:i + shape[0]]) for i in range(0, len(seeds), shape[0])])
+    def generate(seeds: list[int]) -> Tensor | tuple[Tensor, Tensor]:
+        parts = [one_batch(seeds[i:i + shape[0]]) for i in range(0, len(seeds), shape[0])]
+        if samples.vae is None:
+            return torch.cat(parts)
+        images = [image_from_comfy(samples.vae.decode(part)) for part in parts]
+        return torch.cat(images), samples.model.model.process_latent_in(torch.cat(parts))
 
     def one_batch(seeds: list[int]) -> Tensor:
         nonlocal done
         noise = seeded_noise(seeds, shape[1:])
-        images = comfy.sample.sample(samples.model, noise, steps, samples.cfg, *settings[1:], samples.positive,
+        made = comfy.sample.sample(samples.model, noise, steps, samples.cfg, *settings[1:], samples.positive,
                                      samples.negative, torch.zeros_like(noise), seed=seeds[0], disable_pbar=True,
-                                     callback=lambda step, x0, *_: report(done * steps + (step + 1) * len(seeds), x0))
+                                     callback=lambda step, x0, *_: report(done * steps + (step + 1) * len(seeds),
+                                                                       space.colours(x0[:1]) if space else x0))
         done += len(seeds)
-        return images
+        return made
 
     samples.store.fill(count, generate)
+
+
+def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | None:
+    """The latents that experts will look at; None for pixels. ValueError for a model that cannot be distilled for."""
+    require_supported(model)
+    if not is_pixel(model) and vae is None:
+        raise ValueError("this model diffuses latents, and the untouched network looks at images: connect the model's VAE")
+    return space_of(model)
 
 
 def open_store(name: str, recipe: dict) -> SampleStore:
@@ -329,8 +296,8 @@ def distil(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillCo
         shown = time.monotonic() if fresh else shown
         report(index * config.steps + step + 1, loss_plot(losses) if fresh else None)
 
-    recipe = [samples.store.recipe, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.schedule.edges,
-              vars(bank.lora), vars(config)]
+    recipe = [samples.store.recipe, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
+              bank.schedule.edges, vars(bank.lora), vars(config)]
     folder = folders.output_folder("ppap_distillation", digest(recipe))
     found = with_denoiser(samples, [guider.net, bank], config.batch,
                           lambda denoise: distill(guider, bank, samples.store, denoise, config, folder, on_step))
@@ -356,17 +323,18 @@ def with_denoiser(samples: Samples, networks: list[torch.nn.Module], batch: int,
 
     model = samples.model.clone()
     model.set_additional_models(KEY, model.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
-    noise = torch.zeros(batch, *samples.store.images.shape[1:])
+    store = samples.store
+    noise = torch.zeros(batch, *(store.images if store.latents is None else store.latents).shape[1:])
     sigmas = torch.tensor([float(model.get_model_object("model_sampling").sigma_max), 0.0])
     comfy.sample.sample_custom(model, noise, samples.cfg, comfy.samplers.KSAMPLER(sampler), sigmas, samples.positive,
                                samples.negative, noise, disable_pbar=True)
     return found[0]
 
 
-def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str, seed: int) -> ExpertBank:
+def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str, seed: int, space) -> ExpertBank:
     """Untrained experts of a plain guider."""
     with autograd():
-        return ExpertBank(base_network(guider), schedule, lora, view, seed=seed)
+        return ExpertBank(base_network(guider), schedule, lora, view, seed, space)
 
 
 # Guiders by name

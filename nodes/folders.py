@@ -7,12 +7,15 @@ from typing import Any
 import folder_paths
 
 from ..ppap_core.download import folder_name
+from ..ppap_core.tinyworld import WEIGHTS
 
 
 def register_folders() -> None:
-    """The pack's model folders; those of extra_model_paths.yaml stay."""
+    """The pack's model folders, those of extra_model_paths.yaml stay; and the tiny world's files for the stock loaders."""
     for name in ("ppap_guiders", "ppap_experts"):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+    for name in ("diffusion_models", "vae", "controlnet"):
+        folder_paths.add_model_folder_path(name, str(WEIGHTS / name))
 
 
 def guider_folders() -> list[Path]:

@@ -28,6 +28,13 @@ def limit_input() -> io.Float.Input:
                                   "span -1 to 1; try 0.3 when images burn out. Neutral: 0, no limit.")
 
 
+def vae_input() -> io.Vae.Input:
+    return io.Vae.Input("vae", optional=True,
+                        tooltip="For models of latents: guiders of the denoised view then look at the decoded image, which "
+                                "is exact and costs more. Without it they look at the latent's colours. Guiders with "
+                                "experts have eyes of their own.")
+
+
 def aimed_output() -> io.Output:
     return PPAPGuider.Output(display_name="guider", tooltip="The guider with a target, for Guidance Term.")
 
@@ -188,9 +195,9 @@ class PPAPGuidanceTerm(io.ComfyNode):
             description="How strongly, when and where an aimed guider steers. Chain terms to steer by several guiders at "
                         "once.",
             inputs=[PPAPGuider.Input("guider", tooltip="A guider with a target."),
-                    io.Float.Input("weight", default=4.0, min=-10000.0, max=10000.0, step=0.1,
-                                   tooltip="Strength; 1 is what probability theory says, more is stronger, negative steers "
-                                           "away. Neutral: 0, the guider is not even asked."),
+                    io.Float.Input("weight", default=0.3, min=-10000.0, max=10000.0, step=0.05,
+                                   tooltip="Strength, in the units of strength; negative steers away. 0.3 is a good start "
+                                           "for every guider that is balanced. Neutral: 0, the guider is not even asked."),
                     io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
                                    tooltip="Share of the noise schedule at which steering begins. Neutral: 0, from the "
                                            "start."),
@@ -206,14 +213,19 @@ class PPAPGuidanceTerm(io.ComfyNode):
                                            "of it. own: what its experts were distilled for, the prediction when it has "
                                            "none."),
                     io.Mask.Input("mask", optional=True,
-                                  tooltip="Steer only here. As large as the image; without it, everywhere."),
-                    PPAPTerms.Input("terms", optional=True, tooltip="Other terms, to steer by all of them together.")],
+                                  tooltip="Steer only here; without it, everywhere."),
+                    PPAPTerms.Input("terms", optional=True, tooltip="Other terms, to steer by all of them together."),
+                    io.Combo.Input("strength", options=["balanced", "raw"], default="balanced", optional=True,
+                                   tooltip="What the weight means. balanced: in each step the image is moved by this share "
+                                           "of what is still uncertain of it, whatever the guider. raw: the gradient as it "
+                                           "is, times the weight; 1 is what probability theory says, as in the paper.")],
             outputs=[PPAPTerms.Output(display_name="terms", tooltip="This term, after those that came in.")])
 
     @classmethod
-    def execute(cls, guider, weight, start_percent, end_percent, factor_at_start, factor_at_end, view, mask=None, terms=()):
+    def execute(cls, guider, weight, start_percent, end_percent, factor_at_start, factor_at_end, view, mask=None, terms=(),
+                strength="balanced"):
         term = GuidanceTerm(with_view(guider, view), weight, start_percent, end_percent, factor_at_start, factor_at_end,
-                            mask)
+                            mask, strength == "balanced")
         return io.NodeOutput((*terms, term))
 
 
@@ -248,12 +260,13 @@ class PPAPApplyGuidance(io.ComfyNode):
             node_id="PPAPApplyGuidance", display_name="Apply Guidance", category=CATEGORY,
             description="A model that is steered, for every sampler and together with LoRA, ControlNet, masks and other "
                         "patches. Put it after nodes that change CFG.",
-            inputs=[io.Model.Input("model", tooltip="A pixel-space diffusion model."), terms_input(), limit_input()],
+            inputs=[io.Model.Input("model", tooltip="A diffusion model, of latents or of pixels."), terms_input(),
+                    limit_input(), vae_input()],
             outputs=[io.Model.Output(tooltip="The steered model; the one that came in stays as it was.")])
 
     @classmethod
-    def execute(cls, model, terms, max_rms):
-        return io.NodeOutput(bridge.apply_guidance(model, terms, max_rms))
+    def execute(cls, model, terms, max_rms, vae=None):
+        return io.NodeOutput(bridge.apply_guidance(model, terms, max_rms, vae))
 
 
 class PPAPGuidedKSampler(io.ComfyNode):
@@ -277,14 +290,14 @@ class PPAPGuidedKSampler(io.ComfyNode):
                     io.Latent.Input("latent_image", tooltip="The latent to denoise; empty for new images."),
                     io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                                    tooltip="How much of the latent is made anew. Neutral for new images: 1, all of it."),
-                    limit_input()],
+                    limit_input(), vae_input()],
             outputs=[io.Latent.Output(tooltip="The sampled latent."),
                      PPAPReport.Output(display_name="report", tooltip="What guidance did, for Plot Guidance.")])
 
     @classmethod
     def execute(cls, model, terms, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
-                max_rms):
-        return io.NodeOutput(*bridge.sample_guided(model, terms, max_rms, seed, steps, cfg, sampler_name, scheduler,
+                max_rms, vae=None):
+        return io.NodeOutput(*bridge.sample_guided(model, terms, max_rms, vae, seed, steps, cfg, sampler_name, scheduler,
                                                    positive, negative, latent_image, denoise=denoise))
 
 

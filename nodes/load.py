@@ -7,7 +7,9 @@ from ..ppap_core.experts import ExpertBank, with_experts
 from ..ppap_core.loaders import ANSWERS
 from ..ppap_core.rules import RULES, rule_guider
 from ..ppap_core.tinyworld import SIZE
-from . import bridge, folders
+from ..ppap_core.tinyworld.latent import class_labels
+from ..ppap_core.tinyworld.scenes import CLASSES
+from . import bridge, folders, models
 from .types import PPAPGuider
 
 CATEGORY = "PPAP/load"
@@ -29,8 +31,46 @@ class PPAPTinyWorld(io.ComfyNode):
 
     @classmethod
     def execute(cls, batch_size):
-        return io.NodeOutput(bridge.tinyworld_model(), bridge.empty_conditioning(), bridge.empty_pixels(batch_size, SIZE),
-                             bridge.pixel_vae())
+        return io.NodeOutput(models.tinyworld_model(), bridge.empty_conditioning(), bridge.empty_pixels(batch_size, SIZE),
+                             models.pixel_vae())
+
+
+class PPAPTinyLatentWorld(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPTinyLatentWorld", display_name="Tiny Latent World", category=CATEGORY,
+            description="Real latent diffusion models small enough for a laptop, that draw the same shapes 128 pixels wide "
+                        "and know them by name. The flow model and the VAE are files too, for ComfyUI's own loaders.",
+            inputs=[io.Combo.Input("kind", options=list(models.TINY_MODELS),
+                                   tooltip="flow: in the layout of Stable Diffusion 3. eps: noise-predicting, with the "
+                                           "schedule of Stable Diffusion 1.5. Both diffuse the same latents.")],
+            outputs=[io.Model.Output(tooltip="Conditioned by Class Conditioning; any sampler and scheduler samples it."),
+                     io.Vae.Output(tooltip="Turns its latents into images, and back.")])
+
+    @classmethod
+    def execute(cls, kind):
+        return io.NodeOutput(models.TINY_MODELS[kind](), models.tinyworld_vae())
+
+
+class PPAPClassConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPClassConditioning", display_name="Class Conditioning", category=CATEGORY,
+            description="What the latent tiny world is asked to draw, in the place of a text prompt.",
+            inputs=[io.String.Input("classes", default="",
+                                    tooltip=f"One of {', '.join(CLASSES)}, or one for each image, with commas. Empty: "
+                                            "anything, as an empty prompt.")],
+            outputs=[io.Conditioning.Output(tooltip="For a sampler's positive or negative.")])
+
+    @classmethod
+    def validate_inputs(cls, classes):
+        return folders.verdict(class_labels, classes)
+
+    @classmethod
+    def execute(cls, classes):
+        return io.NodeOutput(models.class_conditioning(class_labels(classes)))
 
 
 class PPAPLoadGuider(io.ComfyNode):
@@ -163,4 +203,5 @@ class PPAPSaveExperts(io.ComfyNode):
         return io.NodeOutput(ui={"text": [f"saved {file.name}"]})
 
 
-NODES = [PPAPTinyWorld, PPAPLoadGuider, PPAPDownloadGuider, PPAPRule, PPAPLoadExperts, PPAPSaveExperts]
+NODES = [PPAPTinyWorld, PPAPTinyLatentWorld, PPAPClassConditioning, PPAPLoadGuider, PPAPDownloadGuider, PPAPRule,
+         PPAPLoadExperts, PPAPSaveExperts]

@@ -74,12 +74,17 @@ def room_for(guiders: Sequence[Guider], key: str) -> Callable:
 
     def prepare(executor, model, noise_shape, conds: dict, *args: Any, **kwargs: Any) -> tuple:
         limit = SHARE * comfy.model_management.get_total_memory(model.load_device)
-        size = needed(tuple(noise_shape), compute_type(model), limit)
+        size = needed(_as_images(tuple(noise_shape)), compute_type(model), limit)
         others = [each["control"].size for each in conds.get(key, [])]  # of a guidance below this one
         loaded, _, *more = executor(model, noise_shape, conds | {key: [{"control": Room(max([size, *others]))}]}, *args,
                                     **kwargs)
         return loaded, conds, *more
     return prepare
+
+
+def _as_images(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The frames of videos (B, C, T, h, w) are judged as images, (B T, C, h, w)."""
+    return (shape[0] * shape[2], shape[1], *shape[3:]) if len(shape) == 5 else shape
 
 
 def _memory_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, limit: float) -> float:

@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..ppap_core.pictures import look_through
 from ..ppap_core.plots import guidance_plot, loss_plot
+from ..ppap_core.readout import readout
 from . import bridge
 from .types import PPAPGuider, PPAPLosses, PPAPReport
 
@@ -38,6 +39,22 @@ class PPAPPlotGuidance(io.ComfyNode):
         return io.NodeOutput(bridge.image_to_comfy(guidance_plot(report.names, report.readings)))
 
 
+class PPAPReadGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPReadGuidance", display_name="Read Guidance", category=CATEGORY, is_output_node=True,
+            description="What guidance did, in words: in how many steps each term was at work, its energy at first and at "
+                        "last (lower is closer to the target), and how far it moved the image.",
+            inputs=[PPAPReport.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
+            outputs=[io.String.Output(display_name="text", tooltip="One line for each term.")])
+
+    @classmethod
+    def execute(cls, report):
+        text = readout(report.names, report.readings, report.levels)
+        return io.NodeOutput(text, ui={"text": [text]})
+
+
 class PPAPGuidanceReport(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -71,4 +88,4 @@ class PPAPLookThrough(io.ComfyNode):
         return io.NodeOutput(bridge.image_to_comfy(pictures))
 
 
-NODES = [PPAPPlotLosses, PPAPPlotGuidance, PPAPGuidanceReport, PPAPLookThrough]
+NODES = [PPAPPlotLosses, PPAPPlotGuidance, PPAPReadGuidance, PPAPGuidanceReport, PPAPLookThrough]

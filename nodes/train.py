@@ -5,7 +5,7 @@ from ..ppap_core.distill import DistillConfig
 from ..ppap_core.experts import VIEWS, LoraSpec, with_experts
 from ..ppap_core.noise import ExpertSchedule
 from ..ppap_core.samples import from_uint8
-from . import bridge, folders
+from . import bridge, folders, models
 from .types import PPAPGuider, PPAPLosses, PPAPSamples, Samples
 
 CATEGORY = "PPAP/train"
@@ -19,7 +19,7 @@ class PPAPGenerateSamples(io.ComfyNode):
             node_id="PPAPGenerateSamples", display_name="Generate Samples", category=CATEGORY,
             description="Images by your own model: all that the experts learn from. They are kept in output/ppap_samples, "
                         "so that a run that was stopped goes on where it was, and a finished one costs nothing.",
-            inputs=[io.Model.Input("model", tooltip="The pixel-space model that will be steered."),
+            inputs=[io.Model.Input("model", tooltip="The model that will be steered."),
                     io.Conditioning.Input("positive", tooltip="What the model is asked for."),
                     io.Latent.Input("latent_image", tooltip="An empty latent: the size of the images, and how many are "
                                                             "made at once."),
@@ -35,7 +35,10 @@ class PPAPGenerateSamples(io.ComfyNode):
                                    tooltip="How the noise falls from step to step."),
                     io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Image i is made from the noise of seed + i."),
                     io.Conditioning.Input("negative", optional=True,
-                                          tooltip="What the model is asked to avoid. Without it, cfg does nothing.")],
+                                          tooltip="What the model is asked to avoid. Without it, cfg does nothing."),
+                    io.Vae.Input("vae", optional=True,
+                                 tooltip="The model's VAE, if it works on latents: the untouched network looks at the "
+                                         "decoded image.")],
             outputs=[PPAPSamples.Output(display_name="samples", tooltip="The images and their model, for Distil Experts."),
                      io.Image.Output(tooltip=f"The first {SHOWN} of them.")])
 
@@ -44,12 +47,13 @@ class PPAPGenerateSamples(io.ComfyNode):
         return folders.verdict(folders.file_name, name)
 
     @classmethod
-    def execute(cls, model, positive, latent_image, name, count, steps, cfg, sampler_name, scheduler, seed, negative=None):
-        bridge.require_pixels(model)
+    def execute(cls, model, positive, latent_image, name, count, steps, cfg, sampler_name, scheduler, seed, negative=None,
+                vae=None):
+        space = bridge.space_to_distil(model, vae)
         negative = negative or positive
         recipe = {**bridge.about_model(model, positive, negative), "shape": list(latent_image["samples"].shape), "cfg": cfg,
                   "steps": steps, "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
-        samples = Samples(bridge.open_store(name, recipe), model, positive, negative, cfg)
+        samples = Samples(bridge.open_store(name, recipe), model, positive, negative, cfg, vae, space)
         bridge.generate_samples(samples, count, latent_image, steps, sampler_name, scheduler)
         return io.NodeOutput(samples, bridge.image_to_comfy(from_uint8(samples.store.images[:SHOWN])))
 
@@ -71,9 +75,11 @@ class PPAPDistilExperts(io.ComfyNode):
                     io.Int.Input("experts", default=5, min=1, max=64,
                                  tooltip="Number of noise ranges, equal in the logarithm."),
                     io.Float.Input("sigma_min", default=0.0, min=0.0, max=1e4, step=0.001,
-                                   tooltip="Lowest noise level of the experts. Neutral: 0, the model's own."),
+                                   tooltip="Lowest noise level of the experts. Neutral: 0, the model's own, but not "
+                                           "below 0.01."),
                     io.Float.Input("sigma_max", default=0.0, min=0.0, max=1e5, step=0.1,
-                                   tooltip="Highest noise level of the experts. Neutral: 0, the model's own."),
+                                   tooltip="Highest noise level of the experts. Neutral: 0, the model's own, but not "
+                                           "above 100."),
                     io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Training steps for each expert."),
                     io.Int.Input("batch_size", default=32, min=1, max=4096, tooltip="Images in each training step."),
                     io.Float.Input("learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-5, round=1e-7,
@@ -94,9 +100,9 @@ class PPAPDistilExperts(io.ComfyNode):
     @classmethod
     def execute(cls, samples, guider, view, experts, sigma_min, sigma_max, steps, batch_size, learning_rate, rank, alpha,
                 seed, temperature=1.0):
-        lowest, highest = bridge.sigma_range(samples.model)
+        lowest, highest = models.distillable_range(samples.model)
         schedule = ExpertSchedule.log_spaced(experts, sigma_min or lowest, sigma_max or highest)
-        bank = bridge.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed)
+        bank = bridge.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature)
         losses = bridge.distil(samples, guider, bank, config)
         return io.NodeOutput(with_experts(guider, bank), losses)

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..ppap_core.guidance import Reading
 from ..ppap_core.guider import Guider
 from ..ppap_core.samples import SampleStore
+from ..ppap_core.view import LatentSpace
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class GuidanceTerm:
     factor_at_start: float     # of the weight
     factor_at_end: float
     mask: Any = None           # MASK (B|1, H, W) in [0, 1]
+    balanced: bool = True      # whether the weight is a share of what is uncertain, or scales the gradient as it is
 
     def __post_init__(self):
         if self.start > self.end:
@@ -36,6 +38,8 @@ class Samples:
     positive: list             # CONDITIONING
     negative: list
     cfg: float
+    vae: Any = None            # VAE, where the model diffuses latents
+    space: LatentSpace | None = None  # these latents
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Report:
 
     names: tuple[str, ...]     # of the terms
     readings: tuple[Reading, ...]
+    levels: int                # of noise at which the model was asked
 
 
 PPAPGuider = io.Custom("PPAP_GUIDER")    # ppap_core.guider.Guider

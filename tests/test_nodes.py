@@ -31,7 +31,8 @@ EVERY = [pytest.param(node, id=node.name) for name in NODE_FILES for node in cla
 
 @pytest.mark.parametrize("name", TREES)
 def test_only_the_bridge_knows_torch_and_comfyui_and_only_the_folders_its_folders(name: str):
-    known = {"bridge.py": OUTSIDE - {"folder_paths"}, "memory.py": {"comfy", "torch"}, "folders.py": {"folder_paths"}}
+    known = {"bridge.py": OUTSIDE - {"folder_paths"}, "models.py": {"comfy", "torch"}, "memory.py": {"comfy", "torch"},
+             "folders.py": {"folder_paths"}}
     assert not imported(TREES[name]) & (OUTSIDE - known.get(name, set()))
 
 
@@ -58,11 +59,12 @@ def test_every_input_and_output_says_what_it_is(node: ast.ClassDef):
 def test_execute_takes_the_inputs_in_the_order_of_the_schema(node: ast.ClassDef):
     [schema] = [part.value for part in method(node, "define_schema").body if isinstance(part, ast.Return)]
     [inputs] = [keyword.value.elts for keyword in schema.keywords if keyword.arg == "inputs"]
-    shared = {"limit_input": "max_rms", "terms_input": "terms"}
+    shared = {"limit_input": "max_rms", "terms_input": "terms", "vae_input": "vae"}
     names = [each.args[0].value if each.args else shared[each.func.id] for each in inputs]
     arguments = method(node, "execute").args
     assert [argument.arg for argument in arguments.args[1:]] == names
-    optional = [name for name, each in zip(names, inputs, strict=True) if "optional" in {word.arg for word in each.keywords}]
+    optional = [name for name, each in zip(names, inputs, strict=True)
+                if name == "vae" or "optional" in {word.arg for word in each.keywords}]
     assert names[len(names) - len(arguments.defaults):] == optional, "optional inputs have defaults and come last"
 
 

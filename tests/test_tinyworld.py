@@ -14,7 +14,7 @@ from ppap_core.tinyworld.denoiser import SIGMA_DATA, TinyDenoiser
 from ppap_core.tinyworld.gaussian import GaussianMixture
 from ppap_core.tinyworld.networks import augment, tiny_convnext, tiny_resnet
 from ppap_core.tinyworld.scenes import CLASSES, SHAPES, draw
-from ppap_core.tinyworld.train import TRAINING_SEEDS, Recipe, class_loss, fit
+from ppap_core.tinyworld.train import NETWORKS, TRAINING_SEEDS, Recipe, class_loss, fit
 
 HELD_OUT = range(500, 756)  # below the seeds of every training
 
@@ -244,13 +244,13 @@ def test_the_bundled_denoiser_removes_noise_better_than_a_gaussian_prior(sigma, 
 
 
 def test_the_bundled_files_are_small_and_tell_their_recipe():
-    files = sorted(path for path in WEIGHTS.glob("*.safetensors") if ".state." not in path.name)
-    names = {"denoiser", *(f"{role}_{task}" for role in ("guider", "judge") for task in TASKS)}
-    assert {path.stem for path in files} == names
-    for path in files:
-        assert path.stat().st_size < 16 * 2**20, path.name
+    files = {path.relative_to(WEIGHTS).with_suffix("").as_posix(): path for path in WEIGHTS.rglob("*.safetensors")
+             if ".state." not in path.name}
+    assert files.keys() == NETWORKS.keys()
+    for name, path in files.items():
+        assert path.stat().st_size < 16 * 2**20, name
         about = load_tensors(path)[1]
-        assert about["name"] == path.stem and about["recipe"]["steps"] > 0, path.name
+        assert about["name"] == name and about["recipe"]["steps"] > 0, name
 
 
 def test_no_bundled_judge_is_of_the_architecture_of_the_guider():

@@ -175,3 +175,14 @@ def test_the_memory_of_seeing_is_counted():
     by_stem = with_experts(guider, bank_of())
     shape = (2, C, 24, 28)
     assert gradient_bytes(by_stem, shape) > gradient_bytes(by_colours, shape) > 0
+
+
+@pytest.mark.parametrize("eyes", ["colours", "stem"])
+def test_what_is_seen_in_half_precision_is_resized_in_full(eyes: str):
+    here, bank = space(), bank_of()
+    plain = replace(small_guider(), see=lambda diffused, sigma: here.colours(diffused))
+    plain = replace(plain, preprocess=replace(plain.preprocess, antialias=True))
+    guider = plain if eyes == "colours" else replace(plain, see=bank.see)
+    x = latents()
+    exact, half = (energy_gradient(guider, x, level(0.7, x), x, compute)[1] for compute in (None, torch.bfloat16))
+    assert torch.nn.functional.cosine_similarity(exact.flatten(1), half.flatten(1)).min() > 0.98

@@ -1,4 +1,5 @@
 """The autoencoder of the latent tiny world, in the layout of TAESD, so that the stock VAE loaders read its file."""
+import torch
 from torch import Tensor, nn
 
 WIDTH, CHANNELS, SHRINK = 64, 16, 8
@@ -44,6 +45,7 @@ class TinyAutoencoder(nn.Module):
                                            _conv(WIDTH, CHANNELS))
         self.taesd_decoder = nn.Sequential(Bounded(), _conv(CHANNELS, WIDTH), nn.ReLU(), Block(), Block(), Block(),
                                            *_grow(3), *_grow(3), *_grow(1), _conv(WIDTH, 3))
+        self.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def encode(self, image: Tensor) -> Tensor:
         return self.taesd_encoder((image + 1) / 2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files import load_tensors
+from ..noise import as_seen, expand
 from ..view import LatentSpace
 from . import WEIGHTS, load_weights
 from .autoencoder import TinyAutoencoder
@@ -91,6 +92,12 @@ def eps_sigmas() -> Tensor:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
     return ((1 - kept) / kept).sqrt().float()
+
+
+def denoise_by_eps(net: TinyEps, x: Tensor, sigma: Tensor, given: Tensor) -> Tensor:
+    """Expected latent of x = latent + sigma noise (B, 16, h, w) by the noise-predicting model, at the nearest timestep."""
+    timestep = (eps_sigmas().to(x).log()[None] - sigma.log()[:, None]).abs().argmin(1)
+    return x - expand(sigma, x) * net(as_seen(x, sigma), timestep.to(x), given)
 
 
 def load_autoencoder(folder: Path = WEIGHTS) -> TinyAutoencoder:

@@ -16,29 +16,16 @@ from ..files import claim, read_json, write_json
 from ..guidance import Term, guided
 from ..guider import Guider, clean
 from ..metrics import FeatureStats, frechet_distance
-from ..noise import ExpertSchedule, expand
+from ..noise import ExpertSchedule
 from ..samples import SampleStore
-from ..sampling import Denoiser, sample_euler, seeded_noise
-from . import TASKS, load_guider, load_judge
-from .latent import (
-    CHANNELS,
-    SHRINK,
-    SIZE,
-    SPACE,
-    as_hint,
-    condition,
-    depth_picture,
-    load_autoencoder,
-    load_control,
-    load_flow,
-    undiffused,
-)
-from .scenes import Scenes, draw
-from .scores import truth
+from ..sampling import Denoiser, seeded_noise
+from . import TASKS
+from .latent import CHANNELS, SIZE, SPACE, as_hint, condition, depth_picture
+from .latent_world import GRID, LatentWorld, see_colours
+from .scenes import Scenes, draw, truth
 
 Report = Callable[[str], None]
-GRID = SIZE // SHRINK
-SHIFT = 3.0  # of the flow's times, as ComfyUI samples models of this kind
+DEFAULT = 0.3  # the weight that people start with
 
 
 @dataclass(frozen=True)
@@ -48,55 +35,13 @@ class LatentBench:
     images: int = 64
     steps: int = 20
     batch: int = 32
-    store: int = 1024
+    store: int = 768
     edges: tuple[float, ...] = (0.1, 0.3, 0.8, 2.0, 6.0, 20.0)
     rank: int = 8
-    training: DistillConfig = DistillConfig(steps=400, batch=32, lr=2e-3)
-    weights: tuple[float, ...] = (0.1, 0.3, 0.6)  # of balanced terms; 0.3 is what people start with
+    training: DistillConfig = DistillConfig(steps=300, batch=32, lr=2e-3)
+    weights: tuple[float, ...] = (0.1, DEFAULT, 0.6)  # of balanced terms
+    raw: tuple[float, ...] = (4.0, 32.0, 256.0)   # of raw ones
     scenes: int = 2048  # real scenes that Frechet distances are taken to
-
-
-class LatentWorld:
-    """The flow model in the core's convention, the autoencoder, and guiders and judges of all tasks, on one device."""
-
-    def __init__(self):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.flow, self.control, self.autoencoder = (load().to(self.device) for load in
-                                                     (load_flow, load_control, load_autoencoder))
-        self.guiders, self.judges = ({task: load(task) for task in TASKS} for load in (load_guider, load_judge))
-        for guider in (*self.guiders.values(), *self.judges.values()):
-            base_network(guider).to(self.device)
-
-    @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: Tensor, given: Tensor | None = None, hint: Tensor | None = None) -> Tensor:
-        """Expected latent (B, 16, h, w) of x = latent + sigma noise. given (B, CONDITIONS); hint for the ControlNet."""
-        given = x.new_zeros(len(x), 16) if given is None else given
-        t = sigma / (1 + sigma)
-        state, context = (1 - expand(t, x)) * x, given[:, None]
-        control = [] if hint is None else self.control(state, t, context, hint)
-        return state - expand(t, x) * self.flow(state, t, context, given, control)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, 8h, 8w) in [-1, 1]."""
-        return self.autoencoder.decode(undiffused(latents)).clamp(-1, 1)
-
-    def see_decoded(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        """What a guider sees of latents through the autoencoder."""
-        return self.autoencoder.decode(undiffused(latents))
-
-    def sample(self, seeds: Sequence[int], steps: int, denoise: Denoiser) -> Tensor:
-        """Latents of the given seeds after so many Euler steps at the flow's shifted times."""
-        ramp = torch.linspace(1 - 0.5 / steps, 0, steps + 1)
-        t = SHIFT * ramp / (1 + (SHIFT - 1) * ramp)
-        sigmas = t / (1 - t)
-        noise = seeded_noise(seeds, (CHANNELS, GRID, GRID)).to(self.device)
-        return sample_euler(denoise, noise * sigmas[0], sigmas)
-
-
-def see_colours(latents: Tensor, sigma: Tensor) -> Tensor:
-    """What a guider sees of latents without a decoder."""
-    return SPACE.colours(latents)
 
 
 def latent_store(world: LatentWorld, folder: Path, config: LatentBench, report: Report) -> SampleStore:
@@ -150,12 +95,14 @@ class Way:
     guider: Guider | None = None
     told_class: bool = False
     controlled: bool = False
+    balanced: bool = True
+    slow: bool = False     # measured at one weight, on one batch
 
 
 def measure(world: LatentWorld, task: str, way: Way, weight: float, config: LatentBench, reference: FeatureStats) -> dict:
     """Images for scenes that nothing was trained on, one for each."""
     found, stats, judge = [], FeatureStats(reference.sum.numel()), world.judges[task]
-    for start in range(0, config.images, config.batch):
+    for start in range(0, config.batch if way.slow else config.images, config.batch):
         seeds = range(1000 + start, 1000 + min(start + config.batch, config.images))
         scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
         images = world.decode(world.sample(seeds, config.steps, denoiser(world, way, scenes, weight, seeds)))
@@ -171,8 +118,17 @@ def denoiser(world: LatentWorld, way: Way, scenes: Scenes, weight: float, seeds:
     denoise = partial(world.denoise, given=given, hint=hint)
     if way.guider is None:
         return denoise
-    term = Term(way.guider.aim(truth(scenes, way.guider.task)), weight, balanced=True)
+    term = Term(way.guider.aim(truth(scenes, way.guider.task)), weight, balanced=way.balanced)
     return guided(denoise, [term], sigma_data=1.0)
+
+
+def weights_of(way: Way, config: LatentBench) -> tuple[float, ...]:
+    """Those that a way is measured at."""
+    if way.guider is None:
+        return (0.0,)
+    if way.slow:
+        return (DEFAULT,)
+    return config.weights if way.balanced else config.raw
 
 
 def step_ratio(world: LatentWorld, way: Way, repeats: int = 9) -> float:
@@ -180,7 +136,7 @@ def step_ratio(world: LatentWorld, way: Way, repeats: int = 9) -> float:
     seeds = range(8)
     scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
     x = seeded_noise(seeds, (CHANNELS, GRID, GRID)).to(world.device)
-    step, plain = denoiser(world, way, scenes, 0.3, seeds), world.denoise
+    step, plain = denoiser(world, way, scenes, DEFAULT, seeds), world.denoise
 
     def seconds(function: Denoiser) -> float:
         started = time.perf_counter()
@@ -220,7 +176,8 @@ def ways(world: LatentWorld, task: str, distilled: Callable[[str], Guider]) -> d
         "no guidance": Way,
         "plain, noisy view, colours": lambda: Way(replace(plain, view="noisy", see=see_colours)),
         "plain, denoised view, colours": lambda: Way(replace(plain, see=see_colours)),
-        "plain, denoised view, decoder": lambda: Way(replace(plain, see=world.see_decoded)),
+        "plain, denoised view, colours, raw": lambda: Way(replace(plain, see=see_colours), balanced=False),
+        "plain, denoised view, decoder": lambda: Way(replace(plain, see=world.see_decoded), slow=True),
         "experts, noisy view, stem": lambda: Way(distilled("noisy")),
         "experts, denoised view, stem": lambda: Way(distilled("denoised")),
         "told the class": lambda: Way(told_class=True)}
@@ -243,8 +200,8 @@ def latent_bench(config: LatentBench, folder: Path, report: Report) -> list[dict
             file = folder / f"{task}_{number}.json"
             if not file.exists():
                 way = make()
-                found = {f"{weight:g}": measure(world, task, way, weight, config, reference)
-                         for weight in (config.weights if way.guider else (0.0,))}
+                weights = weights_of(way, config)
+                found = {f"{weight:g}": measure(world, task, way, weight, config, reference) for weight in weights}
                 report(f"{task}, {name}: {found}")
                 write_json(file, {"task": task, "row": name, "by_weight": found, "step_ratio": step_ratio(world, way)})
             rows.append(read_json(file))
@@ -255,16 +212,16 @@ MEASURES = {"class": "right by the judge", "depth": "depth error", "segmentation
 
 
 def table(rows: list[dict]) -> str:
-    """One Markdown table for each task, each cell score / Fréchet distance, a column for each weight."""
+    """One Markdown table for each task; each cell is weight: score / Fréchet distance."""
     lines = []
     for task, measure_name in MEASURES.items():
         mine = [row for row in rows if row["task"] == task]
-        weights = next(list(row["by_weight"]) for row in mine if len(row["by_weight"]) > 1)
-        lines += [f"| {task}: {measure_name} / Fréchet distance | " + " | ".join(f"weight {each}" for each in weights)
-                  + " | times a plain step |", "|---|" + "---:|" * (len(weights) + 1)]
+        width = max(len(row["by_weight"]) for row in mine)
+        lines += [f"| {task}: {measure_name} / Fréchet distance |" + " by weight |" * width + " times a plain step |",
+                  "|---|" + "---:|" * (width + 1)]
         for row in mine:
-            cells = [row["by_weight"].get(each, row["by_weight"].get("0")) for each in weights]
-            lines.append(f"| {row['row']} | " + " | ".join(f"{each['score']:.3f} / {each['frechet']:.0f}" for each in cells)
-                         + f" | {row['step_ratio']:.2f} |")
+            cells = [f"{weight}: {each['score']:.3f} / {each['frechet']:.0f}" for weight, each in row["by_weight"].items()]
+            cells += [""] * (width - len(cells)) + [f"{row['step_ratio']:.2f}"]
+            lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

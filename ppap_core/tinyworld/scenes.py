@@ -154,3 +154,8 @@ def draw(seeds: Sequence[int], size: int | tuple[int, int] = 32, label: int | No
     far = wall[:, :, None, None] * (1 + 1.2 * ramp[:, None])
     image = (coverage[:, None] * near + (1 - coverage[:, None]) * far).clamp(0, 1)
     return Scenes(image * 2 - 1, labels, depth[:, None], torch.where(inside, labels[:, None, None] + 1, 0))
+
+
+def truth(scenes: Scenes, task: str) -> Tensor:
+    """What a perfect network of a task would be aimed at."""
+    return {"class": scenes.label, "depth": scenes.depth, "segmentation": scenes.segmentation}[task]

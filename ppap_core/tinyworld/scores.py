@@ -1,5 +1,7 @@
 """How good the bundled weights are, on scenes that nothing was trained on: python -m ppap_core.tinyworld.scores"""
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,17 +10,14 @@ from torch import Tensor
 from ..guider import Guider, clean
 from ..noise import expand
 from ..plots import contact_sheet, save_picture
-from . import TASKS, load_guider, load_judge
-from .scenes import Scenes, draw
+from . import TASKS, latent, load_guider, load_judge
+from .latent_world import LatentWorld
+from .scenes import CLASSES, Scenes, draw, truth
 from .world import load_world
 
 COUNT, STEPS, CONFIDENT = 1000, 32, 0.9
+LATENTS = 128  # samples of each model of latents
 NOISE = (0.0, 0.1, 0.2, 0.5, 1.0)
-
-
-def truth(scenes: Scenes, task: str) -> Tensor:
-    """What a perfect network of a task would be aimed at."""
-    return {"class": scenes.label, "depth": scenes.depth, "segmentation": scenes.segmentation}[task]
 
 
 @torch.no_grad()
@@ -29,6 +28,32 @@ def score(guider: Guider, scenes: Scenes, sigma: float) -> float:
     if guider.task == "class":
         return float((guider.predict(images, clean(images)).argmax(1) == scenes.label).float().mean())
     return float(guider.aim(truth(scenes, guider.task)).score(images, clean(images)).mean())
+
+
+@torch.no_grad()
+def latent_lines() -> list[str]:
+    """What the networks of the latent world do, in words."""
+    world, labels = LatentWorld(), torch.arange(LATENTS) % len(CLASSES)
+    scenes, eps = draw(range(64), latent.SIZE).image, partial(latent.denoise_by_eps, latent.load_eps())
+    error = (world.decode(latent.diffused(world.autoencoder.encode(scenes))) - scenes).abs().mean()
+    lines = [f"The autoencoder gives scenes back with a mean error of {error:.3f}, where they span -1 to 1."]
+    for name, denoise in (("flow", world.denoise), ("noise-predicting", eps)):
+        anything = judged(world, denoise, torch.full_like(labels, -1)).max(1).values
+        told = judged(world, denoise, labels).argmax(1)
+        sure, right = (float(each.float().mean()) for each in (anything > CONFIDENT, told == labels))
+        lines.append(f"The judge is sure of the class of {sure:.0%} of {LATENTS} samples of the {name} model, and sees the "
+                     f"class that the model was told in {right:.0%}.")
+    return lines
+
+
+def judged(world: LatentWorld, denoise: Callable[..., Tensor], labels: Tensor, batch: int = 32) -> Tensor:
+    """What the judge of classes thinks of images of these classes, (B, K) probabilities."""
+    judge, found = world.judges["class"], []
+    for start in range(0, len(labels), batch):
+        given = latent.condition(labels[start:start + batch])
+        images = world.decode(world.sample(range(start, start + batch), STEPS, partial(denoise, given=given)))
+        found.append(judge.predict(images, clean(images)).softmax(1))
+    return torch.cat(found)
 
 
 def main() -> None:
@@ -48,6 +73,7 @@ def main() -> None:
     share = (best.values > CONFIDENT).float().mean()
     print(f"\nThe judge is sure, above {CONFIDENT:g}, of the class of {share:.1%} of {len(images)} samples of the denoiser; "
           f"each class: {best.indices.bincount(minlength=8).tolist()}")
+    print("\n".join(latent_lines()))
     if options.picture:
         rows = {f"seeds {start} to {start + 7}": images[start:start + 8] for start in range(0, 64, 8)}
         save_picture(contact_sheet(rows, scale=2), options.picture)

@@ -156,7 +156,7 @@ def encoded_scenes(folder: Path, count: int) -> Callable[[range, int], Encoded]:
     """Scenes as latents, by number; encoded once and kept in the folder while there is something to train."""
     file = folder / f"encoded_{count}.safetensors"
     if not file.exists():
-        net = load_autoencoder(folder).to(memory_format=torch.channels_last)
+        net = load_autoencoder(folder)
         save_tensors(file, _encode(net, count), {"count": count})
     tensors, _ = load_tensors(file)
     tensors = [tensors[name] for name in Encoded._fields]
@@ -227,7 +227,7 @@ def fit(name: str, net: nn.Module, loss: Callable, recipe: Recipe, folder: Path,
         save_every: int = 250) -> None:
     """Train a network on fresh scenes and write `folder/name.safetensors`; goes on from its state file."""
     state_file = folder / f"{name}.state.safetensors"
-    net.to(device, memory_format=torch.channels_last).train()
+    net.to(device).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=0.01)
     average = {key: value.detach().clone() for key, value in net.state_dict().items()}
     first = resume(state_file, net, average, optimizer)
@@ -257,9 +257,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     "vae/tinyworld_vae": (TinyAutoencoder, autoencoder_loss, Recipe(steps=2000, batch=16, size=SIZE, seed=3, half=True)),
     "diffusion_models/tinyworld_flow": (TinyFlow, flow_loss, Recipe(steps=12_000, batch=128, ema=0.9995, seed=4,
                                                                     latents=16_384, half=True)),
-    "controlnet/tinyworld_depth": (Controlled, control_loss, Recipe(steps=4000, batch=64, ema=0.998, seed=6, latents=8192,
+    "controlnet/tinyworld_depth": (Controlled, control_loss, Recipe(steps=2500, ema=0.998, seed=6, latents=4096,
                                                                     half=True)),
-    "tinyworld_eps": (TinyEps, eps_loss, Recipe(steps=8000, batch=128, ema=0.9995, seed=5, latents=16_384, half=True)),
+    "tinyworld_eps": (TinyEps, eps_loss, Recipe(steps=4000, ema=0.9995, seed=5, latents=16_384, half=True)),
     **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), loss, Recipe(steps=3000, seed=1))
        for task, loss in LOSSES.items()},
     **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), loss, Recipe(steps=2000, seed=2))

@@ -28,7 +28,7 @@ def sampling(**changes) -> dict:
 def weighing(guider: list, weight: float = 4.0, **changes) -> dict:
     """The settings of a term."""
     return {"guider": guider, "weight": weight, "start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0,
-            "factor_at_end": 1.0, "view": "own", **changes}
+            "factor_at_end": 1.0, "view": "own", "strength": "raw", **changes}
 
 
 def distilling(name: str, **changes) -> dict:

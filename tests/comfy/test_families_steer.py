@@ -67,7 +67,7 @@ said = []
 for action in (lambda: pack.ppap_core.loaders.load_guider({str(tmp_path)!r}),
                lambda: pack.nodes.bridge.new_bank(pack.nodes.bridge.load_guider("tinyworld/class"),
                                                   pack.ppap_core.noise.ExpertSchedule((0.1, 1.0)),
-                                                  pack.ppap_core.experts.LoraSpec(), "noisy", 0)):
+                                                  pack.ppap_core.experts.LoraSpec(), "noisy", 0, None)):
     try:
         action()
     except ImportError as error:

@@ -32,7 +32,7 @@ class World:
     def term(self, guider: Any = None, **changes: Any) -> tuple:
         """One term, with everything at its neutral value but the weight."""
         settings = {"weight": 4.0, "start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0, "factor_at_end": 1.0,
-                    "view": "own", **changes}
+                    "view": "own", "strength": "raw", **changes}
         return self.comfy("PPAPGuidanceTerm", guider=guider or self.guider, **settings)[0]
 
     def guided(self, terms: tuple | None = None, max_rms: float = 0.0, **changes: Any) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
 
 def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
     model = world.model
-    terms = [comfy.pack.nodes.bridge.core_term(model, world.term(start_percent=a, end_percent=b)[0])
+    terms = [comfy.pack.nodes.bridge.core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
              for a, b in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))]
     edge = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
     for sigma in (80.0, 1e9, edge, 1.0, 0.02, 0.0):
@@ -118,7 +118,8 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
 
 
 def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: World):
-    term = comfy.pack.nodes.bridge.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0])
+    term = comfy.pack.nodes.bridge.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
+                                             (1, 3, 32, 32), None)
     assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
 
 
@@ -137,12 +138,24 @@ def test_a_flow_model_is_steered_from_pure_noise_on(world: World):
 
 
 def test_a_flow_model_is_converted_there_and_back(comfy):
-    bridge, flow = comfy.pack.nodes.bridge, flow_sampling()
+    bridge, flow = comfy.pack.nodes.models, flow_sampling()
     x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.9])
     there = bridge.to_ve(flow, x, t)
     assert there[1].tolist() == pytest.approx([0.25, 9.0])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(bridge.from_ve(flow, *there), (x, t), strict=True))
     assert float("inf") == bridge.window_of(flow, 0.0, 0.5).hi and bridge.window_of(flow, 0.0, 0.5).lo == pytest.approx(1.0)
+
+
+def test_a_balanced_weight_means_the_same_for_every_guider(comfy, world: World):
+    [bright] = comfy("PPAPRule", rule="brightness")
+    [bright] = comfy("PPAPAimAtNumber", guider=bright, number=0.9)
+    for guider in (world.guider, bright):
+        _, report = comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(guider, weight=0.2, strength="balanced"),
+                          max_rms=0.0, **world.settings())
+        for each in report.readings:
+            uncertain = each.sigma * 0.5 / (each.sigma**2 + 0.25) ** 0.5
+            assert each.rms.tolist() == pytest.approx([0.2 * uncertain] * 3, rel=1e-3)
+    assert not torch.equal(world.guided(world.term(strength="balanced")), world.guided(world.term()))
 
 
 def test_image_to_image_and_one_class_for_each_image(comfy, world: World):
@@ -388,8 +401,8 @@ def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):
         world.guided(world.term(world.plain))
     with says(ValueError, "2 images", "3 are"):
         world.guided(world.term(comfy("PPAPAimAtClass", guider=world.plain, classes="star, disk")[0]))
-    with says(ValueError, "the mask", "(1, 1, 16, 32)", "(3, 3, 32, 32)"):
-        world.guided(world.term(mask=torch.ones(1, 16, 32)))
+    with says(ValueError, "the mask", "(2, 1, 32, 32)", "(3, 3, 32, 32)"):
+        world.guided(world.term(mask=torch.ones(2, 16, 32)))
     with says(ValueError, "start at 0.6", "end at 0.4"):
         world.term(start_percent=0.6, end_percent=0.4)
     with says(ValueError, "denoised view", "noisy"):
@@ -449,15 +462,6 @@ def test_damaged_and_foreign_experts_are_refused(comfy, world: World):
             parameter.data.mul_(1.01)
     with says(ValueError, "whole.safetensors", "fingerprint"):
         comfy("PPAPLoadExperts", guider=other, file_name="whole.safetensors")
-
-
-def test_latent_models_are_refused_in_words(comfy, world: World):
-    import comfy.latent_formats
-
-    latent = world.model.clone()
-    latent.add_object_patch("latent_format", comfy.latent_formats.SD15())
-    with says(ValueError, "latent models is not built yet", "SD15", "pixel-space"):
-        world.comfy("PPAPApplyGuidance", model=latent, terms=world.term(), max_rms=0.0)
 
 
 def test_heavy_libraries_wait_until_they_are_needed(fresh_process):

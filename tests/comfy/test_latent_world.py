@@ -321,3 +321,69 @@ def test_experts_look_with_their_own_eyes_even_where_a_vae_is_connected(world: L
     guider = world.experts("flow", "denoised")
     assert torch.equal(world.guided("flow", guider, vae=world.vae), world.guided("flow", guider))
     assert not torch.equal(world.guided("flow", replace(guider, see=None), vae=world.vae), world.guided("flow", guider))
+
+
+# The ControlNet of depth
+
+class Control:
+    """The stock ControlNet of depth, asked for the depth of three scenes."""
+
+    def __init__(self, world: LatentWorld):
+        self.world, self.tiny = world, world.comfy.pack.ppap_core.tinyworld
+        [self.net] = world.comfy("ControlNetLoader", control_net_name="tinyworld_depth.safetensors")
+        self.depth = self.tiny.scenes.draw(range(40, 43), (8 * HEIGHT, 8 * WIDTH)).depth
+
+    def conditioning(self, strength: float = 1.0) -> dict:
+        picture = self.depth.movedim(1, -1).expand(-1, -1, -1, 3)
+        positive, negative = self.world.comfy("ControlNetApplyAdvanced", positive=self.world.nothing,
+                                              negative=self.world.nothing, control_net=self.net, image=picture,
+                                              strength=strength, start_percent=0.0, end_percent=1.0, vae=self.world.vae)
+        return {"positive": positive, "negative": negative, "steps": 12}
+
+    def error(self, samples: torch.Tensor) -> float:
+        """Mean error of the depth that a judge sees, who never guides."""
+        [image] = self.world.comfy("VAEDecode", samples={"samples": samples}, vae=self.world.vae)
+        image = self.world.comfy.pack.nodes.bridge.image_from_comfy(image)
+        with torch.inference_mode():
+            seen = self.tiny.load_judge("depth").predict(image, torch.zeros(3))
+        wanted = torch.nn.functional.interpolate(self.depth, seen.shape[-2:], mode="bilinear", antialias=True)
+        return (seen - wanted).abs().mean().item()
+
+
+@pytest.fixture(scope="module")
+def control(world: LatentWorld) -> Control:
+    return Control(world)
+
+
+def test_the_controlnet_that_the_stock_loader_loads_is_the_core_s(comfy, control: Control):
+    core = comfy.pack.ppap_core.tinyworld.latent
+    x, hint = torch.randn(2, 2, 16, HEIGHT, WIDTH)
+    given, t = core.condition(torch.tensor([2, -1])), torch.tensor([0.2, 0.9])
+    with torch.inference_mode():
+        net = control.net.control_model.float()
+        [theirs] = net(x, 1000 * t, y=given, context=given[:, None], hint=hint)["output"]
+        [ours] = core.load_control()(x, t, given[:, None], hint)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-4)
+
+
+def test_controlnet_and_guidance_share_the_graph(world: LatentWorld, control: Control):
+    flow, free = world.model("flow"), {"steps": 12}
+    controlled, uncontrolled = (world.sample(flow, **sampling) for sampling in (control.conditioning(), free))
+    assert control.error(controlled) < 0.5 * control.error(uncontrolled), "the ControlNet does its part"
+    [rule] = world.comfy("PPAPRule", rule="brightness")
+    [bright] = world.comfy("PPAPAimAtNumber", guider=rule, number=0.75)
+    both = world.guided("flow", bright, sampling=control.conditioning())
+    assert world.energy("flow", both, bright).mean() < 0.6 * world.energy("flow", controlled, bright).mean()
+    assert control.error(both) < 0.7 * control.error(world.guided("flow", bright, sampling=free)), "and goes on doing it"
+    assert torch.equal(world.guided("flow", bright, weight=0.0, sampling=control.conditioning()), controlled)
+    assert torch.equal(world.sample(flow, **control.conditioning(0.0)), uncontrolled)
+
+
+def test_depth_guidance_of_the_flow_model_brings_the_depth_of_a_scene(comfy, world: LatentWorld, control: Control):
+    """Without ControlNet and without experts: the judge sees the wanted depth, who never guided."""
+    [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/depth")
+    picture = control.depth.movedim(1, -1).expand(-1, -1, -1, 3)
+    [aimed] = comfy("PPAPAimAtImage", guider=guider, image=picture, image_is="a map")
+    free = {"steps": 12}
+    plain, guided = world.sample(world.model("flow"), **free), world.guided("flow", aimed, sampling=free)
+    assert control.error(guided) < 0.75 * control.error(plain)

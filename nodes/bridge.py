@@ -31,25 +31,9 @@ from ..ppap_core.plots import loss_plot
 from ..ppap_core.samples import SampleStore
 from ..ppap_core.sampling import Denoiser, seeded_noise
 from ..ppap_core.view import LatentSpace
-from . import folders
+from . import folders, models
 from .memory import compute_type, patcher_of, room_for, settle
-from .models import (
-    Decoder,
-    Patcher,
-    frames_as_images,
-    from_ve,
-    images_as_frames,
-    is_pixel,
-    mask_for,
-    require_supported,
-    sigma_data_of,
-    sigma_range,
-    space_name,
-    space_of,
-    through_colours,
-    to_ve,
-    window_of,
-)
+from .models import Patcher
 from .types import GuidanceTerm, Report, Samples
 
 KEY = "ppap"
@@ -112,20 +96,21 @@ def core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], see: S
 
     see: how its guider sees what is diffused; None for pixels.
     """
-    window, (lowest, highest) = window_of(model.get_model_object("model_sampling"), term.start, term.end), sigma_range(model)
+    window = models.window_of(model.get_model_object("model_sampling"), term.start, term.end)
+    lowest, highest = models.sigma_range(model)
     low, high = max(window.lo, lowest), min(window.hi, highest)
     flat = low >= high or term.factor_at_start == term.factor_at_end == 1
     ramp = constant if flat else Ramp(NoiseInterval(low, high), term.factor_at_start, term.factor_at_end)
-    mask = None if term.mask is None else mask_for(term.mask, shape)
+    mask = None if term.mask is None else models.mask_for(term.mask, shape)
     return Term(replace(term.guider, see=see), term.weight, window, ramp, mask, term.balanced)
 
 
 def require_same_space(guider: Guider, model: Patcher) -> None:
     """ValueError if a guider's experts read other latents than a model diffuses."""
-    if isinstance(guider.net, ExpertBank) and guider.net.space_name != space_name(model):
+    kind = models.space_name(model)
+    if isinstance(guider.net, ExpertBank) and guider.net.space_name != kind:
         raise ValueError(f"the experts of {guider.name} were distilled for {guider.net.space_name} models, but this model's "
-                         f"kind is {space_name(model)}: use experts that were distilled for a model of this kind, or the "
-                         "plain guider")
+                         f"kind is {kind}: use experts that were distilled for a model of this kind, or the plain guider")
 
 
 def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float,
@@ -134,24 +119,25 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
 
     vae: what guiders of the denoised view look through at latents; without it they see the latents' colours.
     """
-    require_supported(model)
+    models.require_supported(model)
     for term in terms:
         require_same_space(term.guider, model)
     guided, runs = model.clone(), deque(maxlen=4)
-    looking = [term for term in terms if term.guider.view == "denoised" and not term.guider.see]
-    decoder = Decoder(vae, model) if vae is not None and looking and not is_pixel(model) else None
+    decoder = None if vae is None or models.is_pixel(model) else models.Decoder(vae, model)
     networks = list({id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}.values())
 
     def see_for(term: GuidanceTerm) -> See | None:
-        if is_pixel(model) or term.guider.see:
+        if models.is_pixel(model) or term.guider.see:
             return term.guider.see
-        return decoder if decoder is not None and term in looking else through_colours(space_of(model))
+        if decoder is not None and term.guider.view == "denoised":
+            return decoder
+        return models.through_colours(models.space_of(model))
 
     def start_run(executor, noise, *args, **kwargs):
         patched = executor.class_obj.model_patcher
-        shape = frames_as_images(noise).shape
+        shape = models.frames_as_images(noise).shape
         runs.append(Run([core_term(patched, term, shape, see_for(term)) for term in terms],
-                        sigma_data_of(patched), compute_type(patched)))
+                        models.sigma_data_of(patched), compute_type(patched)))
         runs[-1].samples = executor(noise, *args, **kwargs)
         return runs[-1].samples
 
@@ -161,15 +147,15 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
 
     def guide(args: dict) -> Tensor:
         denoised, run = args["denoised"], runs[-1]
-        x, sigma = to_ve(args["model"].model_sampling, args["input"], args["sigma"])
+        x, sigma = models.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
         run.levels.add(float(sigma[0]))
-        frames = frames_as_images(x)
-        found = guidance_shift(run.terms, frames, sigma.repeat_interleave(len(frames) // len(x)), frames_as_images(denoised),
+        frames, predicted = models.frames_as_images(x), models.frames_as_images(denoised)
+        found = guidance_shift(run.terms, frames, sigma.repeat_interleave(len(frames) // len(x)), predicted,
                                sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute)
         if found is None:
             return denoised
         run.readings += found.readings
-        return denoised + images_as_frames(found.shift, denoised)
+        return denoised + models.images_as_frames(found.shift, denoised)
 
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
     seen = [replace(term.guider, see=see_for(term)) for term in terms if term.weight]
@@ -272,10 +258,10 @@ def generate_samples(samples: Samples, count: int, latent: dict, *settings: Any)
 
 def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | None:
     """The latents that experts will look at; None for pixels. ValueError for a model that cannot be distilled for."""
-    require_supported(model)
-    if not is_pixel(model) and vae is None:
+    models.require_supported(model)
+    if not models.is_pixel(model) and vae is None:
         raise ValueError("this model diffuses latents, and the untouched network looks at images: connect the model's VAE")
-    return space_of(model)
+    return models.space_of(model)
 
 
 def open_store(name: str, recipe: dict) -> SampleStore:
@@ -313,7 +299,7 @@ def with_denoiser(samples: Samples, networks: list[torch.nn.Module], batch: int,
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             with torch.inference_mode():
-                prediction = model(*from_ve(sampling, x, sigma), **extra_args)
+                prediction = model(*models.from_ve(sampling, x, sigma), **extra_args)
             return prediction.clone()  # made outside of inference mode, so that autograd accepts it
 
         settle(networks, noise.device)

@@ -162,8 +162,9 @@ def test_guidance_lowers_the_energy_of_latents(world: LatentWorld, kind: str, vi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_guider_looks_through_the_vae(world: LatentWorld, kind: str):
+def test_a_guider_looks_through_the_vae(world: LatentWorld, kind: str, caplog):
     plain, guided = world.sample(world.model(kind)), world.guided(kind, vae=world.vae)
+    assert not caplog.records, "the memory of looking through the VAE is known"
     assert not torch.equal(guided, world.guided(kind)), "the colours and the decoded image are different things to see"
 
     def decoded_energy(samples: torch.Tensor) -> torch.Tensor:
@@ -186,6 +187,19 @@ def test_the_copy_of_the_vae_is_its_own_and_sees_what_the_vae_decodes(comfy, wor
         point = samples.clone().requires_grad_(True)
         assert torch.autograd.grad(decoder(point, torch.zeros(3)).sum(), point)[0].abs().max() > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in world.vae.first_stage_model.state_dict().items())
+
+
+def test_terms_look_each_in_its_own_way(comfy, world: LatentWorld):
+    """One at the noisy colours, one at the decoded prediction, one through its experts' stems."""
+    def term(guider: Any, **changes: Any) -> tuple:
+        return comfy("PPAPGuidanceTerm", **{"guider": guider, "weight": 0.1, "start_percent": 0.0, "end_percent": 1.0,
+                                            "factor_at_start": 1.0, "factor_at_end": 1.0, "view": "own",
+                                            "mask": torch.ones(1, 16, 16), **changes})[0]
+    terms = term(world.guider, view="noisy", terms=term(world.guider, terms=term(world.experts("flow", "denoised"))))
+    [guided] = comfy("PPAPApplyGuidance", model=world.model("flow"), terms=terms, max_rms=0.0, vae=world.vae)
+    [report] = comfy("PPAPGuidanceReport", model=guided, latent={"samples": world.sample(guided)})
+    energies = [[each.energy for each in report.readings if each.term == term][0] for term in range(3)]
+    assert not any(torch.equal(a, b) for a, b in zip(energies, energies[1:], strict=False))
 
 
 def test_a_mask_of_any_size_steers_its_part_of_the_latent(world: LatentWorld):

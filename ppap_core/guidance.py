@@ -19,6 +19,7 @@ from .sampling import Denoiser
 from .tasks import TASKS
 
 HALF = (torch.float16, torch.bfloat16)
+ROUNDING = 1e-6  # of an energy, or of 1 if that is more
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +108,8 @@ def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Te
         gradient = _finite(gradient, term.guider.name, level)
         mask = None if term.mask is None else _mask_for(term.mask, gradient)
         if term.balanced:
-            part = -strength * _uncertainty(level, sigma_data) * _direction(gradient, mask)
+            reach = _uncertainty(level, sigma_data)
+            part = -strength * reach * _direction(_felt(gradient, energy, reach), mask)
         else:
             part = -strength * _step_size(term.guider.view, level, sigma_data) * gradient
         if mask is not None:
@@ -220,6 +222,12 @@ def _step_size(view: str, sigma: float, sigma_data: float) -> float:
 def _uncertainty(sigma: float, sigma_data: float) -> float:
     """Standard deviation of the data given a noisy state, under a Gaussian prior."""
     return sigma * sigma_data / math.hypot(sigma, sigma_data)
+
+
+def _felt(gradient: Tensor, energy: Tensor, reach: float) -> Tensor:
+    """Without the samples whose energy would not feel a step as far as `reach`: their gradient is rounding, no direction."""
+    gain = _rms(gradient) * reach * gradient[0].numel()
+    return gradient * expand(gain > ROUNDING * energy.abs().clamp_min(1), gradient)
 
 
 def _direction(gradient: Tensor, mask: Tensor | None) -> Tensor:

@@ -632,6 +632,16 @@ def test_a_balanced_shift_is_as_strong_inside_a_small_mask_as_without_one():
     assert not (shift * (1 - mask)).any()
 
 
+def test_a_balanced_term_leaves_alone_what_has_met_its_target_to_rounding():
+    met = torch.tensor([[False], [True], [False]])  # the second image of the batch
+    guider = rule_guider("contrast").aim(torch.tensor([[0.9]]))
+
+    def net(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.where(met, 0.9 + 1e-9 * image.mean((1, 2, 3))[:, None], guider.net(image, sigma))
+    shift = balanced_shift(Term(replace(guider, net=net), balanced=True))
+    assert not shift[1].any() and shift[0].any() and shift[2].any()
+
+
 def test_where_there_is_nothing_to_do_a_balanced_term_does_nothing():
     flat = rule_guider("contrast").aim(torch.tensor([[0.0]]))
     x, sigma, _ = situation()

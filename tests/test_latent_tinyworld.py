@@ -1,4 +1,6 @@
 """The latent tiny world: an autoencoder, two models of its latents, a ControlNet, and the benchmark on them."""
+from functools import partial
+
 import pytest
 import torch
 from helpers import randn, same, says
@@ -24,11 +26,17 @@ def test_the_autoencoder_gives_back_scenes_and_its_latents_have_the_colours_of_t
     assert torch.allclose(latent.undiffused(latent.diffused(latents)), latents, atol=1e-5)
 
 
-def test_the_latent_models_know_the_class_that_they_are_told():
+@pytest.mark.parametrize("kind", ["flow", "eps"])
+def test_the_latent_models_know_the_class_that_they_are_told(kind):
     world, labels = LatentWorld(), torch.arange(32) % len(CLASSES)
-    told = world.decode(world.sample(range(32), 12, lambda x, sigma: world.denoise(x, sigma, latent.condition(labels))))
-    judge = world.judges["class"]
-    right = (judge.predict(told, clean(told)).argmax(1) == labels).float().mean()
+    model = {"flow": world.denoise, "eps": partial(latent.denoise_by_eps, latent.load_eps())}[kind]
+
+    @torch.no_grad()
+    def with_cfg(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        told, untold = (model(x, sigma, latent.condition(given)) for given in (labels, torch.full_like(labels, -1)))
+        return untold + 3 * (told - untold)
+    images, judge = world.decode(world.sample(range(32), 12, with_cfg)), world.judges["class"]
+    right = (judge.predict(images, clean(images)).argmax(1) == labels).float().mean()
     assert right > 0.4, "one in eight is chance"
 
 
@@ -70,7 +78,7 @@ def test_labels_are_read_from_names_and_refused_with_those_there_are():
 
 def test_the_latent_benchmark_measures_every_way_once(tmp_path):
     config = LatentBench(images=4, steps=2, batch=4, store=64, edges=(0.1, 1.0, 10.0), rank=2, weights=(0.1, 0.3), scenes=64,
-                         training=DistillConfig(steps=2, batch=4))
+                         repeats=1, training=DistillConfig(steps=2, batch=4))
     lines = []
     rows = latent_bench(config, tmp_path, lines.append)
     assert {row["task"] for row in rows} == set(TASKS) and len(rows) == 30

@@ -42,6 +42,7 @@ class LatentBench:
     weights: tuple[float, ...] = (0.1, DEFAULT, 0.6)  # of balanced terms
     raw: tuple[float, ...] = (4.0, 32.0, 256.0)   # of raw ones
     scenes: int = 2048  # real scenes that Frechet distances are taken to
+    repeats: int = 9    # timings of a step
 
 
 def latent_store(world: LatentWorld, folder: Path, config: LatentBench, report: Report) -> SampleStore:
@@ -131,7 +132,7 @@ def weights_of(way: Way, config: LatentBench) -> tuple[float, ...]:
     return config.weights if way.balanced else config.raw
 
 
-def step_ratio(world: LatentWorld, way: Way, repeats: int = 9) -> float:
+def step_ratio(world: LatentWorld, way: Way, repeats: int) -> float:
     """Seconds of a step over seconds of a plain one, taken in turn: the median of the ratios."""
     seeds = range(8)
     scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
@@ -203,7 +204,8 @@ def latent_bench(config: LatentBench, folder: Path, report: Report) -> list[dict
                 weights = weights_of(way, config)
                 found = {f"{weight:g}": measure(world, task, way, weight, config, reference) for weight in weights}
                 report(f"{task}, {name}: {found}")
-                write_json(file, {"task": task, "row": name, "by_weight": found, "step_ratio": step_ratio(world, way)})
+                write_json(file, {"task": task, "row": name, "by_weight": found,
+                                  "step_ratio": step_ratio(world, way, config.repeats)})
             rows.append(read_json(file))
     return rows
 

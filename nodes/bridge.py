@@ -259,6 +259,9 @@ def generate_samples(samples: Samples, count: int, latent: dict, *settings: Any)
 def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | None:
     """The latents that experts will look at; None for pixels. ValueError for a model that cannot be distilled for."""
     models.require_supported(model)
+    if model.get_model_object("latent_format").latent_dimensions == 3:
+        raise ValueError("this model diffuses frames, and experts learn from single images so far: use the plain guider, "
+                         "which judges frame by frame")
     if not models.is_pixel(model) and vae is None:
         raise ValueError("this model diffuses latents, and the untouched network looks at images: connect the model's VAE")
     return models.space_of(model)

@@ -73,25 +73,28 @@ def class_labels(names: str) -> Tensor:
     return torch.tensor([CLASSES.index(name) if name else -1 for name in found])
 
 
-class TinyEps(TinyUNet):
-    """A noise-predicting model of the latents, on the schedule of Stable Diffusion 1.5.
-
-    x (B, 16, H, W): (latent + sigma noise) / sqrt(1 + sigma^2), sides divisible by 4; timestep (B,) of 0 to 999;
-    pooled (B, CONDITIONS) -> the noise, like x
-    """
-
-    def __init__(self):
-        super().__init__(width=48, blocks=2, channels=CHANNELS, conditions=CONDITIONS)
-
-    def forward(self, x: Tensor, timestep: Tensor, pooled: Tensor) -> Tensor:
-        return super().forward(x, timestep / 250, pooled)
-
-
 def eps_sigmas() -> Tensor:
     """Noise levels of the timesteps 0 to 999 (Rombach et al. 2022): betas linear in their roots, (1000,)."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
     return ((1 - kept) / kept).sqrt().float()
+
+
+class TinyEps(TinyUNet):
+    """A noise-predicting model of the latents, on the schedule of Stable Diffusion 1.5.
+
+    x (B, 16, H, W): (latent + sigma noise) / sqrt(1 + sigma^2), sides divisible by 4; timestep (B,), whole numbers of 0 to
+    999; pooled (B, CONDITIONS) -> the noise, like x
+    """
+
+    def __init__(self):
+        super().__init__(width=64, blocks=2, channels=CHANNELS, conditions=CONDITIONS)
+        self.register_buffer("sigmas", eps_sigmas(), persistent=False)
+
+    def forward(self, x: Tensor, timestep: Tensor, pooled: Tensor) -> Tensor:
+        """What of the noise a Gaussian prior tells, and what the network knows better (Karras et al. 2022, table 1)."""
+        sigma = expand(self.sigmas[timestep.round().long()], x)
+        return (sigma * x - super().forward(x, timestep / 250, pooled)) / (1 + sigma**2).sqrt()
 
 
 def denoise_by_eps(net: TinyEps, x: Tensor, sigma: Tensor, given: Tensor) -> Tensor:

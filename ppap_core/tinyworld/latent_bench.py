@@ -21,7 +21,7 @@ from ..samples import SampleStore
 from ..sampling import Denoiser, seeded_noise
 from . import TASKS
 from .latent import CHANNELS, SIZE, SPACE, as_hint, condition, depth_picture
-from .latent_world import GRID, LatentWorld, see_colours
+from .latent_world import GRID, LatentWorld, flow_sigmas, see_colours
 from .scenes import Scenes, draw, truth
 
 Report = Callable[[str], None]
@@ -50,7 +50,7 @@ def latent_store(world: LatentWorld, folder: Path, config: LatentBench, report: 
     store = SampleStore(folder, {"model": "tinyworld_flow", "sampler": "euler", "steps": config.steps, "seed": 70_000_000})
 
     def generate(seeds: list[int]) -> tuple[Tensor, Tensor]:
-        latents = world.sample(seeds, config.steps, world.denoise)
+        latents = world.sample(seeds, flow_sigmas(config.steps), world.denoise)
         return torch.cat([world.decode(part) for part in latents.split(16)]), latents
     store.fill(config.store, generate, lambda have, _: report(f"samples: {have} of {config.store}"))
     return store
@@ -106,7 +106,7 @@ def measure(world: LatentWorld, task: str, way: Way, weight: float, config: Late
     for start in range(0, config.batch if way.slow else config.images, config.batch):
         seeds = range(1000 + start, 1000 + min(start + config.batch, config.images))
         scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
-        images = world.decode(world.sample(seeds, config.steps, denoiser(world, way, scenes, weight, seeds)))
+        images = world.decode(world.sample(seeds, flow_sigmas(config.steps), denoiser(world, way, scenes, weight, seeds)))
         found.append(score(judge, images, scenes))
         stats.update(features(world, images))
     return {"score": float(torch.cat(found).mean()), "frechet": frechet_distance(stats, reference)}

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..experts import base_network
 from ..noise import expand
-from ..sampling import Denoiser, sample_euler, seeded_noise
-from . import TASKS, load_guider, load_judge
+from ..sampling import Denoiser, karras_sigmas, sample_euler, seeded_noise
+from . import TASKS, latent, load_guider, load_judge
 from .latent import CHANNELS, CONDITIONS, SHRINK, SIZE, SPACE, load_autoencoder, load_control, load_flow, undiffused
 
 GRID = SIZE // SHRINK
@@ -43,13 +43,23 @@ class LatentWorld:
         """What a guider sees of latents through the autoencoder."""
         return self.autoencoder.decode(undiffused(latents))
 
-    def sample(self, seeds: Sequence[int], steps: int, denoise: Denoiser) -> Tensor:
-        """Latents of the given seeds after so many Euler steps at the flow's shifted times."""
-        ramp = torch.linspace(1 - 0.5 / steps, 0, steps + 1)
-        t = SHIFT * ramp / (1 + (SHIFT - 1) * ramp)
-        sigmas = t / (1 - t)
+    def sample(self, seeds: Sequence[int], sigmas: Tensor, denoise: Denoiser) -> Tensor:
+        """Latents of the given seeds after Euler steps along these noise levels."""
         noise = seeded_noise(seeds, (CHANNELS, GRID, GRID)).to(self.device)
         return sample_euler(denoise, noise * sigmas[0], sigmas)
+
+
+def flow_sigmas(steps: int) -> Tensor:
+    """Noise levels of a flow's shifted times, descending to 0, (steps + 1,)."""
+    ramp = torch.linspace(1 - 0.5 / steps, 0, steps + 1)
+    t = SHIFT * ramp / (1 + (SHIFT - 1) * ramp)
+    return t / (1 - t)
+
+
+def eps_sigmas(steps: int) -> Tensor:
+    """Noise levels within those of the noise-predicting model, descending to 0, (steps + 1,)."""
+    trained = latent.eps_sigmas()
+    return karras_sigmas(steps, float(trained[0]), float(trained[-1]))
 
 
 def see_colours(latents: Tensor, sigma: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..guider import Guider, clean
 from ..noise import expand
 from ..plots import contact_sheet, save_picture
 from . import TASKS, latent, load_guider, load_judge
-from .latent_world import LatentWorld
+from .latent_world import LatentWorld, eps_sigmas, flow_sigmas
 from .scenes import CLASSES, Scenes, draw, truth
 from .world import load_world
 
@@ -37,21 +37,21 @@ def latent_lines() -> list[str]:
     scenes, eps = draw(range(64), latent.SIZE).image, partial(latent.denoise_by_eps, latent.load_eps())
     error = (world.decode(latent.diffused(world.autoencoder.encode(scenes))) - scenes).abs().mean()
     lines = [f"The autoencoder gives scenes back with a mean error of {error:.3f}, where they span -1 to 1."]
-    for name, denoise in (("flow", world.denoise), ("noise-predicting", eps)):
-        anything = judged(world, denoise, torch.full_like(labels, -1)).max(1).values
-        told = judged(world, denoise, labels).argmax(1)
+    for name, denoise, sigmas in (("flow", world.denoise, flow_sigmas(STEPS)), ("noise-predicting", eps, eps_sigmas(STEPS))):
+        anything = judged(world, denoise, sigmas, torch.full_like(labels, -1)).max(1).values
+        told = judged(world, denoise, sigmas, labels).argmax(1)
         sure, right = (float(each.float().mean()) for each in (anything > CONFIDENT, told == labels))
         lines.append(f"The judge is sure of the class of {sure:.0%} of {LATENTS} samples of the {name} model, and sees the "
                      f"class that the model was told in {right:.0%}.")
     return lines
 
 
-def judged(world: LatentWorld, denoise: Callable[..., Tensor], labels: Tensor, batch: int = 32) -> Tensor:
+def judged(world: LatentWorld, denoise: Callable[..., Tensor], sigmas: Tensor, labels: Tensor, batch: int = 32) -> Tensor:
     """What the judge of classes thinks of images of these classes, (B, K) probabilities."""
     judge, found = world.judges["class"], []
     for start in range(0, len(labels), batch):
         given = latent.condition(labels[start:start + batch])
-        images = world.decode(world.sample(range(start, start + batch), STEPS, partial(denoise, given=given)))
+        images = world.decode(world.sample(range(start, start + batch), sigmas, partial(denoise, given=given)))
         found.append(judge.predict(images, clean(images)).softmax(1))
     return torch.cat(found)
 

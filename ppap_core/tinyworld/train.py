@@ -259,7 +259,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
                                                                     latents=16_384, half=True)),
     "controlnet/tinyworld_depth": (Controlled, control_loss, Recipe(steps=2500, ema=0.998, seed=6, latents=4096,
                                                                     half=True)),
-    "tinyworld_eps": (TinyEps, eps_loss, Recipe(steps=12_000, ema=0.9995, seed=5, latents=16_384, half=True)),
+    "tinyworld_eps": (TinyEps, eps_loss, Recipe(steps=5000, ema=0.999, seed=5, latents=16_384, half=True)),
     **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), loss, Recipe(steps=3000, seed=1))
        for task, loss in LOSSES.items()},
     **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), loss, Recipe(steps=2000, seed=2))

@@ -240,11 +240,17 @@ def test_experts_are_refused_where_other_things_are_diffused(comfy, world: Laten
         comfy("PPAPApplyGuidance", model=other, terms=terms, max_rms=0.0)
 
 
-def test_a_model_of_latents_is_distilled_for_only_with_its_vae(comfy, world: LatentWorld):
-    with says(ValueError, "connect the model's VAE"):
-        comfy("PPAPGenerateSamples", name="without", count=64, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple",
-              seed=0, model=world.model("flow"), positive=world.nothing,
-              latent_image={"samples": torch.zeros(4, 16, HEIGHT, WIDTH)})
+def test_a_model_of_latents_is_distilled_for_only_with_its_vae_and_for_single_images(comfy, world: LatentWorld):
+    import comfy.latent_formats as formats
+
+    frames = world.model("flow").clone()
+    frames.add_object_patch("latent_format", formats.Wan21())
+    flow = world.model("flow")
+    for model, vae, words in ((flow, None, "connect the model's VAE"), (frames, world.vae, "diffuses frames")):
+        with says(ValueError, words):
+            comfy("PPAPGenerateSamples", name="without", count=64, steps=1, cfg=1.0, sampler_name="euler", seed=0,
+                  scheduler="simple", model=model, positive=world.nothing, vae=vae,
+                  latent_image={"samples": torch.zeros(4, 16, HEIGHT, WIDTH)})
 
 
 def test_generated_samples_are_the_sampled_latents_and_what_the_vae_makes_of_them(comfy, world: LatentWorld):

@@ -25,7 +25,7 @@ PICTURE, MAP = "a picture", "a map"
 def limit_input() -> io.Float.Input:
     return io.Float.Input("max_rms", default=0.0, min=0.0, max=100.0, step=0.01,
                           tooltip="Upper limit for the size of the shift in one step, as its root mean square where images "
-                                  "span -1 to 1; try 0.3 when images burn out. Neutral: 0, no limit.")
+                                  "span -1 to 1, or in latents; try 0.3 when images burn out. Neutral: 0, no limit.")
 
 
 def vae_input() -> io.Vae.Input:
@@ -195,8 +195,8 @@ class PPAPGuidanceTerm(io.ComfyNode):
             description="How strongly, when and where an aimed guider steers. Chain terms to steer by several guiders at "
                         "once.",
             inputs=[PPAPGuider.Input("guider", tooltip="A guider with a target."),
-                    io.Float.Input("weight", default=0.3, min=-10000.0, max=10000.0, step=0.05,
-                                   tooltip="Strength, in the units of strength; negative steers away. 0.3 is a good start "
+                    io.Float.Input("weight", default=0.5, min=-10000.0, max=10000.0, step=0.05,
+                                   tooltip="Strength, in the units of strength; negative steers away. 0.5 is a good start "
                                            "for every guider that is balanced. Neutral: 0, the guider is not even asked."),
                     io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
                                    tooltip="Share of the noise schedule at which steering begins. Neutral: 0, from the "
@@ -275,7 +275,7 @@ class PPAPGuidedKSampler(io.ComfyNode):
         return io.Schema(
             node_id="PPAPGuidedKSampler", display_name="Guided KSampler", category=CATEGORY,
             description="ComfyUI's KSampler on a steered model, and a report of what the guidance did.",
-            inputs=[io.Model.Input("model", tooltip="A pixel-space diffusion model."), terms_input(),
+            inputs=[io.Model.Input("model", tooltip="A diffusion model, of latents or of pixels."), terms_input(),
                     io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,
                                  tooltip="The random seed used for creating the noise."),
                     io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),

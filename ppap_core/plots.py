@@ -159,7 +159,7 @@ def guidance_plot(names: Sequence[str], readings: Sequence) -> Tensor:
     return torch.cat([
         line_plot({name: sorted(line.items()) for name, line in lines.items()}, title, "step", label, size=(300, 720))
         for lines, title, label in ((energy, "Energy (lower is closer to the target)", "energy"),
-                                    (size, "Size of the shift (root mean square; images span -1 to 1)", "rms"))], dim=2)
+                                    (size, "Size of the shift (root mean square)", "rms"))], dim=2)
 
 
 def bar_picture(shares: dict[str, float], size: tuple[int, int] = (256, 256)) -> Tensor:

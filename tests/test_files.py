@@ -289,7 +289,7 @@ def test_a_bank_is_not_loaded_over_experts(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"format": 2}, ["format", "2", "1"]),
     ({"kind": "sample store"}, ["kind", "'sample store'", "'expert bank'"]),
-    ({"space": "sd15"}, ["space", "'sd15'", "'pixel'"]),
+    ({"space": "SD15"}, ["damaged", "space.factors"]),
     ({"noise": "t of a flow"}, ["noise", "'t of a flow'"]),
     ({"rank": 4}, ["shape", "rank"]),
     ({"targets": ["conv_1"]}, ["unexpected"]),

@@ -25,7 +25,7 @@ from .latent_world import GRID, LatentWorld, flow_sigmas, see_colours
 from .scenes import Scenes, draw, truth
 
 Report = Callable[[str], None]
-DEFAULT = 0.3  # the weight that people start with
+MIDDLE = 0.3  # the weight of ways that are too slow for several
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LatentBench:
     edges: tuple[float, ...] = (0.1, 0.3, 0.8, 2.0, 6.0, 20.0)
     rank: int = 8
     training: DistillConfig = DistillConfig(steps=300, batch=32, lr=2e-3)
-    weights: tuple[float, ...] = (0.1, DEFAULT, 0.6)  # of balanced terms
+    weights: tuple[float, ...] = (0.1, MIDDLE, 0.6)  # of balanced terms
     raw: tuple[float, ...] = (4.0, 32.0, 256.0)   # of raw ones
     scenes: int = 2048  # real scenes that Frechet distances are taken to
     repeats: int = 9    # timings of a step
@@ -97,7 +97,7 @@ class Way:
     told_class: bool = False
     controlled: bool = False
     balanced: bool = True
-    slow: bool = False     # measured at one weight, on one batch
+    slow: bool = False     # measured at one weight, on one batch of images
 
 
 def measure(world: LatentWorld, task: str, way: Way, weight: float, config: LatentBench, reference: FeatureStats) -> dict:
@@ -128,7 +128,7 @@ def weights_of(way: Way, config: LatentBench) -> tuple[float, ...]:
     if way.guider is None:
         return (0.0,)
     if way.slow:
-        return (DEFAULT,)
+        return (MIDDLE,)
     return config.weights if way.balanced else config.raw
 
 
@@ -137,7 +137,7 @@ def step_ratio(world: LatentWorld, way: Way, repeats: int) -> float:
     seeds = range(8)
     scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
     x = seeded_noise(seeds, (CHANNELS, GRID, GRID)).to(world.device)
-    step, plain = denoiser(world, way, scenes, DEFAULT, seeds), world.denoise
+    step, plain = denoiser(world, way, scenes, MIDDLE, seeds), world.denoise
 
     def seconds(function: Denoiser) -> float:
         started = time.perf_counter()

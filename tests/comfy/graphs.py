@@ -45,9 +45,18 @@ def distilling(name: str, **changes) -> dict:
         "7": node("PreviewImage", images=["6", 0])}
 
 
+def page_of(name: str) -> dict:
+    """A workflow file."""
+    return json.loads((WORKFLOWS / f"{name}.json").read_text())
+
+
 def workflow(name: str, info: dict) -> dict:
     """A workflow file as its page would post it. info: /object_info, which names the widgets in their order."""
-    page = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    return posted(page_of(name), info)
+
+
+def posted(page: dict, info: dict) -> dict:
+    """The same for a page that was read already."""
     origin = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
     return {str(each["id"]): _api(each, origin, info[each["type"]]) for each in page["nodes"] if each["type"] in info}
 

@@ -1,19 +1,19 @@
 """Through a running server: the shipped workflows, progress, cancel, and the cache."""
-import json
 import re
 import shutil
 import time
+from statistics import correlation, mean
 
 import pytest
 from comfy_server import Server, messages
-from graphs import MODEL, VAE, WORKFLOWS, WORLD, distilling, node, quick, sampling, weighing, workflow
-from PIL import ImageStat
+from graphs import MODEL, VAE, WORKFLOWS, WORLD, distilling, node, page_of, posted, quick, sampling, weighing, workflow
+from PIL import ImageChops, ImageColor, ImageStat
 
-NODES = {"PPAPTinyWorld", "PPAPLoadGuider", "PPAPDownloadGuider", "PPAPRule", "PPAPLoadExperts", "PPAPSaveExperts",
-         "PPAPAimAtClass", "PPAPAimAtText", "PPAPAimAtImage", "PPAPAimAtMask", "PPAPAimAtNumber", "PPAPPalette",
-         "PPAPCutOuts", "PPAPGuidanceTerm", "PPAPCombineTerms", "PPAPApplyGuidance", "PPAPGuidedKSampler",
-         "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance", "PPAPGuidanceReport",
-         "PPAPLookThrough"}
+NODES = {"PPAPTinyWorld", "PPAPTinyLatentWorld", "PPAPClassConditioning", "PPAPLoadGuider", "PPAPDownloadGuider", "PPAPRule",
+         "PPAPLoadExperts", "PPAPSaveExperts", "PPAPAimAtClass", "PPAPAimAtText", "PPAPAimAtImage", "PPAPAimAtMask",
+         "PPAPAimAtNumber", "PPAPPalette", "PPAPCutOuts", "PPAPGuidanceTerm", "PPAPCombineTerms", "PPAPApplyGuidance",
+         "PPAPGuidedKSampler", "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance",
+         "PPAPReadGuidance", "PPAPGuidanceReport", "PPAPLookThrough"}
 WORKFLOW_NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 GUIDED = WORLD | {
     "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),
@@ -41,34 +41,105 @@ def test_the_pack_adds_at_most_a_fifth_of_a_second_to_the_start(server: Server):
     assert seconds and float(seconds[1]) <= 0.2, log[-2000:]
 
 
+def drawn(graph: dict) -> dict[str, int]:
+    """The nodes that show what a VAE decoded, and how many pictures each of them shows."""
+    found = {}
+    for key, each in graph.items():
+        if each["class_type"] in ("SaveImage", "PreviewImage"):
+            decoded = graph[each["inputs"]["images"][0]]
+            if decoded["class_type"] == "VAEDecode":
+                sampler = graph[decoded["inputs"]["samples"][0]]
+                found[key] = graph[sampler["inputs"]["latent_image"][0]]["inputs"]["batch_size"]
+    return found
+
+
+def titled(name: str) -> dict[str, str]:
+    """The nodes of a workflow file by their titles."""
+    return {each["title"]: str(each["id"]) for each in page_of(name)["nodes"] if "title" in each}
+
+
+def test_the_shipped_workflows_are_these():
+    assert WORKFLOW_NAMES == ["company", "depth", "latent", "latent_experts", "quickstart", "regions", "rules",
+                              "segmentation"]
+
+
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
-def test_a_shipped_workflow_runs_and_saves_pictures(server: Server, name: str):
+def test_a_shipped_workflow_runs_and_shows_pictures(server: Server, name: str):
     graph = quick(workflow(name, server.get("/object_info")))
-    outputs = server.run(graph)
-    saved = [key for key, each in graph.items() if each["class_type"] == "SaveImage"]
-    assert len(saved) == 2
-    for key in saved:
+    outputs, shown = server.run(graph), drawn(graph)
+    side = 32 if any(each["class_type"] == "PPAPTinyWorld" for each in graph.values()) else 128
+    assert len(shown) >= 2
+    for key, count in shown.items():
         pictures = server.pictures(outputs[key])
-        assert len(pictures) == graph["1"]["inputs"]["batch_size"]
+        assert len(pictures) == count
         for picture in pictures:
-            assert picture.size == (32, 32) and max(ImageStat.Stat(picture).stddev) > 1
-    assert {picture.width for key in outputs if key not in saved and "images" in outputs[key]
+            assert picture.size == (side, side) and max(ImageStat.Stat(picture).stddev) > 1
+    assert {picture.width for key in outputs if key not in shown and "images" in outputs[key]
             for picture in server.pictures(outputs[key])} >= {720}, "a plot is 720 pixels wide"
+
+
+def test_the_shipped_workflows_weigh_all_guiders_alike_and_keep_their_seeds(server: Server):
+    info = server.get("/object_info")
+    for name in WORKFLOW_NAMES:
+        terms = [each["inputs"] for each in workflow(name, info).values() if each["class_type"] == "PPAPGuidanceTerm"]
+        assert terms and all(term["strength"] == "balanced" and 0.1 <= term["weight"] <= 1 for term in terms), name
+        values = [value for each in page_of(name)["nodes"] for value in each.get("widgets_values") or []]
+        assert "fixed" in values and "randomize" not in values, f"the seeds of {name} stay the same in all its samplers"
+
+
+def test_the_workflow_of_latents_steers_and_says_what_it_did(server: Server):
+    graph, keys = quick(workflow("latent", server.get("/object_info"))), titled("latent")
+    outputs = server.run(graph)
+    plain, guided = (server.pictures(outputs[keys[title]]) for title in ("Without guidance", "Steered towards stars"))
+    for before, after in zip(plain, guided, strict=True):
+        assert mean(ImageStat.Stat(ImageChops.difference(before.convert("RGB"), after.convert("RGB"))).mean) > 1
+    [read] = [key for key, each in graph.items() if each["class_type"] == "PPAPReadGuidance"]
+    [text] = outputs[read]["text"]
+    assert outputs[keys["In words"]]["text"] == [text], "what the node says can be wired"
+    steps, first, last = re.search(r"at work in 4 of (\d+) steps, energy (\S+) at first and (\S+) at last", text).groups()
+    assert steps == "4" and float(last) < float(first) / 2
+
+
+def test_in_company_the_controlnet_says_where_and_guidance_says_which_colours(server: Server):
+    graph, keys = quick(workflow("company", server.get("/object_info"))), titled("company")
+    outputs = server.run(graph)
+    control, guidance, both = ([picture.convert("RGB") for picture in server.pictures(outputs[keys[title]])]
+                               for title in ("ControlNet alone", "Guidance alone", "Both"))
+    [palette] = [each["inputs"]["colours"] for each in graph.values() if each["class_type"] == "PPAPPalette"]
+    wall = ImageColor.getrgb(palette.split(":")[0])
+
+    def off(pictures: list) -> float:
+        """How far the wall is from the palette's first colour."""
+        return mean(abs(a - b) for each in pictures for a, b in zip(each.getpixel((4, 64)), wall, strict=True))
+
+    def alike(pictures: list) -> float:
+        """How much the thing in front of the wall looks as the ControlNet alone draws it."""
+        return mean(correlation(*(thing(each) for each in pair)) for pair in zip(pictures, control, strict=True))
+
+    def thing(picture) -> list[int]:
+        wall_alone = picture.crop((0, 60, 8, 68)).resize((1, 1)).resize(picture.size)
+        return list(ImageChops.difference(picture, wall_alone).convert("L").tobytes())
+
+    assert off(both) < off(control) / 2
+    assert alike(both) > alike(guidance) + 0.1
 
 
 def test_the_workflows_show_every_node_but_those_that_a_fresh_install_has_no_use_for(server: Server):
     info = server.get("/object_info")
     shown = {each["class_type"] for name in WORKFLOW_NAMES for each in workflow(name, info).values()}
     need_files, for_larger_images = {"PPAPDownloadGuider", "PPAPLoadExperts", "PPAPAimAtText"}, {"PPAPCutOuts"}
-    assert shown & NODES == NODES - need_files - for_larger_images
+    as_stock_loaders = {"PPAPTinyLatentWorld"}
+    assert shown & NODES == NODES - need_files - for_larger_images - as_stock_loaders
 
 
 def test_a_workflow_from_before_a_node_grew_runs_with_neutral_values(server: Server):
-    graph = workflow("quickstart", server.get("/object_info"))
+    page = page_of("quickstart")
+    for each in page["nodes"]:
+        if each["type"] in ("PPAPLoadGuider", "PPAPDistilExperts"):
+            each["widgets_values"].pop()
+    graph = posted(page, server.get("/object_info"))
     [guider] = [each["inputs"] for each in graph.values() if each["class_type"] == "PPAPLoadGuider"]
     [distil] = [each["inputs"] for each in graph.values() if each["class_type"] == "PPAPDistilExperts"]
-    page = json.loads((WORKFLOWS / "quickstart.json").read_text())
-    assert ["tinyworld/class"] in [each.get("widgets_values") for each in page["nodes"]], "the file knows no answer"
     assert guider == {"guider_name": "tinyworld/class", "answer": "own"}
     assert distil["temperature"] == 1.0 and distil["seed"] == 0 and distil["alpha"] == 8
 

@@ -21,7 +21,7 @@ from .scenes import CLASSES
 SIZE, CHANNELS, SHRINK = 128, 16, 8
 CONDITIONS = 16  # numbers that a model is conditioned on: one for each class, the rest spare
 SHIFT, SCALE = 0.0609, 1.5305  # what a model diffuses is (latent - SHIFT) * SCALE
-COLOURS = torch.tensor([  # what a channel of a diffused latent adds to red, green and blue in [-1, 1], about
+COLOURS = torch.tensor([  # what a channel adds to red, green and blue in [-1, 1]: a fit to the large VAE, as in previews
     [-0.0922, -0.0175, 0.0749], [0.0311, 0.0633, 0.0954], [0.1994, 0.0927, 0.0458], [0.0856, 0.0339, 0.0902],
     [0.0587, 0.0272, -0.0496], [-0.0006, 0.1104, 0.0309], [0.0978, 0.0306, 0.0427], [-0.0042, 0.1038, 0.1358],
     [-0.0194, 0.0020, 0.0669], [-0.0488, 0.0130, -0.0268], [0.0922, 0.0988, 0.0951], [-0.0278, 0.0524, -0.0542],

@@ -9,7 +9,7 @@ from helpers import level, randn, same, says, small_guider
 from ppap_core.bank_file import load_bank, save_bank
 from ppap_core.distill import DistillConfig, distill_expert, draw_batch
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
-from ppap_core.files import load_tensors
+from ppap_core.files import load_tensors, save_tensors
 from ppap_core.guidance import Term, energy_gradient, guidance_shift
 from ppap_core.memory import gradient_bytes
 from ppap_core.noise import ExpertSchedule, as_seen, expand, seeded
@@ -159,6 +159,16 @@ def test_a_bank_of_latents_is_saved_with_its_stems_and_their_space(tmp_path: Pat
     assert loaded.space_name == "Test" and loaded.space.channels == bank.space.channels
     for sigma in (0.5, 5.0):
         assert torch.equal(loaded.see(x, level(sigma, x)), bank.see(x, level(sigma, x)))
+
+
+@pytest.mark.parametrize("name, shape", [("space.factors", (5, 4)), ("space.factors", (3,)), ("space.bias", (1,))])
+def test_a_bank_whose_colours_have_another_shape_is_refused(tmp_path: Path, name: str, shape: tuple[int, ...]):
+    file, guider = tmp_path / "bank.safetensors", small_guider()
+    save_bank(file, bank_of(), guider)
+    tensors, about = load_tensors(file)
+    save_tensors(file, tensors | {name: torch.zeros(shape)}, about)
+    with says(ValueError, "damaged", "colours of its latents", shape):
+        load_bank(file, guider)
 
 
 def test_stems_count_among_what_is_trained():

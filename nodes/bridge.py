@@ -1,4 +1,5 @@
 """Between ComfyUI and the core: tensors, models, sampling, progress. Memory is in its own file, mathematics in the core."""
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -216,6 +217,15 @@ def progress_in_shares() -> Callable[[int, int], None]:
     """Report(done, all) for work whose size is only known once it has begun."""
     report = progress(1000)
     return lambda done, total: report(1000 * done // max(total, 1))
+
+
+def show_text(node: Any, text: str) -> dict[str, list[str]]:
+    """Show a text in the node of the page that asked; the same for the history, where programs read it."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    asked_by = getattr(node.hidden, "unique_id", None)
+    if asked_by and getattr(server, "instance", None):
+        server.instance.send_progress_text(text, asked_by)
+    return {"text": [text]}
 
 
 def about_model(model, *conditioning: list) -> dict:

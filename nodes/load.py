@@ -114,7 +114,8 @@ class PPAPDownloadGuider(io.ComfyNode):
                         "files that say what it is, nothing that can hold code. Only when this node is queued.",
             inputs=[io.String.Input("repo_id", default="",
                                     tooltip="Owner and name of the network, as the head of its page has them, such as: "
-                                            "timm/resnet18.a1_in1k")])
+                                            "timm/resnet18.a1_in1k")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def validate_inputs(cls, repo_id):
@@ -130,7 +131,7 @@ class PPAPDownloadGuider(io.ComfyNode):
         known = folder.exists()
         download(repo_id, folder, bridge.progress_in_shares())
         done = f"{folder.name} is there already" if known else f"downloaded {folder.name}"
-        return io.NodeOutput(ui={"text": [f"{done}: press R and choose it in Load Guider"]})
+        return io.NodeOutput(ui=bridge.show_text(cls, f"{done}: press R and choose it in Load Guider"))
 
 
 class PPAPRule(io.ComfyNode):
@@ -188,7 +189,8 @@ class PPAPSaveExperts(io.ComfyNode):
                         "Only the adapters are written, not the network.",
             inputs=[PPAPGuider.Input("guider", tooltip="A guider with experts, from Distil Experts."),
                     io.String.Input("file_name", default="my experts",
-                                    tooltip="Name of the file, without a folder. A file of the same name is replaced.")])
+                                    tooltip="Name of the file, without a folder. A file of the same name is replaced.")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def validate_inputs(cls, file_name):
@@ -200,7 +202,7 @@ class PPAPSaveExperts(io.ComfyNode):
             raise ValueError(f"{guider.name} has no experts to save: connect the guider that comes out of Distil Experts")
         file = folders.new_expert_file(file_name)
         save_bank(file, guider.net, guider)
-        return io.NodeOutput(ui={"text": [f"saved {file.name}"]})
+        return io.NodeOutput(ui=bridge.show_text(cls, f"saved {file.name}"))
 
 
 NODES = [PPAPTinyWorld, PPAPTinyLatentWorld, PPAPClassConditioning, PPAPLoadGuider, PPAPDownloadGuider, PPAPRule,

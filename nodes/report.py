@@ -47,12 +47,13 @@ class PPAPReadGuidance(io.ComfyNode):
             description="What guidance did, in words: in how many steps each term was at work, its energy at first and at "
                         "last (lower is closer to the target), and how far it moved the image.",
             inputs=[PPAPReport.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
-            outputs=[io.String.Output(display_name="text", tooltip="One line for each term; Preview as Text shows it.")])
+            outputs=[io.String.Output(display_name="text", tooltip="One line for each term.")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, report):
         text = readout(report.names, report.readings, report.levels)
-        return io.NodeOutput(text, ui={"text": [text]})
+        return io.NodeOutput(text, ui=bridge.show_text(cls, text))
 
 
 class PPAPGuidanceReport(io.ComfyNode):

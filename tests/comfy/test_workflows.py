@@ -179,6 +179,17 @@ def test_a_long_job_reports_progress_and_previews_and_cancel_loses_nothing(serve
     assert (folder / "stopped.safetensors").read_bytes() == (folder / "straight.safetensors").read_bytes()
 
 
+def test_what_guidance_did_is_shown_in_the_node_itself(server: Server):
+    """As the page expects texts: a kind of message, the length of the node's id, the id, the text."""
+    graph = GUIDED | {"9": node("PPAPGuidanceReport", model=["5", 0], latent=["6", 0]),
+                      "10": node("PPAPReadGuidance", report=["9", 0])}
+    graph["6"]["inputs"] = graph["6"]["inputs"] | {"seed": 4321}
+    with server.listen() as until:
+        server.queue(graph)
+        told = [data for kind, data in until("execution_success") if kind == "preview" and data[:4] == b"\0\0\0\3"]
+    assert len(told) == 1 and told[0].endswith(b"at most") and b"10" in told[0][4:14] and b"steps, energy" in told[0]
+
+
 def test_saved_experts_are_found_and_guide(server: Server):
     server.run(distilling("found", steps=2))
     assert "found.safetensors" in str(server.get("/object_info/PPAPLoadExperts"))

@@ -132,7 +132,7 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
             return term.guider.see
         if decoder is not None and term.guider.view == "denoised":
             return decoder
-        return models.through_colours(models.space_of(model))
+        return models.space_of(model).colours
 
     def start_run(executor, noise, *args, **kwargs):
         patched = executor.class_obj.model_patcher
@@ -231,7 +231,7 @@ def show_text(node: Any, text: str) -> dict[str, list[str]]:
 def about_model(model, *conditioning: list) -> dict:
     """What tells one model and its conditioning from another, for recipes."""
     sampling = model.get_model_object("model_sampling")
-    guidance = [settings for *settings, _, _ in applied(model)]
+    guidance = [(*settings, vae is not None) for *settings, vae, _ in applied(model)]
     return {"model": digest([model.get_key_patches(), model.model_options, type(sampling).__mro__[1:3], sampling.sigmas,
                              guidance]),
             "conditioning": digest(conditioning)}

@@ -1,6 +1,5 @@
 """A MODEL of ComfyUI in the core's terms: its noise levels, what it diffuses, and what can be seen of that."""
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import comfy.latent_formats
@@ -226,11 +225,6 @@ class Decoder(torch.nn.Module):
         weight = next(self.net.parameters())
         image = self.net.decode(self.process_out(diffused).to(weight.dtype)).float()
         return image if self.halves else 2 * image - 1
-
-
-def through_colours(space: LatentSpace) -> Callable[[Tensor, Tensor], Tensor]:
-    """What is seen of latents without a decoder."""
-    return lambda diffused, sigma: space.colours(diffused)
 
 
 def mask_for(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

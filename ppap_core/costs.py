@@ -21,6 +21,18 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
+def ratio_in_turn(function: Callable[[], object], other: Callable[[], object], repeats: int) -> float:
+    """Seconds of a call over seconds of another, taken in turn: the median, after one of the first that does not count."""
+    def once(call: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+    once(function)
+    return statistics.median(once(function) / once(other) for _ in range(repeats))
+
+
 def bytes_of(*nets: nn.Module) -> int:
     """Memory of all weights and buffers; what networks share counts once."""
     tensors = {tensor.data_ptr(): tensor for net in nets for tensor in (*net.parameters(), *net.buffers())}

@@ -187,7 +187,7 @@ class ExpertBank(nn.Module):
 
     def see(self, diffused: Tensor, sigma: Tensor) -> Tensor:
         """The image that the expert responsible for sigma (B,) sees of latents (B, C, h, w)."""
-        return self.stems[self._responsible(sigma)](diffused) if self.space else diffused
+        return self.stems[self._responsible(sigma)](diffused)
 
     def _responsible(self, sigma: Tensor) -> int:
         low, high = (self.schedule.index(float(value)) for value in sigma.aminmax())

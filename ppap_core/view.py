@@ -22,24 +22,19 @@ class LatentSpace:
     bias: Tensor
     shuffle: int = 1
 
-    @property
-    def channels(self) -> int:
-        return len(self.factors) * self.shuffle**2
+    def colours(self, latent: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """The image that the colours alone tell, whatever the noise: (B, C shuffle^2, h, w) -> (B, 3, h shuffle, w shuffle).
 
-    def colours(self, latent: Tensor) -> Tensor:
-        """The image that the colours alone tell, (B, channels, h, w) -> (B, 3, h * shuffle, w * shuffle)."""
-        return to_colours(F.pixel_shuffle(latent, self.shuffle), self.factors, self.bias)
-
-
-def to_colours(latent: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 3, h, w)"""
-    return torch.einsum("bchw, cd -> bdhw", latent, factors.to(latent)) + bias.to(latent)[:, None, None]
+        What a guider without a stem or a decoder sees.
+        """
+        latent = F.pixel_shuffle(latent, self.shuffle)
+        return torch.einsum("bchw, cd -> bdhw", latent, self.factors.to(latent)) + self.bias.to(latent)[:, None, None]
 
 
 class Stem(nn.Module):
     """A small convolutional decoder that starts as the colours of the latent and is trained together with an expert.
 
-    latent (B, channels, h, w) -> image (B, 3, GROW h, GROW w), times the shuffle of the space
+    latent (B, C shuffle^2, h, w) -> image (B, 3, GROW h, GROW w), times the shuffle of the space
     """
 
     def __init__(self, space: LatentSpace, generator: torch.Generator):
@@ -56,7 +51,5 @@ class Stem(nn.Module):
         nn.init.zeros_(self.body[4].bias)
 
     def forward(self, latent: Tensor) -> Tensor:
-        latent = F.pixel_shuffle(latent, self.space.shuffle)
-        plain = to_colours(latent, self.space.factors, self.space.bias)
-        plain = F.interpolate(plain, scale_factor=GROW, mode="bilinear", align_corners=False)
-        return plain + F.pixel_shuffle(self.body(latent), GROW)
+        plain = F.interpolate(self.space.colours(latent), scale_factor=GROW, mode="bilinear", align_corners=False)
+        return plain + F.pixel_shuffle(self.body(F.pixel_shuffle(latent, self.space.shuffle)), GROW)

@@ -1,7 +1,5 @@
 """The benchmark on the latent tiny world: what guiders should look at, and depth and segmentation guidance against the
 exact scene, with and without experts, beside class conditioning and a ControlNet."""
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..costs import ratio_in_turn
 from ..distill import DistillConfig, distill
 from ..experts import ExpertBank, LoraSpec, base_network, with_experts
 from ..files import claim, read_json, write_json
@@ -21,7 +20,7 @@ from ..samples import SampleStore
 from ..sampling import Denoiser, seeded_noise
 from . import TASKS
 from .latent import CHANNELS, SIZE, SPACE, as_hint, condition, depth_picture
-from .latent_world import GRID, LatentWorld, flow_sigmas, see_colours
+from .latent_world import GRID, LatentWorld, flow_sigmas
 from .scenes import Scenes, draw, truth
 
 Report = Callable[[str], None]
@@ -133,20 +132,12 @@ def weights_of(way: Way, config: LatentBench) -> tuple[float, ...]:
 
 
 def step_ratio(world: LatentWorld, way: Way, repeats: int) -> float:
-    """Seconds of a step over seconds of a plain one, taken in turn: the median of the ratios."""
+    """Seconds of a step of eight images over seconds of a plain one."""
     seeds = range(8)
     scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
     x = seeded_noise(seeds, (CHANNELS, GRID, GRID)).to(world.device)
-    step, plain = denoiser(world, way, scenes, MIDDLE, seeds), world.denoise
-
-    def seconds(function: Denoiser) -> float:
-        started = time.perf_counter()
-        function(x, x.new_ones(len(x)))
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-    seconds(step)
-    return statistics.median(seconds(step) / seconds(plain) for _ in range(repeats))
+    step = denoiser(world, way, scenes, MIDDLE, seeds)
+    return ratio_in_turn(lambda: step(x, x.new_ones(len(x))), lambda: world.denoise(x, x.new_ones(len(x))), repeats)
 
 
 @torch.no_grad()
@@ -175,9 +166,9 @@ def ways(world: LatentWorld, task: str, distilled: Callable[[str], Guider]) -> d
     plain = world.guiders[task]
     found = {
         "no guidance": Way,
-        "plain, noisy view, colours": lambda: Way(replace(plain, view="noisy", see=see_colours)),
-        "plain, denoised view, colours": lambda: Way(replace(plain, see=see_colours)),
-        "plain, denoised view, colours, raw": lambda: Way(replace(plain, see=see_colours), balanced=False),
+        "plain, noisy view, colours": lambda: Way(replace(plain, view="noisy", see=SPACE.colours)),
+        "plain, denoised view, colours": lambda: Way(replace(plain, see=SPACE.colours)),
+        "plain, denoised view, colours, raw": lambda: Way(replace(plain, see=SPACE.colours), balanced=False),
         "plain, denoised view, decoder": lambda: Way(replace(plain, see=world.see_decoded), slow=True),
         "experts, noisy view, stem": lambda: Way(distilled("noisy")),
         "experts, denoised view, stem": lambda: Way(distilled("denoised")),

@@ -8,7 +8,7 @@ from ..experts import base_network
 from ..noise import expand
 from ..sampling import Denoiser, karras_sigmas, sample_euler, seeded_noise
 from . import TASKS, latent, load_guider, load_judge
-from .latent import CHANNELS, CONDITIONS, SHRINK, SIZE, SPACE, load_autoencoder, load_control, load_flow, undiffused
+from .latent import CHANNELS, CONDITIONS, SHRINK, SIZE, load_autoencoder, load_control, load_flow, undiffused
 
 GRID = SIZE // SHRINK
 SHIFT = 3.0  # of the flow's times, as ComfyUI samples models of this kind
@@ -60,8 +60,3 @@ def eps_sigmas(steps: int) -> Tensor:
     """Noise levels within those of the noise-predicting model, descending to 0, (steps + 1,)."""
     trained = latent.eps_sigmas()
     return karras_sigmas(steps, float(trained[0]), float(trained[-1]))
-
-
-def see_colours(latents: Tensor, sigma: Tensor) -> Tensor:
-    """What a guider sees of latents without a decoder."""
-    return SPACE.colours(latents)

@@ -153,8 +153,8 @@ def known_or_not(label: Tensor, generator: torch.Generator, share: float = 1 / 7
 
 
 def encoded_scenes(folder: Path, count: int) -> Callable[[range, int], Encoded]:
-    """Scenes as latents, by number; encoded once and kept in the folder while there is something to train."""
-    file = folder / f"encoded_{count}.safetensors"
+    """Scenes as latents, by number; encoded once and kept in the folder, as states are."""
+    file = folder / f"encoded_{count}.state.safetensors"
     if not file.exists():
         net = load_autoencoder(folder)
         save_tensors(file, _encode(net, count), {"count": count})

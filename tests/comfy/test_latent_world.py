@@ -337,6 +337,15 @@ def test_latents_without_colours_or_pictures_are_refused_in_words(comfy, world: 
     assert not torch.equal(world.sample(guided), world.sample(odd)), "a VAE needs no colours"
 
 
+def test_samples_of_a_model_that_is_guided_through_a_vae_have_a_recipe_of_their_own(comfy, world: LatentWorld):
+    [terms] = comfy("PPAPGuidanceTerm", guider=world.guider, weight=1.0, start_percent=0.0, end_percent=1.0,
+                    factor_at_start=1.0, factor_at_end=1.0, view="own")
+    models = [comfy("PPAPApplyGuidance", model=world.model("flow"), terms=terms, max_rms=0.0, vae=vae)[0]
+              for vae in (None, world.vae)]
+    recipes = [comfy.pack.nodes.bridge.about_model(model)["model"] for model in models]
+    assert recipes[0] != recipes[1]
+
+
 def test_experts_look_with_their_own_eyes_even_where_a_vae_is_connected(world: LatentWorld):
     guider = world.experts("flow", "denoised")
     assert torch.equal(world.guided("flow", guider, vae=world.vae), world.guided("flow", guider))

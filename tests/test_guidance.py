@@ -634,11 +634,13 @@ def test_a_balanced_shift_is_as_strong_inside_a_small_mask_as_without_one():
 
 def test_a_balanced_term_leaves_alone_what_has_met_its_target_to_rounding():
     met = torch.tensor([[False], [True], [False]])  # the second image of the batch
-    guider = rule_guider("contrast").aim(torch.tensor([[0.9]]))
+    guider = rule_guider("contrast").aim(torch.tensor([[0.9], [0.0], [0.9]]))
 
     def net(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return torch.where(met, 0.9 + 1e-9 * image.mean((1, 2, 3))[:, None], guider.net(image, sigma))
-    shift = balanced_shift(Term(replace(guider, net=net), balanced=True))
+        return torch.where(met, 1e-5 * (1 + image.mean((1, 2, 3))[:, None]), guider.net(image, sigma))
+    term = Term(replace(guider, net=net), balanced=True)
+    assert guidance_shift([replace(term, balanced=False)], *situation()).shift[1].any(), "there is a gradient left"
+    shift = balanced_shift(term)
     assert not shift[1].any() and shift[0].any() and shift[2].any()
 
 

@@ -105,7 +105,7 @@ def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Te
         if strength == 0:
             continue
         energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
-        gradient = _finite(gradient, term.guider.name, level)
+        gradient = finite(gradient, term.guider.name, level)
         mask = None if term.mask is None else _mask_for(term.mask, gradient)
         if term.balanced:
             reach = _uncertainty(level, sigma_data)
@@ -254,7 +254,7 @@ def _mask_for(mask: Tensor, x: Tensor) -> Tensor:
     return mask.to(x)
 
 
-def _finite(part: Tensor, name: str, sigma: float) -> Tensor:
+def finite(part: Tensor, name: str, sigma: float) -> Tensor:
     """Without the samples whose gradient is not a number, so that a fault never blackens an image."""
     bad = ~torch.isfinite(part).flatten(1).all(1)
     if not bool(bad.any()):

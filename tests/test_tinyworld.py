@@ -1,4 +1,5 @@
 """The tiny world: scenes whose truths agree with their pixels, an exact mixture, and bundled networks that do their work."""
+from dataclasses import fields, replace
 from itertools import count
 
 import pytest
@@ -9,10 +10,22 @@ from torch.nn import functional as F
 from ppap_core.files import load_tensors
 from ppap_core.guider import clean
 from ppap_core.noise import expand
-from ppap_core.tinyworld import SIZE, TASKS, WEIGHTS, load_denoiser, load_guider, load_judge
+from ppap_core.tinyworld import (
+    CONDITIONS,
+    SIZE,
+    TASKS,
+    WEIGHTS,
+    condition,
+    load_conditional_denoiser,
+    load_denoiser,
+    load_guider,
+    load_judge,
+    load_second_judge,
+)
 from ppap_core.tinyworld.denoiser import SIGMA_DATA, TinyDenoiser
 from ppap_core.tinyworld.gaussian import GaussianMixture
-from ppap_core.tinyworld.networks import augment, tiny_convnext, tiny_resnet
+from ppap_core.tinyworld.judging import Judgement, features, judge_all, reference, score
+from ppap_core.tinyworld.networks import TinyTransformer, augment, tiny_convnext, tiny_resnet
 from ppap_core.tinyworld.scenes import CLASSES, SHAPES, draw
 from ppap_core.tinyworld.train import NETWORKS, TRAINING_SEEDS, Recipe, class_loss, fit
 
@@ -161,6 +174,16 @@ def test_a_tiny_network_answers_for_each_image_or_for_each_pixel(make, dense):
     torch.testing.assert_close(net(image[1:2]), out[1:2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_tiny_transformer_answers_for_each_image_or_for_each_pixel(dense):
+    torch.manual_seed(0)
+    net, image = TinyTransformer(5, dense).eval(), draw(range(3), SIZE).image
+    with torch.no_grad():
+        out = net(image)
+        assert out.shape == ((3, 5, SIZE, SIZE) if dense else (3, 5))
+        torch.testing.assert_close(net(image[1:2]), out[1:2], rtol=1e-4, atol=1e-5)
+
+
 def test_a_new_denoiser_returns_the_share_of_its_input_that_a_gaussian_prior_gives():
     """Its last layer starts at zero, and the preconditioning does the rest."""
     x, sigma = randn(3, 3, 20, 28), torch.tensor([0.02, 1.0, 80.0])
@@ -213,8 +236,8 @@ def test_no_training_sees_the_scenes_that_tests_use(tmp_path, monkeypatch):
 
 # Bundled weights: floors, not golden numbers
 
-@pytest.mark.parametrize("load", [load_guider, load_judge])
 @pytest.mark.parametrize("task, floor", [("class", 0.97), ("depth", 0.95), ("segmentation", 0.97)])
+@pytest.mark.parametrize("load", [load_guider, load_judge, load_second_judge])
 def test_a_bundled_network_knows_scenes_that_it_has_not_seen(load, task, floor):
     scenes, network = draw(HELD_OUT), load(task)
     truth = {"class": scenes.label, "depth": scenes.depth, "segmentation": scenes.segmentation}[task]
@@ -225,7 +248,7 @@ def test_a_bundled_network_knows_scenes_that_it_has_not_seen(load, task, floor):
     assert score > floor and network.task == task and network.labels == TASKS[task][0]
 
 
-@pytest.mark.parametrize("load", [load_guider, load_judge])
+@pytest.mark.parametrize("load", [load_guider, load_judge, load_second_judge])
 def test_a_bundled_classifier_bears_noise_that_no_eye_sees(load):
     """Otherwise its answers on generated images would be worthless."""
     scenes, network = draw(HELD_OUT), load("class")
@@ -243,6 +266,37 @@ def test_the_bundled_denoiser_removes_noise_better_than_a_gaussian_prior(sigma, 
     assert error < ceiling < sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2) ** 0.5
 
 
+def rms(values: torch.Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def test_a_condition_is_a_one_in_the_place_of_the_class_or_nothing():
+    found = condition(torch.tensor([3, -1, 0]))
+    assert found.shape == (3, CONDITIONS) and found.dtype == torch.float32
+    assert found.nonzero().tolist() == [[0, 3], [2, 0]] and found.sum() == 2
+
+
+@pytest.mark.parametrize("sigma, apart", [(0.1, 0.01), (0.5, 0.02), (2.0, 0.05), (10.0, 0.05)])
+def test_the_conditional_denoiser_that_is_told_nothing_is_about_the_unconditional_one(sigma, apart):
+    """It was trained on from there. Measured: 0.0045, 0.011, 0.024, 0.020 apart, and errors within 1.3 % of each other."""
+    scenes = draw(range(500, 564))
+    x, nothing = scenes.image + sigma * randn(*scenes.image.shape), condition(torch.full((64,), -1))
+    with torch.no_grad():
+        plain, untold = load_denoiser()(x, level(sigma, x)), load_conditional_denoiser()(x, level(sigma, x), nothing)
+    assert 0 < rms(untold - plain) < apart
+    assert rms(untold - scenes.image) == pytest.approx(rms(plain - scenes.image), rel=0.03)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 2.0, 4.0])
+def test_the_conditional_denoiser_is_better_when_told_the_class_and_worse_when_told_another(sigma):
+    scenes = draw(range(500, 564))
+    x, net = scenes.image + sigma * randn(*scenes.image.shape), load_conditional_denoiser()
+    told, untold, wrong = (condition(label) for label in (scenes.label, torch.full((64,), -1), (scenes.label + 3) % 8))
+    with torch.no_grad():
+        errors = [rms(net(x, level(sigma, x), given) - scenes.image) for given in (told, untold, wrong)]
+    assert errors[0] < 0.98 * errors[1] and errors[1] < 0.98 * errors[2]
+
+
 def test_the_bundled_files_are_small_and_tell_their_recipe():
     files = {path.relative_to(WEIGHTS).with_suffix("").as_posix(): path for path in WEIGHTS.rglob("*.safetensors")
              if ".state." not in path.name}
@@ -253,7 +307,68 @@ def test_the_bundled_files_are_small_and_tell_their_recipe():
         assert about["name"] == name and about["recipe"]["steps"] > 0, name
 
 
-def test_no_bundled_judge_is_of_the_architecture_of_the_guider():
-    guider, judge = load_guider("class"), load_judge("class")
-    assert guider.net.state_dict().keys() != judge.net.state_dict().keys() and guider.name != judge.name
-    assert guider.preprocess.size == judge.preprocess.size == (SIZE, SIZE)
+def test_guider_and_judges_are_of_three_architectures():
+    networks = [load("class") for load in (load_guider, load_judge, load_second_judge)]
+    assert len({frozenset(network.net.state_dict()) for network in networks}) == 3
+    assert len({network.name for network in networks}) == 3
+    assert {network.preprocess.size for network in networks} == {(SIZE, SIZE)}
+
+
+# Judging
+
+def test_scores_are_those_of_scenes_that_meet_what_was_wanted_and_of_scenes_that_do_not():
+    scenes, others = draw(range(500, 532)), draw(range(600, 632))
+    for task, right, wrong in (("class", (0.95, 1), (0, 0.4)), ("depth", (0, 0.05), (0.1, 1)),
+                               ("segmentation", (0.9, 1), (0.2, 0.75))):
+        judge = load_judge(task)
+        for judged, (low, high) in ((scenes.image, right), (others.image, wrong)):
+            found = score(judge, judged, scenes)
+            assert found.shape == (32,) and 0 <= found.min() and found.max() <= 1
+            assert low <= found.mean() <= high, (task, found.mean())
+
+
+def test_a_reference_is_the_features_of_the_first_scenes():
+    judge, whole = load_judge("class"), draw(range(300))
+    real = reference(judge, 300, SIZE, torch.device("cpu"), kept=20)
+    torch.testing.assert_close(real.features, features(judge, whole.image[:20]))
+    assert real.stats.count == 300
+    torch.testing.assert_close(real.stats.mean, features(judge, whole.image).double().mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_everything_that_is_measured_of_images_is_in_range_and_tells_good_ones_from_bad_ones():
+    judge, guider, asked = load_judge("class"), load_guider("class"), []
+    real = reference(judge, 100, SIZE, torch.device("cpu"))
+
+    def exact(seeds, scenes):
+        asked.append(list(seeds))
+        assert torch.equal(scenes.label, draw(seeds).label)
+        return scenes.image
+
+    def measure(sample):
+        judges = (judge, load_second_judge("class"))
+        return judge_all(sample, range(500, 525), judges, guider, real, torch.device("cpu"), batch=10)
+    good, bad = measure(exact), measure(lambda seeds, _: 0.02 * randn(len(seeds), 3, SIZE, SIZE))
+    assert asked == [list(range(500, 510)), list(range(510, 520)), list(range(520, 525))]
+    for found in (good, bad):
+        assert found.images == 25 and found.energy >= 0 and found.frechet >= 0
+        for name in ("score", "second_score", "own_score", "precision", "recall"):
+            assert 0 <= getattr(found, name) <= 1, name
+        assert all(isinstance(getattr(found, field.name), float) for field in fields(Judgement)[1:])
+    assert min(good.score, good.second_score, good.own_score, good.precision) > 0.7
+    assert max(bad.score, bad.second_score, bad.own_score) < 0.4 and bad.precision == bad.recall == 0
+    assert good.energy < 0.2 < bad.energy and good.frechet < 0.5 * bad.frechet
+
+
+def test_the_scores_of_a_judgement_are_each_of_its_own_judge():
+    """A judge that is always right, one that never is, and a guider that is right about the even seeds."""
+    scenes = draw(range(500, 520))
+
+    def answering(right):
+        def net(image, sigma):
+            shift = torch.tensor([0 if each else 1 for each in right])
+            return 9 * F.one_hot((scenes.label + shift) % len(CLASSES), len(CLASSES)).float()
+        return replace(load_guider("class"), net=net)
+    always, never, even = (answering(right) for right in ([True] * 20, [False] * 20, [True, False] * 10))
+    found = judge_all(lambda seeds, scenes: scenes.image, range(500, 520), (always, never), even,
+                      reference(load_judge("class"), 20, SIZE, torch.device("cpu")), torch.device("cpu"))
+    assert (found.score, found.second_score, found.own_score) == (1, 0, 0.5) and found.energy == pytest.approx(4.5, abs=0.01)

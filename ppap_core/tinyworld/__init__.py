@@ -1,19 +1,26 @@
 """A world small enough for a laptop: exact scenes, a trained denoiser of them, and networks that guide and judge."""
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..files import load_tensors
 from ..guider import Guider, IgnoreSigma
 from ..preprocess import Preprocess
 from .denoiser import TinyDenoiser
-from .networks import tiny_convnext, tiny_resnet
+from .networks import TinyTransformer, tiny_convnext, tiny_resnet
 from .scenes import CLASSES
 
 SIZE = 32
 SIGMA_MIN, SIGMA_MAX = 0.02, 80.0
+CONDITIONS = 16  # numbers that a model is conditioned on: one for each class, the rest spare
 WEIGHTS = Path(__file__).parent / "weights"
 TASKS = {"class": (CLASSES, False), "depth": ((), True), "segmentation": (("wall", *CLASSES), True)}  # labels, dense
+
+
+def condition(labels: Tensor) -> Tensor:
+    """(B,) long -> (B, CONDITIONS): a one in the place of the class; a label of -1 is no condition, all zeros."""
+    return F.one_hot(labels.clamp_min(0), CONDITIONS).float() * (labels >= 0)[:, None]
 
 
 def load_weights(net: nn.Module, name: str, folder: Path = WEIGHTS) -> nn.Module:
@@ -26,6 +33,11 @@ def load_weights(net: nn.Module, name: str, folder: Path = WEIGHTS) -> nn.Module
 def load_denoiser() -> TinyDenoiser:
     """The trained unconditional denoiser of scenes, (B, 3, 32, 32)."""
     return load_weights(TinyDenoiser(), "denoiser")
+
+
+def load_conditional_denoiser() -> TinyDenoiser:
+    """Its sibling that is told the class, as `condition` writes it; told zeros, no class, it is unconditional."""
+    return load_weights(TinyDenoiser(conditions=CONDITIONS), "conditional_denoiser")
 
 
 def _network(make, role: str, task: str) -> Guider:
@@ -42,3 +54,8 @@ def load_guider(task: str) -> Guider:
 def load_judge(task: str) -> Guider:
     """A network of another architecture and another seed, which never guides."""
     return _network(tiny_convnext, "judge", task)
+
+
+def load_second_judge(task: str) -> Guider:
+    """A judge of a third architecture, which never guides and by which nothing is chosen."""
+    return _network(TinyTransformer, "second_judge", task)

@@ -100,15 +100,16 @@ class TinyUNet(nn.Module):
 class TinyDenoiser(nn.Module):
     """The network with EDM preconditioning (Karras et al. 2022, table 1): a Denoiser.
 
-    x = image + sigma * noise (B, 3, H, W), sigma (B,) -> expected image (B, 3, H, W)
+    x = image + sigma * noise (B, 3, H, W), sigma (B,) -> expected image (B, 3, H, W); one made with conditions also takes
+    what it is told, (B, conditions).
     """
 
     def __init__(self, **sizes: int):
         super().__init__()
         self.net = TinyUNet(**sizes)
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         s = sigma.to(torch.float32)[:, None, None, None]
         total = (s**2 + SIGMA_DATA**2).sqrt()
-        out = self.net((x / total).to(x.dtype), sigma.log() / 4)
+        out = self.net((x / total).to(x.dtype), sigma.log() / 4, condition)
         return SIGMA_DATA**2 / total**2 * x + s * SIGMA_DATA / total * out

@@ -12,14 +12,13 @@ from torch import Tensor
 from ..files import load_tensors
 from ..noise import as_seen, expand
 from ..view import LatentSpace
-from . import WEIGHTS, load_weights
+from . import CONDITIONS, WEIGHTS, load_weights
 from .autoencoder import TinyAutoencoder
 from .denoiser import TinyUNet
 from .flow import TinyControl, TinyFlow, from_diffusers
 from .scenes import CLASSES
 
 SIZE, CHANNELS, SHRINK = 128, 16, 8
-CONDITIONS = 16  # numbers that a model is conditioned on: one for each class, the rest spare
 SHIFT, SCALE = 0.0609, 1.5305  # what a model diffuses is (latent - SHIFT) * SCALE
 COLOURS = torch.tensor([  # what a channel adds to red, green and blue in [-1, 1]: a fit to the large VAE, as in previews
     [-0.0922, -0.0175, 0.0749], [0.0311, 0.0633, 0.0954], [0.1994, 0.0927, 0.0458], [0.0856, 0.0339, 0.0902],
@@ -56,12 +55,6 @@ def depth_picture(depth: Tensor) -> Tensor:
 def undiffused(latent: Tensor) -> Tensor:
     """The way back."""
     return latent / SCALE + SHIFT
-
-
-def condition(labels: Tensor) -> Tensor:
-    """(B,) long -> (B, CONDITIONS): a one in the place of the class; a label of -1 is no condition, all zeros."""
-    wanted = torch.nn.functional.one_hot(labels.clamp_min(0), CONDITIONS).float()
-    return wanted * (labels >= 0)[:, None]
 
 
 def class_labels(names: str) -> Tensor:

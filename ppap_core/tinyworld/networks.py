@@ -1,4 +1,4 @@
-"""Tiny networks for class, depth and segmentation, in two architectures: one guides, the other judges."""
+"""Tiny networks for class, depth and segmentation, in three architectures: one guides, the others judge."""
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,6 +90,29 @@ def tiny_convnext(outputs: int, dense: bool = False) -> TinyNetwork:
               nn.Sequential(nn.Conv2d(a, b, 2, 2), MixerBlock(b), MixerBlock(b)),
               nn.Sequential(nn.Conv2d(b, c, 2, 2), MixerBlock(c), MixerBlock(c))]
     return TinyNetwork(levels, widths, outputs, dense)
+
+
+class TinyTransformer(nn.Module):
+    """A vision transformer behind two convolutions (Xiao et al. 2021): the second judges' architecture.
+
+    image (B, 3, 32, 32) -> (B, outputs), or (B, outputs, 32, 32) when dense
+    """
+
+    def __init__(self, outputs: int, dense: bool = False, width: int = 96, depth: int = 5, grid: int = 8):
+        super().__init__()
+        self.dense = dense
+        self.stem = nn.Sequential(nn.Conv2d(3, width // 2, 3, 2, 1), nn.GELU(), nn.Conv2d(width // 2, width, 3, 2, 1))
+        self.place = nn.Parameter(0.02 * torch.randn(1, grid**2, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, outputs * (16 if dense else 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = self.stem(image)
+        tokens = self.encoder(h.flatten(2).transpose(1, 2) + self.place)
+        if not self.dense:
+            return self.head(tokens.mean(1))
+        return F.pixel_shuffle(self.head(tokens).transpose(1, 2).unflatten(2, h.shape[2:]), 4)
 
 
 def augment(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..guider import Guider, clean
 from ..noise import expand
 from ..plots import contact_sheet, save_picture
-from . import TASKS, latent, load_guider, load_judge
+from . import TASKS, condition, latent, load_guider, load_judge, load_second_judge
 from .latent_world import LatentWorld, eps_sigmas, flow_sigmas
 from .scenes import CLASSES, Scenes, draw, truth
 from .world import load_world
@@ -50,7 +50,7 @@ def judged(world: LatentWorld, denoise: Callable[..., Tensor], sigmas: Tensor, l
     """What the judge of classes thinks of images of these classes, (B, K) probabilities."""
     judge, found = world.judges["class"], []
     for start in range(0, len(labels), batch):
-        given = latent.condition(labels[start:start + batch])
+        given = condition(labels[start:start + batch])
         images = world.decode(world.sample(range(start, start + batch), sigmas, partial(denoise, given=given)))
         found.append(judge.predict(images, clean(images)).softmax(1))
     return torch.cat(found)
@@ -62,14 +62,14 @@ def main() -> None:
     options = parser.parse_args()
     scenes = draw(range(COUNT))
     print("| network | " + " | ".join(f"noise {sigma:g}" for sigma in NOISE) + " |\n|---|" + "---:|" * len(NOISE))
-    for role, load in (("guider", load_guider), ("judge", load_judge)):
+    for role, load in (("guider", load_guider), ("judge", load_judge), ("second judge", load_second_judge)):
         for task in TASKS:
             scored = (score(load(task), scenes, sigma) for sigma in NOISE)
             print(f"| {role}, {task} | " + " | ".join(f"{each:.3f}" for each in scored) + " |", flush=True)
     world = load_world()
     images = torch.cat([world.sample(range(start, start + 64), STEPS) for start in range(0, 512, 64)])
     with torch.no_grad():
-        best = world.judge.predict(images, clean(images)).softmax(1).max(1)
+        best = world.class_judge.predict(images, clean(images)).softmax(1).max(1)
     share = (best.values > CONFIDENT).float().mean()
     print(f"\nThe judge is sure, above {CONFIDENT:g}, of the class of {share:.1%} of {len(images)} samples of the denoiser; "
           f"each class: {best.indices.bincount(minlength=8).tolist()}")

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from ..files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
 from ..noise import as_seen, expand
+from ..sampling import Denoiser
 from ..tasks import cross_entropy, pixel_cross_entropy
-from . import TASKS, WEIGHTS
+from . import CONDITIONS, TASKS, WEIGHTS, condition, load_denoiser
 from .autoencoder import TinyAutoencoder
 from .denoiser import SIGMA_DATA, TinyDenoiser
 from .flow import TinyControl, TinyFlow, to_diffusers
@@ -30,14 +31,13 @@ from .latent import (
     Encoded,
     TinyEps,
     as_hint,
-    condition,
     depth_picture,
     diffused,
     eps_sigmas,
     load_autoencoder,
     load_flow,
 )
-from .networks import augment, tiny_convnext, tiny_resnet
+from .networks import TinyTransformer, augment, tiny_convnext, tiny_resnet
 from .scenes import Scenes, draw
 
 TRAINING_SEEDS = 10_000_000  # scenes below this number are never trained on
@@ -57,7 +57,22 @@ class Recipe:
     half: bool = False     # saved as float16
 
 
-def denoiser_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
+def conditional_denoiser() -> TinyDenoiser:
+    """A denoiser that can be told the class. It starts as the bundled one, which was told nothing."""
+    net = TinyDenoiser(conditions=CONDITIONS)
+    net.load_state_dict(load_denoiser().state_dict(), strict=False)
+    nn.init.zeros_(net.net.condition.weight)
+    nn.init.zeros_(net.net.condition.bias)
+    return net
+
+
+def conditional_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
+    """The denoiser's loss with the class told or not, (B,)."""
+    given = known_or_not(scenes.label, generator)
+    return denoiser_loss(lambda x, sigma: net(x, sigma, given), scenes, generator)
+
+
+def denoiser_loss(net: Denoiser, scenes: Scenes, generator: torch.Generator) -> Tensor:
     """EDM's loss (Karras et al. 2022, eq. 8) with more weight where a scene's shape is decided, (B,)."""
     image = scenes.image
     sigma = (torch.randn(len(image), generator=generator) * 1.2 - 0.5).exp().to(image.device)
@@ -254,6 +269,8 @@ OUTPUTS = {task: (max(len(labels), 1), dense) for task, (labels, dense) in TASKS
 LOSSES = {"class": class_loss, "depth": depth_loss, "segmentation": segmentation_loss}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     "denoiser": (TinyDenoiser, denoiser_loss, Recipe(steps=11_000, ema=0.9995)),
+    "conditional_denoiser": (conditional_denoiser, conditional_loss, Recipe(steps=2500, lr=5e-4, ema=0.998, seed=7,
+                                                                            half=True)),
     "vae/tinyworld_vae": (TinyAutoencoder, autoencoder_loss, Recipe(steps=2000, batch=16, size=SIZE, seed=3, half=True)),
     "diffusion_models/tinyworld_flow": (TinyFlow, flow_loss, Recipe(steps=12_000, batch=128, ema=0.9995, seed=4,
                                                                     latents=16_384, half=True)),
@@ -263,6 +280,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), loss, Recipe(steps=3000, seed=1))
        for task, loss in LOSSES.items()},
     **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), loss, Recipe(steps=2000, seed=2))
+       for task, loss in LOSSES.items()},
+    **{f"second_judge_{task}": (partial(TinyTransformer, *OUTPUTS[task]), loss,
+                               Recipe(steps=4000 if task == "class" else 2000, seed=8, half=True))
        for task, loss in LOSSES.items()},
 }
 

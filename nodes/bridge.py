@@ -29,12 +29,12 @@ from ..ppap_core.guidance import Ramp, Term, constant, guidance_shift
 from ..ppap_core.guider import Guider
 from ..ppap_core.noise import ExpertSchedule, NoiseInterval
 from ..ppap_core.plots import loss_plot
-from ..ppap_core.samples import SampleStore
-from ..ppap_core.sampling import Denoiser, seeded_noise
+from ..ppap_core.samples import Recorder, SampleStore, Trajectories
+from ..ppap_core.sampling import seeded_noise
 from ..ppap_core.view import LatentSpace
 from . import folders, models
-from .memory import compute_type, patcher_of, room_for, settle
-from .models import Patcher
+from .memory import compute_type, load_to_train, patcher_of, room_for, settle
+from .models import PURE_NOISE, Patcher
 from .types import GuidanceTerm, Report, Samples
 
 KEY = "ppap"
@@ -237,32 +237,37 @@ def about_model(model, *conditioning: list) -> dict:
             "conditioning": digest(conditioning)}
 
 
-def generate_samples(samples: Samples, count: int, latent: dict, *settings: Any) -> None:
-    """Fill the store with the model's own images, as many at once as the LATENT holds.
+def generate_samples(samples: Samples, count: int, latent: dict, model: Patcher, vae: comfy.sd.VAE | None, steps: int,
+                     *settings: Any) -> None:
+    """Fill the store with the model's own images and steps that led to them, as many at once as the LATENT holds.
 
-    settings: steps, sampler name, scheduler.
+    settings: cfg, sampler name, scheduler, positive, negative.
     """
-    empty = comfy.sample.fix_empty_latent_channels(samples.model, latent["samples"])
-    shape, steps, done = empty.shape, settings[0], len(samples.store)
-    report, space = progress(count * steps), samples.space
+    shape, done = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).shape, len(samples.store)
+    report, space, listening, recorder = progress(count * steps), samples.space, model.clone(), Recorder()
 
-    def generate(seeds: list[int]) -> Tensor | tuple[Tensor, Tensor]:
-        parts = [one_batch(seeds[i:i + shape[0]]) for i in range(0, len(seeds), shape[0])]
-        if samples.vae is None:
-            return torch.cat(parts)
-        images = [image_from_comfy(samples.vae.decode(part)) for part in parts]
-        return torch.cat(images), samples.model.model.process_latent_in(torch.cat(parts))
+    def note(args: dict) -> Tensor:
+        x, sigma = models.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
+        if sigma.isfinite().all():
+            recorder.note(x, sigma, args["denoised"])
+        return args["denoised"]
 
-    def one_batch(seeds: list[int]) -> Tensor:
+    def generate(seeds: list[int]) -> tuple[Tensor, Trajectories]:
+        made, paths = zip(*(one_batch(seeds[i:i + shape[0]]) for i in range(0, len(seeds), shape[0])), strict=True)
+        images = made if vae is None else [image_from_comfy(vae.decode(part)) for part in made]
+        return torch.cat(images), Trajectories(*map(torch.cat, zip(*paths, strict=True)))
+
+    def one_batch(seeds: list[int]) -> tuple[Tensor, Trajectories]:
         nonlocal done
         noise = seeded_noise(seeds, shape[1:])
-        made = comfy.sample.sample(samples.model, noise, steps, samples.cfg, *settings[1:], samples.positive,
-                                     samples.negative, torch.zeros_like(noise), seed=seeds[0], disable_pbar=True,
-                                     callback=lambda step, x0, *_: report(done * steps + (step + 1) * len(seeds),
-                                                                       space.colours(x0[:1]) if space else x0))
+        made = comfy.sample.sample(listening, noise, steps, *settings, torch.zeros_like(noise), seed=seeds[0],
+                                   disable_pbar=True,
+                                   callback=lambda step, x0, *_: report(done * steps + (step + 1) * len(seeds),
+                                                                        space.colours(x0[:1]) if space else x0))
         done += len(seeds)
-        return made
+        return made, recorder.trajectories(seeds)
 
+    listening.set_model_sampler_post_cfg_function(note)
     samples.store.fill(count, generate)
 
 
@@ -282,8 +287,19 @@ def open_store(name: str, recipe: dict) -> SampleStore:
     return SampleStore(folders.output_folder("ppap_samples", folders.file_name(name)), recipe)
 
 
+def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:
+    """Noise ranges, equal in the logarithm. 0: from the lowest or to the highest of the steps that led to the samples."""
+    sigmas = samples.store.sigmas
+    levels = sigmas[(sigmas > 0) & (sigmas <= PURE_NOISE)].tolist()
+    lowest, highest = sigma_min or min(levels, default=0.0), sigma_max or max(levels, default=0.0)
+    if not 0 < lowest < highest:
+        raise ValueError(f"the experts would reach from sigma {lowest:.4g} to {highest:.4g}, and expected is a range that "
+                         "goes up: generate samples with more steps, or set other values of sigma_min and sigma_max")
+    return ExpertSchedule.log_spaced(experts, lowest, highest)
+
+
 def distil(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
-    """Train a bank while ComfyUI keeps model and networks loaded; returns the losses by interval."""
+    """Train a bank on the steps that led to the samples; returns the losses by interval."""
     names = [f"sigma {each.lo:.3g} to {each.hi:.3g}" for each in bank.schedule]
     losses: dict[str, list[float]] = {name: [] for name in names}
     report, shown = progress(len(names) * config.steps), 0.0
@@ -298,36 +314,10 @@ def distil(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillCo
     recipe = [samples.store.recipe, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
               bank.schedule.edges, vars(bank.lora), vars(config)]
     folder = folders.output_folder("ppap_distillation", digest(recipe))
-    found = with_denoiser(samples, [guider.net, bank], config.batch,
-                          lambda denoise: distill(guider, bank, samples.store, denoise, config, folder, on_step))
+    load_to_train([guider.net, bank])
+    with autograd():
+        found = distill(guider, bank, samples.store, config, folder, on_step)
     return dict(zip(names, found, strict=True))
-
-
-def with_denoiser(samples: Samples, networks: list[torch.nn.Module], batch: int, work: Callable[[Denoiser], Any]) -> Any:
-    """work(denoise) inside a sampler, so that loading, conditioning, CFG and every patch of the model are ComfyUI's own."""
-    found = []
-
-    def sampler(model, noise, sigmas, extra_args, **unused):
-        sampling = model.inner_model.inner_model.model_sampling
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            with torch.inference_mode():
-                prediction = model(*models.from_ve(sampling, x, sigma), **extra_args)
-            return prediction.clone()  # made outside of inference mode, so that autograd accepts it
-
-        settle(networks, noise.device)
-        with autograd():
-            found.append(work(denoise))
-        return noise
-
-    model = samples.model.clone()
-    model.set_additional_models(KEY, model.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
-    store = samples.store
-    noise = torch.zeros(batch, *(store.images if store.latents is None else store.latents).shape[1:])
-    sigmas = torch.tensor([float(model.get_model_object("model_sampling").sigma_max), 0.0])
-    comfy.sample.sample_custom(model, noise, samples.cfg, comfy.samplers.KSAMPLER(sampler), sigmas, samples.positive,
-                               samples.negative, noise, disable_pbar=True)
-    return found[0]
 
 
 def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str, seed: int, space) -> ExpertBank:

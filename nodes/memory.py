@@ -44,6 +44,13 @@ def settle(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
                     tensor.data = tensor.data.to(device, copy=True)
 
 
+def load_to_train(networks: Sequence[torch.nn.Module]) -> None:
+    """Load networks and free all memory beside them: training keeps what it computes, and asks no model."""
+    loaded = [patcher_of(net) for net in networks]
+    comfy.model_management.load_models_gpu(loaded, memory_required=1e20, force_full_load=True)
+    settle(networks, loaded[0].load_device)
+
+
 def compute_type(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
     """The type a model computes in, which is not that of its weights where these are cast: float8, for one."""
     return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()

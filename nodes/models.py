@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from ..ppap_core import tinyworld
 from ..ppap_core.experts import PIXELS
-from ..ppap_core.noise import NoiseInterval, expand, flow_to_ve
+from ..ppap_core.noise import NoiseInterval, flow_to_ve
 from ..ppap_core.tinyworld import latent as tinylatent
 from ..ppap_core.tinyworld.denoiser import SIGMA_DATA
 from ..ppap_core.view import LatentSpace
 from .memory import patcher
 
 Patcher = comfy.model_patcher.ModelPatcher
-DISTILLABLE = NoiseInterval(0.01, 100.0)  # where a noisy state is neither clean nor pure noise
+PURE_NOISE = 100.0  # above this noise level nothing can be seen; a flow starts there, at t = 1
 
 
 # The tiny worlds as models of ComfyUI
@@ -110,7 +110,7 @@ def tinyworld_vae() -> comfy.sd.VAE:
 
 def class_conditioning(labels: Tensor) -> list:
     """The CONDITIONING of the latent tiny world for labels (B,): -1 asks for nothing."""
-    wanted = tinylatent.condition(labels)
+    wanted = tinyworld.condition(labels)
     return [[wanted[:, None], {"pooled_output": wanted}]]
 
 
@@ -128,14 +128,6 @@ def to_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return x, sigma * getattr(sampling, "noise_scale", 1.0)
 
 
-def from_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """The way back."""
-    if not is_flow(sampling):
-        return x, sigma
-    ratio = sigma / getattr(sampling, "noise_scale", 1.0)
-    return x / (1 + expand(ratio, x)), ratio / (1 + ratio)
-
-
 def ve_level(sampling: Any, sigma: float) -> float:
     """One noise level of ComfyUI in the core's convention."""
     return to_ve(sampling, torch.ones(1, 1), torch.tensor([float(sigma)], dtype=torch.float64))[1].item()
@@ -145,12 +137,6 @@ def sigma_range(model: Patcher) -> tuple[float, float]:
     """Lowest and highest noise level of a model."""
     sampling = model.get_model_object("model_sampling")
     return ve_level(sampling, sampling.sigma_min), ve_level(sampling, sampling.sigma_max)
-
-
-def distillable_range(model: Patcher) -> tuple[float, float]:
-    """The noise levels of a model at which experts have something to learn."""
-    lowest, highest = sigma_range(model)
-    return max(lowest, DISTILLABLE.lo), min(highest, DISTILLABLE.hi)
 
 
 def window_of(sampling: Any, start: float, end: float) -> NoiseInterval:

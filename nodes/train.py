@@ -3,9 +3,8 @@ from comfy_api.latest import io
 
 from ..ppap_core.distill import DistillConfig
 from ..ppap_core.experts import VIEWS, LoraSpec, with_experts
-from ..ppap_core.noise import ExpertSchedule
-from ..ppap_core.samples import from_uint8
-from . import bridge, folders, models
+from ..ppap_core.samples import KEPT, from_uint8
+from . import bridge, folders
 from .types import PPAPGuider, PPAPLosses, PPAPSamples, Samples
 
 CATEGORY = "PPAP/train"
@@ -17,8 +16,9 @@ class PPAPGenerateSamples(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPGenerateSamples", display_name="Generate Samples", category=CATEGORY,
-            description="Images by your own model: all that the experts learn from. They are kept in output/ppap_samples, "
-                        "so that a run that was stopped goes on where it was, and a finished one costs nothing.",
+            description="Images by your own model and the steps that led to them: all that the experts learn from. They are "
+                        "kept in output/ppap_samples, so that a run that was stopped goes on where it was, and a finished "
+                        "one costs nothing.",
             inputs=[io.Model.Input("model", tooltip="The model that will be steered."),
                     io.Conditioning.Input("positive", tooltip="What the model is asked for."),
                     io.Latent.Input("latent_image", tooltip="An empty latent: the size of the images, and how many are "
@@ -26,7 +26,8 @@ class PPAPGenerateSamples(io.ComfyNode):
                     io.String.Input("name", default="samples", tooltip="Name of the folder in output/ppap_samples."),
                     io.Int.Input("count", default=512, min=64, max=100_000, step=64,
                                  tooltip="How many images at least; they come in files of 64."),
-                    io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Denoising steps for each image."),
+                    io.Int.Input("steps", default=20, min=1, max=1000,
+                                 tooltip=f"Denoising steps for each image; {KEPT} of them are kept for the experts."),
                     io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
                                    tooltip="Classifier-free guidance of the model itself. Neutral: 1."),
                     io.Combo.Input("sampler_name", options=bridge.SAMPLERS, default="euler",
@@ -39,7 +40,8 @@ class PPAPGenerateSamples(io.ComfyNode):
                     io.Vae.Input("vae", optional=True,
                                  tooltip="The model's VAE, if it works on latents: the untouched network looks at the "
                                          "decoded image.")],
-            outputs=[PPAPSamples.Output(display_name="samples", tooltip="The images and their model, for Distil Experts."),
+            outputs=[PPAPSamples.Output(display_name="samples",
+                                        tooltip="The images and the steps that led to them, for Distil Experts."),
                      io.Image.Output(tooltip=f"The first {SHOWN} of them.")])
 
     @classmethod
@@ -53,8 +55,9 @@ class PPAPGenerateSamples(io.ComfyNode):
         negative = negative or positive
         recipe = {**bridge.about_model(model, positive, negative), "shape": list(latent_image["samples"].shape), "cfg": cfg,
                   "steps": steps, "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
-        samples = Samples(bridge.open_store(name, recipe), model, positive, negative, cfg, vae, space)
-        bridge.generate_samples(samples, count, latent_image, steps, sampler_name, scheduler)
+        samples = Samples(bridge.open_store(name, recipe), space)
+        bridge.generate_samples(samples, count, latent_image, model, vae, steps, cfg, sampler_name, scheduler, positive,
+                                negative)
         return io.NodeOutput(samples, bridge.image_to_comfy(from_uint8(samples.store.images[:SHOWN])))
 
 
@@ -64,22 +67,22 @@ class PPAPDistilExperts(io.ComfyNode):
         return io.Schema(
             node_id="PPAPDistilExperts", display_name="Distil Experts", category=CATEGORY,
             description="Teach a network that has only seen clean images to read noisy ones: one small adapter for each "
-                        "range of noise, each learning to say about the noisy image what the untouched network says about "
-                        "the clean one. No labels, no data set. Cancel loses nothing: queue it again and it goes on.",
+                        "range of noise, each learning to say while the image is still noise what the untouched network "
+                        "says about the finished one. The model is not asked. No labels, no data set. Cancel loses "
+                        "nothing: queue it again and it goes on.",
             inputs=[PPAPSamples.Input("samples", tooltip="Generated images, from Generate Samples."),
                     PPAPGuider.Input("guider", tooltip="A plain guider; a target is not needed and is kept."),
                     io.Combo.Input("view", options=[*reversed(VIEWS)],
-                                   tooltip="What the experts look at: the model's denoised prediction (stronger, and each "
-                                           "training step asks the model once), or the noisy image itself (as in the "
-                                           "paper)."),
+                                   tooltip="What the experts look at: the model's denoised prediction (stronger), or the "
+                                           "noisy image itself (as in the paper)."),
                     io.Int.Input("experts", default=5, min=1, max=64,
                                  tooltip="Number of noise ranges, equal in the logarithm."),
                     io.Float.Input("sigma_min", default=0.0, min=0.0, max=1e4, step=0.001,
-                                   tooltip="Lowest noise level of the experts. Neutral: 0, the model's own, but not "
-                                           "below 0.01."),
+                                   tooltip="Lowest noise level of the experts. Neutral: 0, the lowest of the samples' "
+                                           "steps."),
                     io.Float.Input("sigma_max", default=0.0, min=0.0, max=1e5, step=0.1,
-                                   tooltip="Highest noise level of the experts. Neutral: 0, the model's own, but not "
-                                           "above 100."),
+                                   tooltip="Highest noise level of the experts. Neutral: 0, the highest of the samples' "
+                                           "steps up to 100, above which there is only noise."),
                     io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Training steps for each expert."),
                     io.Int.Input("batch_size", default=32, min=1, max=4096, tooltip="Images in each training step."),
                     io.Float.Input("learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-5, round=1e-7,
@@ -89,7 +92,7 @@ class PPAPDistilExperts(io.ComfyNode):
                     io.Float.Input("alpha", default=8.0, min=0.0, max=1024.0, step=0.5,
                                    tooltip="Scale of the adapters is alpha / rank. Neutral: 0, the experts stay the plain "
                                            "network."),
-                    io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Of noise, images and starting weights."),
+                    io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Of steps, images and starting weights."),
                     io.Float.Input("temperature", default=1.0, min=0.05, max=10.0, step=0.05, optional=True,
                                    tooltip="Of the plain network's classes while it teaches: below 1 they are sharper, so "
                                            "that the experts learn to be surer; the paper uses 0.25. Guiders without "
@@ -100,8 +103,7 @@ class PPAPDistilExperts(io.ComfyNode):
     @classmethod
     def execute(cls, samples, guider, view, experts, sigma_min, sigma_max, steps, batch_size, learning_rate, rank, alpha,
                 seed, temperature=1.0):
-        lowest, highest = models.distillable_range(samples.model)
-        schedule = ExpertSchedule.log_spaced(experts, sigma_min or lowest, sigma_max or highest)
+        schedule = bridge.schedule_for(samples, experts, sigma_min, sigma_max)
         bank = bridge.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature)
         losses = bridge.distil(samples, guider, bank, config)

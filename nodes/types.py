@@ -31,15 +31,10 @@ class GuidanceTerm:
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images, and the model they came from: experts of the denoised view look at its predictions."""
+    """Generated images and steps that led to them."""
 
     store: SampleStore
-    model: Any                 # MODEL
-    positive: list             # CONDITIONING
-    negative: list
-    cfg: float
-    vae: Any = None            # VAE, where the model diffuses latents
-    space: LatentSpace | None = None  # these latents
+    space: LatentSpace | None = None  # the latents that were diffused; None for pixels
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Data-free distillation: the untouched network answers on a clean generated image, an expert learns to give that answer
-on the noisy one.
+"""Data-free distillation: the untouched network answers on a generated image, an expert learns to give that answer while
+the image is still noise.
 
-Knowledge transfer of PPAP (Go et al. 2023), with experts that do not depend on one another.
+Knowledge transfer of PPAP (Go et al. 2023), with experts that do not depend on one another. The paper puts fresh noise on
+finished images; here an expert sees the steps that the model took on its way to the image, and so learns where a way leads.
 """
 import math
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from torch import Tensor
 from .experts import ExpertBank, with_experts
 from .files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
 from .guider import Guider, clean
-from .noise import as_seen, expand, seeded
-from .samples import SampleStore
+from .noise import ExpertSchedule, as_seen, expand, seeded
+from .samples import Pairs, SampleStore, fresh_pairs, trajectory_pairs
 from .sampling import Denoiser
 from .tasks import TASKS
 
@@ -30,65 +31,56 @@ class DistillConfig:
     seed: int = 0
     save_every: int = 100  # steps between states on disk
     temperature: float = 1.0  # of the teacher's classes; 1 changes nothing, below it sharpens (the paper: 0.25)
+    jitter: float = 0.0    # size of a noise on what is seen at high noise, less at low; 0 changes nothing
+    fresh_noise: bool = False  # images under noise that is drawn anew, as in the paper; else steps that led to them
 
 
-def distill_loss(guider: Guider, bank: ExpertBank, see: Denoiser, images: Tensor, diffused: Tensor, sigma: Tensor,
-                 noise: Tensor, temperature: float = 1.0) -> Tensor:
+def distill_loss(guider: Guider, bank: ExpertBank, pairs: Pairs, temperature: float = 1.0) -> Tensor:
     """Distance of the expert's answer on what it sees of a noisy image from the plain answer on the clean one, (B,).
 
-    guider: the plain one, the teacher. see(x, sigma): what the experts look at, `as_seen` for the noisy view or the
-    denoiser for the denoised view. images (B, 3, H, W); diffused: the latents they were decoded from, or the images
-    again; noise like it; sigma (B,), all in one interval.
+    guider: the plain one, the teacher.
     """
     with torch.no_grad():
-        teacher = guider.predict(images, clean(images))
+        teacher = guider.predict(pairs.images, clean(pairs.images))
         if guider.task in ("class", "segmentation", "mask"):
             teacher = teacher / temperature
-        seen = see(diffused + expand(sigma, diffused) * noise, sigma)
     student = with_experts(guider, bank)
-    return TASKS[guider.task].distance(student.predict(student.look(seen, sigma), sigma), teacher)
+    return TASKS[guider.task].distance(student.predict(student.look(pairs.seen, pairs.sigma), pairs.sigma), teacher)
 
 
-def view_of(bank: ExpertBank, denoise: Denoiser | None) -> Denoiser:
-    """What the experts of a bank look at: a function (x, sigma) -> image. ValueError without the denoiser it needs."""
-    if bank.view == "noisy":
-        return as_seen
-    if denoise is None:
-        raise ValueError("experts of the denoised view look at the model's predictions: connect the model")
-    return denoise
+def draw_pairs(bank: ExpertBank, index: int, store: SampleStore, step: int, config: DistillConfig,
+               denoise: Denoiser | None = None) -> Pairs:
+    """What a training step learns from: a pure function of its arguments, so that a resumed run is the same run."""
+    place = (store, bank.schedule, index, step, config.batch, config.seed)
+    if not config.fresh_noise:
+        pairs = trajectory_pairs(*place, bank.view)
+        if not config.jitter:
+            return pairs
+        noise = torch.randn(pairs.seen.shape, generator=seeded(config.seed, index, step, 1))
+        return pairs._replace(seen=pairs.seen + config.jitter * as_seen(expand(pairs.sigma, noise) * noise, pairs.sigma))
+    if bank.view == "denoised" and denoise is None:
+        raise ValueError("with fresh noise, experts of the denoised view look at the model's predictions: give the denoiser")
+    return fresh_pairs(*place, as_seen if bank.view == "noisy" else denoise, next(bank.parameters()).device)
 
 
-def draw_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, size: int,
-               seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, what was diffused, noise levels and noise of a step: a pure function of its arguments, so that a resumed
-    run is the same run."""
-    generator = seeded(seed, index, step)
-    images = store.batch(step, size, seed + index * 2**64)
-    diffused = store.latent_batch(step, size, seed + index * 2**64)
-    flip = torch.rand(size, generator=generator) < 0.5
-    if diffused is None:  # the mirror image of a latent is not the latent of the mirror image
-        diffused = images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return images, diffused, bank.schedule[index].sample(size, generator), torch.randn(diffused.shape, generator=generator)
-
-
-def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleStore, denoise: Denoiser | None = None,
+def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleStore,
                    config: DistillConfig = DistillConfig(), state_file: Path | None = None,
-                   on_step: Callable[[int, int, float], None] | None = None) -> list[float]:
+                   on_step: Callable[[int, int, float], None] | None = None, denoise: Denoiser | None = None) -> list[float]:
     """Train one expert on generated images only; returns the loss of every step.
 
     state_file: where weights, optimiser and losses are kept; an existing one is gone on with, and a finished one is
     only loaded. on_step(index, step, loss) may raise to stop: the state is saved first, and going on later gives the
-    same expert as a run without a stop.
+    same expert as a run without a stop. denoise: the model, which only fresh noise in the denoised view needs.
     """
-    see, about = view_of(bank, denoise), _about(guider, bank, index, store, config)
+    about = _about(guider, bank, index, store, config)
     with torch.inference_mode(False), torch.enable_grad(), bank.trainable(index) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
         losses = _resume(state_file, about, bank, index, optimizer)
         device, done = parameters[0].device, len(losses)
         try:
             for step in range(done, config.steps):
-                batch = (part.to(device) for part in draw_batch(bank, index, store, step, config.batch, config.seed))
-                loss = distill_loss(guider, bank, see, *batch, config.temperature).mean()
+                pairs = draw_pairs(bank, index, store, step, config, denoise)
+                loss = distill_loss(guider, bank, Pairs(*(part.to(device) for part in pairs)), config.temperature).mean()
                 if not torch.isfinite(loss):
                     raise ValueError(f"the loss of expert {index} became {loss.item()} in step {step}: expected a "
                                      f"finite number; check the network {guider.name} or lower the learning rate")
@@ -107,12 +99,17 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
     return losses
 
 
-def distill(guider: Guider, bank: ExpertBank, store: SampleStore, denoise: Denoiser | None = None,
-            config: DistillConfig = DistillConfig(), folder: Path | None = None,
-            on_step: Callable[[int, int, float], None] | None = None) -> list[list[float]]:
-    """Train every expert of a bank, from the cleanest to the noisiest, each from its own start; returns their losses."""
-    losses = [distill_expert(guider, bank, index, store, denoise, config,
-                             folder and Path(folder) / f"expert_{index}.state.safetensors", on_step)
+def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: DistillConfig = DistillConfig(),
+            folder: Path | None = None, on_step: Callable[[int, int, float], None] | None = None,
+            denoise: Denoiser | None = None) -> list[list[float]]:
+    """Train every expert of a bank, from the cleanest to the noisiest, each from its own start; returns their losses.
+
+    ValueError, before any is trained, if one has nothing to learn from.
+    """
+    for index in range(0 if config.fresh_noise else len(bank.schedule)):
+        draw_pairs(bank, index, store, 0, config)
+    losses = [distill_expert(guider, bank, index, store, config,
+                             folder and Path(folder) / f"expert_{index}.state.safetensors", on_step, denoise)
               for index in range(len(bank.schedule))]
     bank.recipe = {"samples": store.recipe, "images": len(store), **asdict(config),
                    "final_losses": [each[-1] for each in losses if each]}
@@ -120,21 +117,23 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, denoise: Denoi
 
 
 @torch.no_grad()
-def disagreement(guider: Guider, other: Guider, store: SampleStore, see: Denoiser, sigmas: list[float],
-                 size: int = 64, device: torch.device | str = "cpu") -> list[float]:
-    """Mean distance of `other`, on what it sees at each noise level, from the plain guider's answer on the clean image.
+def disagreement(guider: Guider, other: Guider, store: SampleStore, schedule: ExpertSchedule, size: int = 64,
+                 device: torch.device | str = "cpu") -> list[tuple[float, float]]:
+    """(noise level, distance) for each interval of a schedule: how far `other`, on what it sees of noisy images, is on
+    average from the plain guider's answer on the images that they became.
 
     With the plain guider as the other it shows where experts are needed; with the experts, what they learned.
     """
-    images, latents = store.batch(0, size, seed=-1).to(device), store.latent_batch(0, size, seed=-1)
-    diffused = images if latents is None else latents.to(device)
-    noise = torch.randn(diffused.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    teacher, out = guider.predict(images, clean(images)), []
-    for sigma in sigmas:
-        level = images.new_full((len(images),), sigma)
-        seen = other.look(see(diffused + expand(level, diffused) * noise, level), level)
-        out.append(TASKS[guider.task].distance(other.predict(seen, level), teacher).mean().item())
-    return out
+    found = []
+    for index in range(len(schedule)):
+        pairs = Pairs(*(part.to(device) for part in trajectory_pairs(store, schedule, index, 0, size, -1, other.view)))
+        teacher, distances = guider.predict(pairs.images, clean(pairs.images)), []
+        for level in pairs.sigma.unique():  # an expert answers for one interval at a time, which the schedule may cut
+            mine = pairs.sigma == level
+            seen = other.look(pairs.seen[mine], pairs.sigma[mine])
+            distances.append(TASKS[guider.task].distance(other.predict(seen, pairs.sigma[mine]), teacher[mine]))
+        found.append((float(pairs.sigma.log().mean().exp()), float(torch.cat(distances).mean())))
+    return found
 
 
 def _about(guider: Guider, bank: ExpertBank, index: int, store: SampleStore, config: DistillConfig) -> dict:

@@ -1,5 +1,5 @@
 """Small deterministic networks and images for the tests. Sizes are odd and distinct, so that a swapped axis fails."""
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core.guider import Guider, IgnoreSigma
+from ppap_core.noise import expand
 from ppap_core.preprocess import Preprocess
+from ppap_core.samples import Recorder, Trajectories
 
 B, H, W = 3, 20, 28
 CLASSES = 5
@@ -26,6 +28,23 @@ def images(count: int = B, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 def level(sigma: float, like: Tensor) -> Tensor:
     """One noise level for a batch, (B,)."""
     return like.new_full((len(like),), sigma)
+
+
+def shrink(x: Tensor, sigma: Tensor) -> Tensor:
+    """The denoiser of a Gaussian around grey."""
+    return x * expand(0.25 / (0.25 + sigma**2), x)
+
+
+WAY = (20.0, 4.0, 1.5, 0.7, 0.3, 0.05)  # noise levels of a made-up trajectory
+
+
+def ways(ends: Tensor, seed: int = 0, levels: Sequence[float] = WAY) -> Trajectories:
+    """Made-up trajectories: each end under noise of each level, and what `shrink` makes of it."""
+    recorder = Recorder()
+    for place, sigma in enumerate(levels):
+        x = ends + sigma * randn(*ends.shape, seed=1000 * seed + place)
+        recorder.listen(shrink)(x, level(sigma, x))
+    return recorder.trajectories(range(len(ends)), len(levels))
 
 
 class SmallNet(nn.Module):

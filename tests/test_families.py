@@ -15,6 +15,7 @@ from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.guider import Guider, clean
 from ppap_core.loaders import load_guider
 from ppap_core.noise import ExpertSchedule, as_seen
+from ppap_core.samples import Pairs
 from ppap_core.targets import aim_at_text, class_target, image_target, mask_target, number_target
 
 pytest.importorskip("timm")
@@ -109,8 +110,9 @@ def test_three_experts_start_as_the_plain_network_learn_alone_and_come_back_from
     before = [experts.predict(image, level(sigma, image)) for sigma in (0.1, 10.0)]
     with bank.trainable(1) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        pairs = Pairs(image, as_seen(image + randn(*image.shape, seed=3), level(1.0, image)), level(1.0, image))
         for _ in range(2):
-            loss = distill_loss(guider, bank, as_seen, image, image, level(1.0, image), randn(*image.shape, seed=3))
+            loss = distill_loss(guider, bank, pairs)
             optimizer.zero_grad()
             loss.mean().backward()
             optimizer.step()

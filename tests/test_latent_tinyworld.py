@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from ppap_core.distill import DistillConfig
 from ppap_core.guider import clean
-from ppap_core.tinyworld import TASKS, latent
+from ppap_core.tinyworld import TASKS, condition, latent
 from ppap_core.tinyworld.flow import TinyControl, from_diffusers, to_diffusers
-from ppap_core.tinyworld.latent_bench import LatentBench, latent_bench, overlap, table
+from ppap_core.tinyworld.judging import overlap
+from ppap_core.tinyworld.latent_bench import LatentBench, latent_bench, table
 from ppap_core.tinyworld.latent_world import LatentWorld, eps_sigmas, flow_sigmas
 from ppap_core.tinyworld.scenes import CLASSES, draw
 
@@ -35,7 +36,7 @@ def test_the_latent_models_know_the_class_that_they_are_told(kind, floor):
 
     @torch.no_grad()
     def with_cfg(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        told, untold = (model(x, sigma, latent.condition(given)) for given in (labels, torch.full_like(labels, -1)))
+        told, untold = (model(x, sigma, condition(given)) for given in (labels, torch.full_like(labels, -1)))
         return untold + 3 * (told - untold)
     images, judge = world.decode(world.sample(range(32), sigmas, with_cfg)), world.judges["class"]
     right = (judge.predict(images, clean(images)).argmax(1) == labels).float().mean()
@@ -45,14 +46,14 @@ def test_the_latent_models_know_the_class_that_they_are_told(kind, floor):
 @pytest.mark.parametrize("task, sides", [("flow", (6, 10)), ("eps", (8, 12))])
 def test_the_latent_models_take_images_of_other_sizes(task, sides):
     net = {"flow": latent.load_flow, "eps": latent.load_eps}[task]()
-    x, given = randn(2, 16, *sides), latent.condition(torch.tensor([1, -1]))
+    x, given = randn(2, 16, *sides), condition(torch.tensor([1, -1]))
     args = {"flow": (torch.tensor([0.3, 0.6]), given[:, None], given), "eps": (torch.tensor([10.0, 700.0]), given)}[task]
     with torch.no_grad():
         assert net(x, *args).shape == x.shape
 
 
 def test_a_fresh_controlnet_controls_nothing_and_a_trained_one_does():
-    flow, given = latent.load_flow(), latent.condition(torch.tensor([0, 5]))
+    flow, given = latent.load_flow(), condition(torch.tensor([0, 5]))
     x, t, hint = randn(2, 16, 6, 10), torch.tensor([0.5, 0.9]), randn(2, 16, 6, 10, seed=4)
     with torch.no_grad():
         plain = flow(x, t, given[:, None], given)
@@ -73,13 +74,13 @@ def test_labels_are_read_from_names_and_refused_with_those_there_are():
     assert latent.class_labels("star, ring").tolist() == [CLASSES.index("star"), CLASSES.index("ring")]
     assert latent.class_labels(" ").tolist() == [-1]
     assert latent.class_labels("heart,").tolist() == [CLASSES.index("heart"), -1]
-    assert not latent.condition(torch.tensor([-1])).any() and latent.condition(torch.tensor([2])).argmax() == 2
+    assert not condition(torch.tensor([-1])).any() and condition(torch.tensor([2])).argmax() == 2
     with says(ValueError, "'sun'", "star"):
         latent.class_labels("star, sun")
 
 
 def test_the_latent_benchmark_measures_every_way_once(tmp_path):
-    config = LatentBench(images=4, steps=2, batch=4, store=64, edges=(0.1, 1.0, 10.0), rank=2, weights=(0.1, 0.3), scenes=64,
+    config = LatentBench(images=4, steps=4, batch=4, store=64, edges=(0.1, 1.0, 10.0), rank=2, weights=(0.1, 0.3), scenes=64,
                          repeats=1, training=DistillConfig(steps=2, batch=4))
     lines = []
     rows = latent_bench(config, tmp_path, lines.append)

@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ALLOWED = {  # file of ppap_core -> files of it that it may import
     "noise": "", "tasks": "", "files": "", "plots": "", "metrics": "", "digest": "", "preprocess": "", "download": "",
-    "sampling": "noise", "samples": "files noise", "guider": "preprocess tasks", "pictures": "guider plots",
+    "sampling": "noise", "samples": "files noise sampling", "guider": "preprocess tasks", "pictures": "guider plots",
     "targets": "guider plots tasks", "rules": "guider preprocess",
     "from_timm": "files guider preprocess", "from_transformers": "files guider preprocess",
     "loaders": "files from_timm from_transformers guider tinyworld",

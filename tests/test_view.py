@@ -7,13 +7,13 @@ import torch
 from helpers import level, randn, same, says, small_guider
 
 from ppap_core.bank_file import load_bank, save_bank
-from ppap_core.distill import DistillConfig, distill_expert, draw_batch
+from ppap_core.distill import DistillConfig, distill_expert, draw_pairs
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.files import load_tensors, save_tensors
 from ppap_core.guidance import Term, energy_gradient, guidance_shift
 from ppap_core.memory import gradient_bytes
-from ppap_core.noise import ExpertSchedule, as_seen, expand, seeded
-from ppap_core.samples import SampleStore
+from ppap_core.noise import ExpertSchedule, as_seen, seeded
+from ppap_core.samples import SHARD, Recorder, SampleStore, Trajectories
 from ppap_core.view import GROW, LatentSpace, Stem
 
 B, C, H, W = 3, 5, 6, 7
@@ -101,36 +101,44 @@ def test_a_plain_guider_guides_latents_by_their_colours():
 
 
 def latent_store(folder: Path) -> SampleStore:
+    """Trajectories of a model that knows the latent from the start, and pictures of it at another size."""
     store = SampleStore(folder, {"model": "test", "seed": 0})
 
-    def generate(seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        made = torch.stack([randn(C, H, W, seed=seed) for seed in seeds])
-        return (3 * space().colours(made)).tanh(), made
-    store.fill(64, generate)
+    def generate(seeds: list[int]) -> tuple[torch.Tensor, Trajectories]:
+        recorder, made = Recorder(), torch.stack([randn(C, H, W, seed=seed) for seed in seeds])
+        for place, sigma in enumerate((20.0, 5.0, 2.0, 0.8, 0.4, 0.05)):
+            x = made + sigma * randn(*made.shape, seed=place)
+            recorder.note(x, level(sigma, x), made)
+        return picture(made), recorder.trajectories(seeds)
+    store.fill(SHARD, generate)
     return store
+
+
+def picture(latent: torch.Tensor) -> torch.Tensor:
+    return (3 * space().colours(latent)).tanh().repeat_interleave(2, 3)
 
 
 def test_a_store_keeps_what_was_diffused_beside_the_images(tmp_path: Path):
     store = latent_store(tmp_path)
-    assert store.images.shape == (64, 3, H, W) and store.latents.shape == (64, C, H, W)
-    images, diffused, sigma, noise = draw_batch(bank_of(), 1, store, 5, 6, 0)
-    assert diffused.shape == noise.shape == (6, C, H, W) and images.shape == (6, 3, H, W)
-    torch.testing.assert_close(images, (3 * space().colours(diffused)).tanh(), rtol=0, atol=0.02)
-    again = SampleStore(tmp_path, store.recipe)
-    assert torch.equal(again.latent_batch(2, 4, 1), store.latent_batch(2, 4, 1))
+    assert store.images.shape == (SHARD, 3, H, 2 * W) and store.noisy.shape == store.denoised.shape == (SHARD, 6, C, H, W)
+    predicted = draw_pairs(bank_of("denoised"), 1, store, 5, DistillConfig(batch=6))
+    noisy = draw_pairs(bank_of("noisy"), 1, store, 5, DistillConfig(batch=6))
+    assert predicted.seen.shape == noisy.seen.shape == (6, C, H, W) and predicted.images.shape == (6, 3, H, 2 * W)
+    torch.testing.assert_close(predicted.images, picture(predicted.seen), rtol=0, atol=0.02)
+    assert torch.equal(noisy.images, predicted.images) and torch.equal(noisy.sigma, predicted.sigma)
+    scale = (1 + noisy.sigma**2).sqrt()[:, None, None, None]
+    noise = (noisy.seen * scale - predicted.seen) / noisy.sigma[:, None, None, None]
+    assert abs(noise.std() - 1) < 0.1
 
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
 def test_stem_and_adapter_learn_together_and_a_resumed_run_is_the_same(tmp_path: Path, view: str):
     store, guider = latent_store(tmp_path / "store"), small_guider()
     config = DistillConfig(steps=6, batch=8, lr=3e-3)
-
-    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return x / (1 + expand(sigma, x) ** 2)
     straight, stopped = bank_of(view), bank_of(view)
     start = {name: weight.clone() for name, weight in straight.weights(1).items()}
     other = {name: weight.clone() for name, weight in straight.weights(0).items()}
-    distill_expert(guider, straight, 1, store, denoise, config)
+    distill_expert(guider, straight, 1, store, config)
     moved = {name for name, weight in straight.weights(1).items() if not torch.equal(weight, start[name])}
     assert {name for name in start if name.startswith("stem")} <= moved and len(moved) > 8
     assert same(other, straight.weights(0)), "the other expert and its stem stay as they were"
@@ -141,8 +149,8 @@ def test_stem_and_adapter_learn_together_and_a_resumed_run_is_the_same(tmp_path:
             raise KeyboardInterrupt
     file = tmp_path / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        distill_expert(guider, stopped, 1, store, denoise, config, file, stop)
-    distill_expert(guider, stopped, 1, store, denoise, config, file)
+        distill_expert(guider, stopped, 1, store, config, file, stop)
+    distill_expert(guider, stopped, 1, store, config, file)
     assert same(straight.weights(1), stopped.weights(1))
 
 
@@ -167,6 +175,11 @@ def test_a_bank_whose_colours_have_another_shape_is_refused(tmp_path: Path, name
     save_tensors(file, tensors | {name: torch.zeros(shape)}, about)
     with says(ValueError, "damaged", "colours of its latents", shape):
         load_bank(file, guider)
+
+
+def test_experts_of_latents_refuse_fresh_noise(tmp_path: Path):
+    with says(ValueError, (C, H, W), (3, H, 2 * W), "trajectories"):
+        distill_expert(small_guider(), bank_of("noisy"), 1, latent_store(tmp_path), DistillConfig(steps=2, fresh_noise=True))
 
 
 def test_stems_count_among_what_is_trained():

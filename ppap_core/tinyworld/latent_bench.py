@@ -13,13 +13,14 @@ from ..distill import DistillConfig, distill
 from ..experts import ExpertBank, LoraSpec, base_network, with_experts
 from ..files import claim, read_json, write_json
 from ..guidance import Term, guided
-from ..guider import Guider, clean
+from ..guider import Guider
 from ..metrics import FeatureStats, frechet_distance
 from ..noise import ExpertSchedule
-from ..samples import SampleStore
+from ..samples import Recorder, SampleStore, Trajectories
 from ..sampling import Denoiser, seeded_noise
-from . import TASKS
-from .latent import CHANNELS, SIZE, SPACE, as_hint, condition, depth_picture
+from . import TASKS, condition
+from .judging import score
+from .latent import CHANNELS, SIZE, SPACE, as_hint, depth_picture
 from .latent_world import GRID, LatentWorld, flow_sigmas
 from .scenes import Scenes, draw, truth
 
@@ -45,12 +46,13 @@ class LatentBench:
 
 
 def latent_store(world: LatentWorld, folder: Path, config: LatentBench, report: Report) -> SampleStore:
-    """Unconditional images and their latents, to distil from."""
+    """Unconditional images and their trajectories, to distil from."""
     store = SampleStore(folder, {"model": "tinyworld_flow", "sampler": "euler", "steps": config.steps, "seed": 70_000_000})
 
-    def generate(seeds: list[int]) -> tuple[Tensor, Tensor]:
-        latents = world.sample(seeds, flow_sigmas(config.steps), world.denoise)
-        return torch.cat([world.decode(part) for part in latents.split(16)]), latents
+    def generate(seeds: list[int]) -> tuple[Tensor, Trajectories]:
+        recorder = Recorder()
+        latents = world.sample(seeds, flow_sigmas(config.steps), recorder.listen(world.denoise))
+        return torch.cat([world.decode(part) for part in latents.split(16)]), recorder.trajectories(seeds)
     store.fill(config.store, generate, lambda have, _: report(f"samples: {have} of {config.store}"))
     return store
 
@@ -65,27 +67,8 @@ def experts(world: LatentWorld, task: str, view: str, config: LatentBench, folde
     def on_step(index: int, step: int, loss: float) -> None:
         if (step + 1) % 100 == 0:
             report(f"experts of {task}, {view} view: {index + 1} of {len(bank.schedule)}, step {step + 1}, loss {loss:.4f}")
-    distill(guider, bank, store, world.denoise, config.training, folder / f"experts_{task}_{view}", on_step)
+    distill(guider, bank, store, config.training, folder / f"experts_{task}_{view}", on_step)
     return with_experts(guider, bank)
-
-
-def score(judge: Guider, images: Tensor, scenes: Scenes) -> Tensor:
-    """How well images meet their scenes, by a judge that never guides, (B,): 1 or 0 for the class, mean absolute error of
-    the depth, mean intersection over union of wall and object."""
-    with torch.no_grad():
-        answer = judge.predict(images, clean(images))
-    if judge.task == "class":
-        return (answer.argmax(1) == scenes.label).float()
-    if judge.task == "depth":
-        return (answer - scenes.depth).abs().flatten(1).mean(1)
-    return overlap(answer.argmax(1) > 0, scenes.segmentation > 0)
-
-
-def overlap(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over object and wall of intersection over union, of masks (B, H, W) -> (B,)."""
-    ratios = [(a & b).flatten(1).sum(1) / (a | b).flatten(1).sum(1).clamp_min(1)
-              for a, b in ((found, wanted), (~found, ~wanted))]
-    return sum(ratios) / 2
 
 
 @dataclass(frozen=True)

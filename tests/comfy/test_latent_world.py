@@ -51,7 +51,7 @@ class LatentWorld:
             return (guider or self.guider).energy(images, torch.zeros(len(images)))
 
     def samples(self, kind: str, name: str) -> Any:
-        return self.comfy("PPAPGenerateSamples", name=name, count=64, steps=2, cfg=1.0, sampler_name="euler",
+        return self.comfy("PPAPGenerateSamples", name=name, count=64, steps=3, cfg=1.0, sampler_name="euler",
                           scheduler="simple", seed=0, model=self.model(kind), positive=self.nothing, vae=self.vae,
                           latent_image={"samples": torch.zeros(32, 16, HEIGHT, WIDTH)})[0]
 
@@ -98,7 +98,7 @@ def test_the_stock_checkpoint_loader_loads_the_flow_model_too(comfy, world: Late
 
 def test_the_models_are_the_core_s_networks(comfy, world: LatentWorld):
     core = comfy.pack.ppap_core.tinyworld.latent
-    x, pooled = torch.randn(2, 16, HEIGHT, WIDTH), core.condition(torch.tensor([3, -1]))
+    x, pooled = torch.randn(2, 16, HEIGHT, WIDTH), comfy.pack.ppap_core.tinyworld.condition(torch.tensor([3, -1]))
     t = torch.tensor([0.2, 0.9])
     with torch.inference_mode():
         flow = world.model("flow").model
@@ -254,9 +254,10 @@ def test_a_model_of_latents_is_distilled_for_only_with_its_vae_and_for_single_im
 
 
 def test_generated_samples_are_the_sampled_latents_and_what_the_vae_makes_of_them(comfy, world: LatentWorld):
+    """Euler's last step arrives at the last prediction."""
     store = world.samples("eps", "both").store
-    assert store.latents.shape == (64, 16, HEIGHT, WIDTH) and store.images.shape == (64, 3, 8 * HEIGHT, 8 * WIDTH)
-    samples = world.model("eps").model.process_latent_out(store.latents[:3].float())
+    assert store.denoised.shape == (64, 6, 16, HEIGHT, WIDTH) and store.images.shape == (64, 3, 8 * HEIGHT, 8 * WIDTH)
+    samples = world.model("eps").model.process_latent_out(store.denoised[:3, -1].float())
     [image] = comfy("VAEDecode", samples={"samples": samples}, vae=world.vae)
     assert (image.movedim(-1, 1) - store.images[:3] / 255).abs().max() < 0.03
 
@@ -387,7 +388,7 @@ def control(world: LatentWorld) -> Control:
 def test_the_controlnet_that_the_stock_loader_loads_is_the_core_s(comfy, control: Control):
     core = comfy.pack.ppap_core.tinyworld.latent
     x, hint = torch.randn(2, 2, 16, HEIGHT, WIDTH)
-    given, t = core.condition(torch.tensor([2, -1])), torch.tensor([0.2, 0.9])
+    given, t = comfy.pack.ppap_core.tinyworld.condition(torch.tensor([2, -1])), torch.tensor([0.2, 0.9])
     with torch.inference_mode():
         net = control.net.control_model.float()
         [theirs] = net(x, 1000 * t, y=given, context=given[:, None], hint=hint)["output"]

@@ -150,6 +150,18 @@ def test_a_guider_of_weight_0_takes_no_room(world: World, asked: list[dict]):
     assert torch.equal(needed(world, asked, model), needed(world, asked))
 
 
+def test_training_frees_all_memory_beside_the_guider_and_its_experts(world: World, asked: list[dict]):
+    import comfy.model_management as management
+
+    world.samples()
+    asked.clear()
+    guider = world.experts()
+    [training] = asked
+    assert training["memory_required"] > 1e18 and training["force_full_load"]
+    loaded = {id(each.model.model) for each in management.current_loaded_models}
+    assert {id(world.plain.net), id(guider.net)} <= loaded
+
+
 def test_more_than_a_quarter_of_the_memory_is_asked_for_one_image_only(comfy, world: World, asked: list[dict], monkeypatch):
     import comfy.model_management as management
 

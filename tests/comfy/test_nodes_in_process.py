@@ -137,13 +137,13 @@ def test_a_flow_model_is_steered_from_pure_noise_on(world: World):
     assert steered.isfinite().all() and not torch.equal(plain, steered)
 
 
-def test_a_flow_model_is_converted_there_and_back(comfy):
-    bridge, flow = comfy.pack.nodes.models, flow_sampling()
+def test_a_flow_model_is_converted_to_the_noise_of_the_core(comfy):
+    models, flow = comfy.pack.nodes.models, flow_sampling()
     x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.9])
-    there = bridge.to_ve(flow, x, t)
-    assert there[1].tolist() == pytest.approx([0.25, 9.0])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(bridge.from_ve(flow, *there), (x, t), strict=True))
-    assert float("inf") == bridge.window_of(flow, 0.0, 0.5).hi and bridge.window_of(flow, 0.0, 0.5).lo == pytest.approx(1.0)
+    noisy, sigma = models.to_ve(flow, x, t)
+    assert sigma.tolist() == pytest.approx([0.25, 9.0])
+    assert torch.allclose(noisy, x / torch.tensor([0.8, 0.1]).reshape(2, 1, 1, 1), atol=1e-5)
+    assert float("inf") == models.window_of(flow, 0.0, 0.5).hi and models.window_of(flow, 0.0, 0.5).lo == pytest.approx(1.0)
 
 
 def test_a_balanced_weight_means_the_same_for_every_guider(comfy, world: World):
@@ -371,12 +371,16 @@ def test_the_answer_of_a_network_is_chosen_and_what_it_cannot_answer_is_said(com
 def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: World):
     import comfy.model_management as management
 
-    straight = world.samples(name="straight", latent_image={"samples": torch.zeros(16, 3, 32, 32)}, count=128)
+    settings = {"latent_image": {"samples": torch.zeros(16, 3, 32, 32)}, "count": 128, "steps": 7}
+    straight = world.samples(name="straight", **settings)
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):
-        world.samples(name="stopped", latent_image={"samples": torch.zeros(16, 3, 32, 32)}, count=128)
-    stopped = world.samples(name="stopped", latent_image={"samples": torch.zeros(16, 3, 32, 32)}, count=128)
-    assert len(straight.store) == 128 and torch.equal(straight.store.images, stopped.store.images)
+        world.samples(name="stopped", **settings)
+    world.samples(name="stopped", **settings | {"count": 64})
+    stopped = world.samples(name="stopped", **settings)
+    assert len(straight.store) == 128
+    for name in ("images", "sigmas", "noisy", "denoised"):
+        assert torch.equal(getattr(straight.store, name), getattr(stopped.store, name))
 
 
 def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):

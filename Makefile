@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(BIN)/ppap demo
 
 bench: .venv/ready
-	$(BIN)/ppap bench --quick --json runs/bench/quick.json
+	$(BIN)/ppap bench --quick
 
 test: .venv/ready .venv/comfyui
 	$(BIN)/python -m pytest

@@ -12,12 +12,14 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="distil five experts on the bundled world and guide with them")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where pictures and tables go")
-    bench = commands.add_parser("bench", help="measure every way to guide on the bundled world")
-    bench.add_argument("--quick", action="store_true", help="fewer images, shorter training: under an hour on two cores")
-    bench.add_argument("--speed", action="store_true", help="instead: what a guided step costs networks of full size")
-    bench.add_argument("--latent", action="store_true", help="instead: class, depth and segmentation on the latent world")
-    bench.add_argument("--folder", type=Path, help="where finished parts are kept: runs/bench or runs/bench_quick")
-    bench.add_argument("--json", type=Path, help="also write the rows into this file")
+    bench = commands.add_parser("bench", help="measure every way to guide on the tiny world")
+    bench.add_argument("table", nargs="?", default="class",
+                       help="class, depth, segmentation, improvements, original; latent: the latent world; speed: what a "
+                            "guided step costs networks of full size")
+    bench.add_argument("--quick", action="store_true", help="class guidance in short, within 10 minutes on two cores")
+    bench.add_argument("--row", action="append", default=[], help="only this row of the table; may be given again")
+    bench.add_argument("--folder", type=Path, default=Path("runs/bench"), help="where finished parts are kept")
+    bench.add_argument("--out", type=Path, help="write table, plot and JSON here: runs/bench/<table>")
     costs = commands.add_parser("costs", help="memory, switching and time of a bank on a full-size network")
     costs.add_argument("--architecture", default="resnet50", help="a network of timm")
     costs.add_argument("--experts", type=int, default=10)
@@ -46,38 +48,33 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    if options.speed:
-        return _speed(options)
-    if options.latent:
-        return _latent(options)
-    from .files import write_json
-    from .tinyworld.bench import FULL, QUICK, bench, table
+    name = "quick" if options.quick else options.table
+    out = options.out or options.folder / name
+    if name == "speed":
+        from .speed import speed, table
 
-    folder = options.folder or Path("runs/bench_quick" if options.quick else "runs/bench")
-    rows = bench(QUICK if options.quick else FULL, folder, _clock())
-    print(table(rows))
-    if options.json:
-        write_json(options.json, rows)
+        columns = speed(_clock())
+        _write(columns, table(columns), out)
+    elif name == "latent":
+        from .tinyworld.latent_bench import LatentBench, latent_bench, table
 
+        rows = latent_bench(LatentBench(), options.folder / "latent", _clock())
+        _write(rows, table(rows), out)
+    else:
+        from .tinyworld.bench import bench, markdown, read_table, write_table
 
-def _latent(options: argparse.Namespace) -> None:
-    from .files import write_json
-    from .tinyworld.latent_bench import LatentBench, latent_bench, table
-
-    rows = latent_bench(LatentBench(), options.folder or Path("runs/bench_latent"), _clock())
-    print(table(rows))
-    if options.json:
-        write_json(options.json, rows)
+        table = read_table(name)
+        rows = bench(table, options.folder, _clock(), options.row)
+        write_table(table, rows, out)
+        print(markdown(table, rows))
 
 
-def _speed(options: argparse.Namespace) -> None:
-    from .files import write_json
-    from .speed import speed, table
+def _write(rows: list, text: str, out: Path) -> None:
+    from .files import write_bytes, write_json
 
-    columns = speed(_clock())
-    print(table(columns))
-    if options.json:
-        write_json(options.json, columns)
+    write_json(out.with_suffix(".json"), rows)
+    write_bytes(out.with_suffix(".md"), text.encode())
+    print(text)
 
 
 def _costs(options: argparse.Namespace) -> None:

@@ -50,3 +50,21 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
 def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+
+def precision_recall(found: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of found features (n, d) that lie among the real ones (m, d), and of the real that lie among the found.
+
+    A point lies among a set when it is no farther from some member than that member's k-th neighbour in the set
+    (Kynkaanniemi et al. 2019): precision says how believable images are, recall how varied.
+    """
+    found, real = found.double(), real.double()  # distances come from dot products, which lose small ones far from zero
+    return _share_among(found, real, k), _share_among(real, found, k)
+
+
+def _share_among(points: Tensor, cloud: Tensor, k: int, block: int = 1024) -> float:
+    if len(cloud) <= k:
+        raise ValueError(f"the distance to the {k}-th neighbour needs more than {k} features, got {len(cloud)}")
+    reach = torch.cat([torch.cdist(part, cloud).kthvalue(k + 1, dim=1).values for part in cloud.split(block)])  # 1st: itself
+    inside = [(torch.cdist(part, cloud) <= reach).any(1) for part in points.split(block)]
+    return float(torch.cat(inside).float().mean())

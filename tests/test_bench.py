@@ -1,55 +1,253 @@
 """The benchmark in miniature: its rows, its numbers' ranges, and that finished parts are not done again."""
 import json
+import math
+from dataclasses import fields, replace
 
 import pytest
+import torch
+from helpers import images, level, randn
 
 from ppap_core.cli import main
-from ppap_core.distill import DistillConfig
+from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.guider import Guider, clean
+from ppap_core.noise import ExpertSchedule
+from ppap_core.samples import SampleStore
 from ppap_core.tinyworld import bench as module
-from ppap_core.tinyworld.bench import BenchConfig, bench, table
+from ppap_core.tinyworld import load_denoiser, load_guider
+from ppap_core.tinyworld.bench import Row, bench, read_table, sampler, told
+from ppap_core.tinyworld.scenes import draw
+from ppap_core.tinyworld.training import Training, changes, make_guider
+from ppap_core.tinyworld.variants import VARIANTS, JointOverMarginal, Smooth
+from ppap_core.tinyworld.world import load_world
+from ppap_core.training_free import METHODS
 
-SMALL = BenchConfig(search=8, images=12, scenes=256, grid=(1, 4), steps=2, store=64, rank=2, supervised=2, repeats=1,
-                    noisy=DistillConfig(steps=2, batch=3), denoised=DistillConfig(steps=2, batch=3))
-ROWS = ["unguided", "plain_noisy", "plain_denoised", "one_expert", "experts_noisy", "experts_denoised", "supervised"]
-KEYS = {"row", "judge_accuracy", "frechet", "step_ratio", "trainable_share"}
+EDGES = [0.05, 1.0, 10.0]
+TWO = {"edges": EDGES, "steps": 2, "batch": 4, "images": 64}
+SMALL = {
+    "title": "small", "task": "class", "images": 12, "search": 8, "steps": 4, "scenes": 256, "reference": "labels",
+    "points": [{"weight": 4, "balanced": False}, {"weight": 0.5, "balanced": True}],
+    "rows": [{"row": "unguided", "way": "nothing"},
+             {"row": "plain"},
+             {"row": "elucd", "variant": "elucd"},
+             {"row": "labels", "training": {**TWO, "view": "noisy", "labels": True, "whole": True}},
+             {"row": "experts", "training": TWO},
+             {"row": "dps", "way": "dps", "points": [{"rho": 0.1}]},
+             {"row": "mpgd", "way": "mpgd", "points": [{"mu": 0.1}]},
+             {"row": "told", "way": "told", "points": [{"weight": 2}]}]}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    return folder, bench(SMALL, folder, lambda line: None)
+def tables(tmp_path_factory):
+    """A folder with the small table, in the place of the bundled ones."""
+    folder = tmp_path_factory.mktemp("tables")
+    (folder / "small.json").write_text(json.dumps(SMALL))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TABLES", folder)
+        yield folder
 
 
-def test_every_way_to_guide_has_its_row(finished):
-    _, rows = finished
-    assert [row["row"] for row in rows] == ROWS
+@pytest.fixture(scope="module")
+def finished(tables, tmp_path_factory):
+    folder, lines = tmp_path_factory.mktemp("bench"), []
+    return folder, bench(read_table("small"), folder, lines.append), lines
+
+
+def by_name(rows: list[dict]) -> dict[str, dict]:
+    return {row["row"]: row for row in rows}
+
+
+def test_every_row_is_measured_and_in_range(finished):
+    _, rows, _ = finished
+    assert [row["row"] for row in rows] == [row["row"] for row in SMALL["rows"]]
     for row in rows:
-        assert KEYS <= row.keys()
-        assert 0 <= row["judge_accuracy"] <= 1 and row["frechet"] > 0 and row["step_ratio"] > 0
+        assert row["images"] == 12 and row["frechet"] > 0 and row["time_ratio"] > 0 and math.isfinite(row["energy"])
+        assert all(0 <= row[name] <= 1 for name in ("score", "second_score", "own_score", "precision", "recall"))
 
 
-def test_the_trainable_share_is_that_of_one_expert(finished):
-    share = {row["row"]: row["trainable_share"] for row in finished[1]}
-    assert share["unguided"] == share["plain_noisy"] == share["plain_denoised"] == 0 and share["supervised"] == 1
-    assert 0 < share["experts_noisy"] == share["experts_denoised"] == share["one_expert"] < 0.2
+def test_a_search_measures_every_point_and_takes_the_best(finished):
+    rows = by_name(finished[1])
+    assert [each["setting"] for each in rows["plain"]["searched"]] == SMALL["points"]
+    best = max(rows["plain"]["searched"], key=lambda each: each["score"])
+    assert rows["plain"]["setting"] == best["setting"] and best["images"] == 8
+    assert rows["dps"]["searched"] == [] and rows["dps"]["setting"] == {"rho": 0.1}
+
+
+def test_passes_share_and_images_are_counted(finished):
+    rows = by_name(finished[1])
+    assert [rows[name]["forwards"] for name in ("unguided", "plain", "dps", "mpgd", "told")] == [4, 4, 4, 4, 8]
+    assert [rows[name]["backwards"] for name in ("unguided", "plain", "dps", "mpgd")] == [0, 0, 4, 0]
+    assert rows["plain"]["trainable_share"] == 0 and rows["labels"]["trainable_share"] == 1
+    assert 0 < rows["experts"]["trainable_share"] < 0.03, "rank 2 is what the table promises"
+    assert rows["experts"]["training_images"] == 64 and rows["labels"]["training_images"] == 2 * 2 * 4
+
+
+def test_agreement_is_nothing_with_the_reference_itself(finished):
+    rows = by_name(finished[1])
+    assert max(rows["labels"]["agreement"].values()) < 1e-6 < min(rows["plain"]["agreement"].values())
+    assert "agreement" not in rows["dps"] and "agreement" not in rows["unguided"]
 
 
 def test_what_is_finished_is_not_done_again(finished):
-    folder, rows = finished
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert bench(SMALL, folder, lambda line: None) == rows
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    folder, rows, _ = finished
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
+    again = []
+    assert bench(read_table("small"), folder, again.append) == rows and not again
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
 
 
-def test_the_command_prints_the_table_and_writes_the_rows(finished, monkeypatch, capsys, tmp_path):
-    folder, rows = finished
-    monkeypatch.setattr(module, "QUICK", SMALL)
-    main(["bench", "--quick", "--folder", str(folder), "--json", str(tmp_path / "rows.json")])
-    assert table(rows) in capsys.readouterr().out
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+def test_a_row_alone_is_the_row_of_the_whole_table(finished):
+    folder, rows, _ = finished
+    alone, = bench(read_table("small"), folder, lambda line: None, ["mpgd"])
+    assert alone == by_name(rows)["mpgd"]
+
+
+def test_the_command_writes_table_plot_and_rows(finished, capsys, tmp_path):
+    folder, rows, _ = finished
+    main(["bench", "small", "--folder", str(folder), "--out", str(tmp_path / "evidence")])
+    written = json.loads((tmp_path / "evidence.json").read_text())
+    assert written["rows"] == rows and written["table"]["rows"][4]["row"] == "experts"
+    text = (tmp_path / "evidence.md").read_text()
+    assert text in capsys.readouterr().out and text.count("\n") == 2 + len(rows) and "| mu 0.1 |" in text
+    assert (tmp_path / "evidence.png").stat().st_size > 1000
+
+
+def test_an_unknown_table_is_one_sentence_and_no_traceback(tables, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["bench", "smal", "--folder", str(tmp_path)])
+    assert error.value.code == 1 and "there is no table 'smal': expected one of small" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_one_sentence_and_no_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(["inspect", str(tmp_path / "none.safetensors")])
     assert error.value.code == 1 and "there is no file" in capsys.readouterr().err
+
+
+BUNDLED = sorted((module.Path(module.__file__).parent / "tables").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", BUNDLED, ids=lambda file: file.stem)
+def test_a_bundled_table_can_be_read_and_names_only_what_there_is(file, monkeypatch):
+    monkeypatch.setattr(module, "TABLES", file.parent)
+    table = read_table(file.stem)
+    names = [row.row for row in table.rows]
+    assert len(set(names)) == len(names) and (not table.reference or table.reference in names)
+    for row in table.rows:
+        assert row.way in {"nothing", "guidance", "told", *METHODS} and row.variant in {"", *VARIANTS} and row.points
+        if row.training.edges:
+            assert ExpertSchedule(tuple(row.training.edges))
+        if row.way in METHODS:
+            for point in row.points:
+                replace(METHODS[row.way], **row.settings, **point)
+
+
+def test_another_option_does_not_rename_a_training():
+    assert changes(Training(view="noisy", edges=(1, 2))) == {"view": "noisy", "edges": (1, 2)} and changes(Training()) == {}
+
+
+# Ways to sample
+
+def test_the_noise_for_a_scene_is_not_of_the_generator_that_draws_it():
+    world, seen = load_world(), []
+    recorded = replace(world, denoiser=lambda x, sigma: seen.append(x) or 0 * x)
+    sampler(recorded, Row("unguided", "nothing"), world.guider, {}, 1)([7], draw([7]))
+    assert not torch.allclose(seen[0][0] / 80, torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(7)), atol=1e-3)
+
+
+def test_told_with_weight_one_is_the_told_model_alone_and_more_goes_away_from_the_untold():
+    world, given = load_world(), torch.zeros(2, 16)
+    given[0, 3] = given[1, 5] = 1
+    x, sigma = 2 * randn(2, 3, 32, 32), torch.full((2,), 2.0)
+    with torch.no_grad():
+        one, two, none = (told(world, each, weight)(x, sigma).float()
+                          for each, weight in ((given, 1), (given, 2), (0 * given, 1)))
+    assert torch.allclose(two, 2 * one - none, atol=0.02) and not torch.allclose(one, none, atol=0.02)
+
+
+# Trainings
+
+def small_training(**options) -> Training:
+    return Training(**{**TWO, "edges": tuple(EDGES), **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"fresh_noise": True}, {"warm_start": True}, {"view": "noisy", "draws": 2},
+                                     {"features": 1.0}, {"labels": True}, {"labels": True, "whole": True}],
+                         ids=lambda options: ", ".join(options) or "trajectories")
+def test_every_training_moves_the_guider_and_is_read_again(options, finished, tmp_path):
+    world, report = load_world(), lambda line: None
+    (tmp_path / "samples_4").symlink_to(finished[0] / "samples_4")
+    guider, cost = make_guider(world, small_training(**options), 4, tmp_path, report)
+    again, cost_again = make_guider(world, small_training(**options), 4, tmp_path, report)
+    picture = images(2)
+    sigma = level(0.1, picture)
+    with torch.no_grad():
+        answers = [each.predict(picture, sigma) for each in (guider, again, world.guider)]
+    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2]) and cost == cost_again
+    assert guider.view == options.get("view", "denoised") and all(not each.requires_grad for each in guider.net.parameters())
+
+
+def test_a_warm_expert_starts_as_its_neighbour(finished, tmp_path):
+    world, store = load_world(), finished[0] / "samples_4"
+    (tmp_path / "samples_4").symlink_to(store)
+    guider, _ = make_guider(world, small_training(warm_start=True, lr=0.0), 4, tmp_path, lambda line: None)
+    first, second = (guider.net.weights(index) for index in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(SampleStore(store, json.loads((store / "manifest.json").read_text()))) == 64
+
+
+# Changes of a guider
+
+def test_softplus_takes_the_place_of_every_relu_and_of_nothing_else():
+    guider, picture = load_guider("class"), draw(range(4)).image
+    with torch.no_grad():
+        plain, soft, sharp = (each.predict(picture, clean(picture)) for each in
+                              (guider, VARIANTS["softplus"](guider), replace(guider, net=Smooth(guider.net, 1e4))))
+        assert not torch.allclose(plain, soft, atol=0.1) and torch.allclose(plain, sharp, atol=1e-2)
+        assert torch.equal(plain, guider.predict(picture, clean(picture))), "only inside"
+
+
+def test_elucd_with_equal_temperatures_is_the_cross_entropy():
+    guider, picture = load_guider("class").aim(torch.tensor([2])), draw(range(4)).image
+    values = {each.name: getattr(guider, each.name) for each in fields(Guider)}
+    plain = guider.energy(picture, clean(picture))
+    assert torch.allclose(JointOverMarginal(**values, marginal=1.0).energy(picture, clean(picture)), plain, atol=1e-5)
+    assert not torch.allclose(JointOverMarginal(**values).energy(picture, clean(picture)), plain, atol=0.1)
+    assert VARIANTS["elucd"](guider).aim(torch.tensor([1])).marginal == 0.5, "aiming keeps the temperatures"
+
+
+def different_experts() -> Guider:
+    guider = load_guider("class")
+    bank = ExpertBank(base_network(guider), ExpertSchedule((0.1, 1.0, 10.0)), LoraSpec(2, 2.0))
+    for index in range(2):
+        weights = bank.weights(index)
+        bank.load(index, {name: 0.05 * randn(*tensor.shape, seed=index) for name, tensor in weights.items()})
+    return with_experts(guider, bank)
+
+
+def test_blended_experts_meet_on_the_edge_and_are_themselves_away_from_it():
+    guider, picture = different_experts(), images(2)
+    blended = VARIANTS["blended"](guider)
+    with torch.no_grad():
+        for sigma in (level(0.7, picture), level(1.5, picture)):
+            assert torch.equal(blended.predict(picture, sigma), guider.predict(picture, sigma))
+        below, above = (guider.predict(picture, level(sigma, picture)) for sigma in (0.999, 1.0))
+        assert not torch.allclose(below, above, atol=1e-3)
+        for sigma in (0.9999, 1.0):
+            assert torch.allclose(blended.predict(picture, level(sigma, picture)), (below + above) / 2, atol=1e-3)
+
+
+def test_averaging_is_the_mean_over_the_same_noise_each_time():
+    guider, picture = load_guider("class"), images(2)
+    averaged = VARIANTS["averaged"](guider)
+    with torch.no_grad():
+        once, again, plain = (each.predict(picture, clean(picture)) for each in (averaged, averaged, guider))
+    assert torch.equal(once, again) and not torch.allclose(once, plain, atol=1e-3)
+    averaged.net.std = 0.0
+    with torch.no_grad():
+        assert torch.allclose(averaged.predict(picture, clean(picture)), plain, atol=1e-5)
+
+
+def test_the_bundled_denoiser_lets_gradients_through_only_where_they_are_asked_for():
+    world = replace(load_world(), denoiser=load_denoiser())
+    x, sigma = randn(1, 3, 32, 32), torch.ones(1)
+    assert not world.denoise(x, sigma).requires_grad and world.denoise(x.requires_grad_(True), sigma).requires_grad

@@ -139,7 +139,7 @@ def test_the_networks_have_as_many_weights_as_the_published(name: str, weights: 
 
 def test_the_command_prints_the_table_and_writes_the_columns(columns, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(module, "speed", lambda report: columns)
-    main(["bench", "--speed", "--json", str(tmp_path / "columns.json")])
+    main(["bench", "speed", "--out", str(tmp_path / "columns")])
     assert table(columns) in capsys.readouterr().out
     assert json.loads((tmp_path / "columns.json").read_text()) == columns
 
@@ -148,5 +148,5 @@ def test_the_command_prints_the_table_and_writes_the_columns(columns, monkeypatc
 def test_a_missing_package_is_one_sentence(package: str, tiny, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as error:
-        main(["bench", "--speed"])
+        main(["bench", "speed"])
     assert error.value.code == 1 and f"pip install {package}>=" in capsys.readouterr().err

@@ -1,179 +1,224 @@
-"""The benchmark on the tiny world: every way to guide by class, each at its own best weight, judged by a network that
-never guides."""
+"""The benchmark on the tiny world: tables of ways to guide, each at its own best setting, judged by networks that never
+guide. A table is a file in tables/: what is sampled, and the rows with what is searched for each."""
+import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..costs import ratio_in_turn
-from ..distill import DistillConfig, distill
-from ..experts import ExpertBank, LoraSpec, base_network, with_experts
-from ..files import claim, load_tensors, read_json, save_tensors, write_json
+from ..files import read_json, write_bytes, write_json
 from ..guidance import Term, guided
 from ..guider import Guider
-from ..noise import ExpertSchedule, NoiseInterval, as_seen, expand
-from ..sampling import seeded_noise
-from ..tasks import cross_entropy
-from . import SIZE
-from .scenes import draw
-from .world import World, generate_store, load_world, measure, scene_statistics
+from ..noise import as_seen, expand
+from ..plots import line_plot, save_picture
+from ..sampling import sample_euler
+from ..tasks import TASKS
+from ..training_free import METHODS, sample_training_free
+from . import SIZE, TinyDenoiser, condition, load_conditional_denoiser
+from .judging import LESS_IS_BETTER, MEASURES, Reference, judge_all, reference
+from .scenes import Scenes, draw, truth
+from .training import Report, Training, changes, make_guider, name_of
+from .variants import VARIANTS
+from .world import NOISE, World, load_world
 
-Report = Callable[[str], None]
+TABLES = Path(__file__).parent / "tables"
+SEARCHED, MEASURED = 1000, 100_000   # first scenes whose truth is asked for, in the search and at the setting it finds
+LEVELS = tuple(0.05 * 2**i for i in range(9))  # noise levels at which answers are compared
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """Everything that a result depends on, besides the weights of the world."""
+class Row:
+    """One way to guide, and the settings among which the best is searched."""
 
-    search: int = 128           # images for each weight of the grid
-    images: int = 512           # images of a row at its best weight, from other noise
-    scenes: int = 4096          # real scenes that Frechet distances are taken to
-    grid: tuple[float, ...] = (1, 2, 4, 8, 16, 32, 64)
-    steps: int = 24             # Euler steps
-    store: int = 4096           # generated images to distil from
-    edges: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0, 10.0)
-    rank: int = 16
-    noisy: DistillConfig = DistillConfig(steps=1000, batch=64, lr=2e-3)
-    denoised: DistillConfig = DistillConfig(steps=400, batch=64, lr=2e-3)
-    supervised: int = 1000      # steps of each network trained with labels
-    repeats: int = 15           # timings of a step
+    row: str
+    way: str = "guidance"  # or "nothing"; "told": classifier-free guidance; or a training-free method
+    training: Training = Training()
+    variant: str = ""      # a change of the guider, a key of VARIANTS
+    settings: dict = field(default_factory=dict)   # what is not searched, of a training-free method
+    points: tuple[dict, ...] = ({},)               # weight and balanced of guidance, weight of "told", or rho and mu
 
 
-QUICK = BenchConfig()
-FULL = BenchConfig(search=512, images=5000, scenes=20_000, grid=(0.5, 1, 2, 4, 8, 16, 32, 64), steps=32, store=20_000,
-                   noisy=DistillConfig(steps=5000, batch=64, lr=2e-3), denoised=DistillConfig(steps=2000, batch=64, lr=2e-3),
-                   supervised=5000)
+@dataclass(frozen=True)
+class Table:
+    """A table of the benchmark; everything that a result depends on, besides the weights of the world."""
+
+    title: str
+    task: str
+    rows: tuple[Row, ...]
+    images: int = 5000      # of a row at its best setting
+    search: int = 256       # images for each point of the grid, for other scenes
+    steps: int = 16         # Euler steps
+    scenes: int = 20_000    # real scenes that Frechet distances are taken to
+    reference: str = ""     # the row that answers are compared with, noise level by noise level
 
 
-class Networks(nn.Module):
-    """One whole network for each interval: what a bank avoids, here as the upper reference."""
+def read_table(name: str) -> Table:
+    """A table by its name. ValueError for any other."""
+    names = sorted(file.stem for file in TABLES.glob("*.json"))
+    if name not in names:
+        raise ValueError(f"there is no table '{name}': expected one of {', '.join(names)}")
+    about = read_json(TABLES / f"{name}.json")
+    points = about.pop("points")  # of rows that bring none of their own
 
-    def __init__(self, nets: Sequence[nn.Module], schedule: ExpertSchedule):
-        super().__init__()
-        self.nets, self.schedule = nn.ModuleList(nets), schedule
-
-    def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
-        return self.nets[self.schedule.index(float(sigma[0]))](image)
-
-
-def distilled(world: World, name: str, edges: Sequence[float], view: str, config: DistillConfig, bench: BenchConfig,
-              folder: Path, report: Report) -> Guider:
-    """The world's guider with experts distilled on the world's own images."""
-    store = generate_store(world, folder / "samples", bench.store, bench.steps, report)
-    bank = ExpertBank(base_network(world.guider), ExpertSchedule(tuple(edges)), LoraSpec(bench.rank, bench.rank), view)
-
-    def on_step(index: int, step: int, loss: float) -> None:
-        if (step + 1) % 100 == 0:
-            report(f"{name}: expert {index + 1} of {len(bank.schedule)}, step {step + 1} of {config.steps}, loss {loss:.4f}")
-
-    distill(world.guider, bank.to(world.device), store, world.denoise, config, folder / name, on_step)
-    return with_experts(world.guider, bank)
+    def row(given: dict) -> Row:
+        own = given.get("points", points if given.get("way", "guidance") == "guidance" else [{}])
+        return Row(**{**given, "training": Training(**given.get("training", {})), "points": tuple(own)})
+    return Table(**{**about, "rows": tuple(map(row, about["rows"]))})
 
 
-def supervised(world: World, bench: BenchConfig, folder: Path, report: Report) -> Guider:
-    """Five whole networks, trained with labels on noisy scenes."""
-    schedule, nets = ExpertSchedule(bench.edges), []
-    for index in range(len(schedule)):
-        file = folder / f"supervised_{index}.safetensors"
-        net = deepcopy(base_network(world.guider))
-        if not file.exists():
-            report(f"supervised: network {index + 1} of {len(schedule)}, {bench.supervised} steps")
-            fit_noisy(world, net, schedule[index], bench.supervised, first_seed=500_000_000 + index * 10_000_000)
-            save_tensors(file, net.state_dict(), {"interval": index})
-        net.load_state_dict(load_tensors(file)[0])
-        nets.append(net)
-    return replace(world.guider, net=Networks(nets, schedule), view="noisy")
+def bench(table: Table, folder: Path, report: Report, only: Sequence[str] = ()) -> list[dict]:
+    """The rows, all or some; what the folder holds already is not done again, each point of a search for itself."""
+    world, folder = load_world(table.task), Path(folder)
+    real = reference(world.class_judge, table.scenes, SIZE, world.device)
+    rows = []
+    for row in table.rows:
+        if not only or row.row in only:
+            rows.append(measured(world, table, row, real, folder, lambda line, row=row: report(f"{row.row}: {line}")))
+    return rows if only or not table.reference else with_agreement(world, table, rows, folder, report)
 
 
-def fit_noisy(world: World, net: nn.Module, interval: NoiseInterval, steps: int, first_seed: int, batch: int = 64) -> None:
-    """Train all weights of a classifier on labelled noisy scenes of one interval."""
-    optimizer = torch.optim.AdamW(net.requires_grad_(True).parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        scenes = draw(range(first_seed + step * batch, first_seed + (step + 1) * batch))
-        generator = torch.Generator().manual_seed(first_seed + step)
-        sigma = interval.sample(batch, generator)
-        noisy = scenes.image + expand(sigma, scenes.image) * torch.randn(scenes.image.shape, generator=generator)
-        seen = world.guider.preprocess(as_seen(noisy, sigma)).to(world.device)
-        loss = cross_entropy(net(seen), scenes.label.to(world.device)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    net.requires_grad_(False)
+def measured(world: World, table: Table, row: Row, real: Reference, folder: Path, report: Report) -> dict:
+    """One row: the search, and what is measured at the setting it finds."""
+    of_row = {"task": table.task, "steps": table.steps, "scenes": table.scenes, "way": row.way, "variant": row.variant,
+              "settings": row.settings, "training": changes(row.training)}
+    made: list[tuple[Guider, dict]] = []
+
+    def guider() -> tuple[Guider, dict]:
+        if not made:
+            plain, cost = make_guider(world, row.training, table.steps, folder, report)
+            made.append((VARIANTS[row.variant](plain) if row.variant else plain, cost))
+        return made[0]
+
+    def point(setting: dict, first: int, images: int) -> dict:
+        def measure() -> dict:
+            sample = sampler(world, row, guider()[0], setting, table.steps)
+            found = judge_all(sample, range(first, first + images), world.judges, world.guider, real, world.device)
+            report(f"{setting} {found.score:.3f}, Frechet {found.frechet:.1f}, {images} images")
+            return {"setting": setting, **asdict(found)}
+        return kept(folder / "measured" / f"{name_of(of_row | setting | {'first': first, 'images': images})}.json", measure)
+
+    searched = [point(setting, SEARCHED, table.search) for setting in row.points] if len(row.points) > 1 else []
+    sign = -1 if table.task in LESS_IS_BETTER else 1
+    best = max(searched, key=lambda found: sign * found["score"])["setting"] if searched else row.points[0]
+    costs = kept(folder / "costs" / f"{name_of(of_row | best)}.json",
+                 lambda: guider()[1] | cost_of(world, sampler(world, row, guider()[0], best, table.steps), table.steps))
+    return {"row": row.row, "way": row.way, "training": changes(row.training), **costs,
+            **point(best, MEASURED, table.images), "searched": searched}
 
 
-def step_ratio(world: World, guider: Guider | None, repeats: int) -> float:
-    """Seconds of a guided step of 32 images over seconds of a plain one."""
-    if guider is None:
-        return 1.0
-    x = seeded_noise(range(32), (3, SIZE, SIZE)).to(world.device)
-    sigma = x.new_full((len(x),), 0.7)
-    step = guided(world.denoise, [Term(guider.aim(torch.tensor([0])))])
-    return ratio_in_turn(lambda: step(x, sigma), lambda: world.denoise(x, sigma), repeats)
+def with_agreement(world: World, table: Table, rows: list[dict], folder: Path, report: Report) -> list[dict]:
+    """The rows, and for guiders how far they are from the table's reference."""
+    wanted = next(each for each in table.rows if each.row == table.reference).training
+    best, _ = make_guider(world, wanted, table.steps, folder, report)
+    for row, found in zip(table.rows, rows, strict=True):
+        if row.way == "guidance" and not row.variant:
+            name = name_of({"task": table.task, "steps": table.steps, "of": changes(row.training), "with": changes(wanted)})
+            guider, _ = make_guider(world, row.training, table.steps, folder, report)
+            found["agreement"] = kept(folder / "agreement" / f"{name}.json", partial(agreement, world, guider, best))
+    return rows
 
 
-def row(world: World, name: str, guider: Guider | None, share: float, bench: BenchConfig, scenes, report: Report) -> dict:
-    """Search the grid of weights by the judge's accuracy, then measure at the best one on other noise."""
-    searched = {}
-    for weight in bench.grid if guider else (0.0,):
-        found = searched[weight] = measure(world, guider, weight, range(1000, 1000 + bench.search), bench.steps, scenes)
-        report(f"{name}: weight {weight:g}, judge {found.judge_accuracy:.3f}, guider {found.guider_accuracy:.3f}, "
-               f"Frechet {found.frechet:.2f}")
-    best = max(searched, key=lambda weight: searched[weight].judge_accuracy)
-    final = measure(world, guider, best, range(100_000, 100_000 + bench.images), bench.steps, scenes)
-    return {"row": name, **asdict(final), "step_ratio": step_ratio(world, guider, bench.repeats), "trainable_share": share,
-            "weight": best, "searched": {f"{weight:g}": asdict(found) for weight, found in searched.items()}}
+def kept(file: Path, make: Callable[[], dict]) -> dict:
+    """What a file holds, made and written if it is not there."""
+    if not file.exists():
+        write_json(file, make())
+    return read_json(file)
 
 
-def bench(config: BenchConfig, folder: Path, report: Report) -> list[dict]:
-    """All rows; what the folder holds already is not done again."""
-    claim(folder, asdict(config))
-    world, folder = load_world("class"), Path(folder)
-    scenes = scene_statistics(world, config.scenes)
-    plain = world.guider
-    five = len(config.edges) - 1
-
-    def experts(name: str, edges: Sequence[float], view: str, training: DistillConfig) -> Guider:
-        return distilled(world, name, edges, view, training, config, folder, report)
-
-    rows: dict[str, Callable[[], Guider | None]] = {
-        "unguided": lambda: None,
-        "plain_noisy": lambda: replace(plain, view="noisy"),
-        "plain_denoised": lambda: plain,
-        "one_expert": lambda: experts("one_expert", (config.edges[0], config.edges[-1]), "noisy",
-                                      replace(config.noisy, steps=five * config.noisy.steps)),
-        "experts_noisy": lambda: experts("experts_noisy", config.edges, "noisy", config.noisy),
-        "experts_denoised": lambda: experts("experts_denoised", config.edges, "denoised", config.denoised),
-        "supervised": lambda: supervised(world, config, folder, report),
-    }
-    results = []
-    for name, make in rows.items():
-        file = folder / f"{name}.json"
-        if not file.exists():
-            guider = make()
-            write_json(file, row(world, name, guider, trainable_share(guider), config, scenes, report))
-        results.append(read_json(file))
-    return results
+def sampler(world: World, row: Row, guider: Guider, setting: dict, steps: int) -> Callable[[Sequence[int], Scenes], Tensor]:
+    """How a row makes images for scenes: (their numbers, the scenes) -> (B, 3, 32, 32)."""
+    def sample(numbers: Sequence[int], scenes: Scenes) -> Tensor:
+        seeds = [NOISE + number for number in numbers]
+        x, sigmas = world.start(seeds, steps)
+        if row.way == "nothing":
+            return sample_euler(world.denoise, x, sigmas)
+        if row.way == "told":
+            return sample_euler(told(world, condition(scenes.label), **setting), x, sigmas)
+        aimed = guider.aim(truth(scenes, guider.task))
+        if row.way in METHODS:
+            method = replace(METHODS[row.way], **row.settings, **setting)
+            return sample_training_free(world.denoise, aimed, x, sigmas, method, seeds)
+        return sample_euler(guided(world.denoise, [Term(aimed, **setting)]), x, sigmas)
+    return sample
 
 
-def trainable_share(guider: Guider | None) -> float:
-    """Trained weights of one expert over the weights of the plain network: 0 without training, 1 where all are trained."""
-    net = guider.net if guider else None
-    return net.trainable_share() if isinstance(net, ExpertBank) else float(isinstance(net, Networks))
+def told(world: World, given: Tensor, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Classifier-free guidance (Ho & Salimans 2022) of the denoiser's sibling that knows the class; weight 1: told only."""
+    sibling = replace(world, denoiser=conditional_denoiser(world.device))
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        with_class = sibling.denoise(x, sigma, given)
+        if weight == 1:
+            return with_class
+        return with_class.lerp(sibling.denoise(x, sigma, torch.zeros_like(given)), 1 - weight)
+    return denoise
 
 
-COLUMNS = {"row": "row", "judge_accuracy": "accuracy by the judge", "guider_accuracy": "by the guider", "frechet": "Fréchet",
-           "step_ratio": "guided / plain step", "trainable_share": "trainable share", "weight": "best weight"}
+@lru_cache
+def conditional_denoiser(device: torch.device) -> nn.Module:
+    """Read once."""
+    return load_conditional_denoiser().to(device)
 
 
-def table(rows: list[dict]) -> str:
+def cost_of(world: World, sample: Callable[[Sequence[int], Scenes], Tensor], steps: int, count: int = 32,
+            repeats: int = 3) -> dict:
+    """Passes of the denoiser for each image, and seconds over those of plain sampling, in turn."""
+    numbers, scenes = range(count), Scenes(*(part.to(world.device) for part in draw(range(count))))
+    with_way_back: list[bool] = []
+
+    def count_call(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(module, TinyDenoiser):
+            with_way_back.append(inputs[0].requires_grad)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(count_call)
+    try:
+        sample(numbers, scenes)
+    finally:
+        hook.remove()
+    ratio = ratio_in_turn(lambda: sample(numbers, scenes), lambda: world.sample(numbers, steps), repeats)
+    return {"forwards": len(with_way_back), "backwards": sum(with_way_back), "time_ratio": ratio}
+
+
+@torch.no_grad()
+def agreement(world: World, guider: Guider, wanted: Guider, scenes: int = 256) -> dict:
+    """Mean distance of a guider's answers from those of a network that was trained on noise, by noise level."""
+    image, found = draw(range(scenes)).image.to(world.device), {}
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(world.device)
+    for level in LEVELS:
+        sigma = image.new_full((scenes,), level)
+        x = image + expand(sigma, image) * noise
+        answer, best = (each.predict(as_seen(x, sigma) if each.view == "noisy" else world.denoise(x, sigma), sigma)
+                        for each in (guider, wanted))
+        found[f"{level:g}"] = float(TASKS[guider.task].distance(answer, best).mean())
+    return found
+
+
+COLUMNS = {"second_score": "by the second judge", "own_score": "by the guider", "frechet": "Fréchet",
+           "precision": "precision", "recall": "recall", "energy": "energy", "time_ratio": "time, times plain",
+           "forwards": "forward passes", "backwards": "backward passes", "trainable_share": "trained share",
+           "training_images": "training images", "training_minutes": "training minutes"}
+
+
+def markdown(table: Table, rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    lines = [f"| {table.title} | {MEASURES[table.task]} | " + " | ".join(COLUMNS.values()) + " | setting |",
+             "|---|" + "---:|" * (len(COLUMNS) + 1) + "---|"]
     for found in rows:
-        cells = [found[key] if isinstance(found[key], str) else f"{found[key]:.4g}" for key in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        numbers = [f"{found['score']:.3f}", *(f"{found[key]:.3g}" for key in COLUMNS)]
+        setting = ", ".join(f"{name} {value:g}" for name, value in found["setting"].items())
+        lines.append(f"| {found['row']} | " + " | ".join(numbers) + f" | {setting} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(table: Table, rows: list[dict], path: Path) -> None:
+    """The rows as JSON, as a Markdown table, and as a plot of every setting that was searched."""
+    write_json(path.with_suffix(".json"), {"table": json.loads(json.dumps(asdict(table))), "rows": rows})
+    write_bytes(path.with_suffix(".md"), markdown(table, rows).encode())
+    series = {found["row"]: sorted((each["frechet"], each["score"]) for each in found["searched"] or [found])
+              for found in rows}
+    save_picture(line_plot(series, table.title, "Fréchet distance, less is better", MEASURES[table.task], log_x=True,
+                           size=(640, 960)), path.with_suffix(".png"))

@@ -1,0 +1,195 @@
+"""The guiders of the benchmark: plain, distilled on the model's own images, or trained with the labels of scenes."""
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..distill import DistillConfig, distill_expert, distill_loss
+from ..experts import ExpertBank, LoraSpec, base_network, with_experts
+from ..files import load_tensors, read_json, save_tensors, write_json
+from ..guider import Guider
+from ..noise import ExpertSchedule, as_seen, expand, seeded
+from ..samples import Pairs, SampleStore, trajectory_pairs
+from ..tasks import TASKS, cross_entropy, pixel_cross_entropy
+from .scenes import draw, truth
+from .world import World, generate_store
+
+Report = Callable[[str], None]
+LABELLED = 500_000_000  # scenes from this number on are for training with labels
+
+
+def absolute_error(depth: Tensor, wanted: Tensor) -> Tensor:
+    """(B, 1, h, w) and the same -> (B,)."""
+    return (depth - wanted).abs().flatten(1).mean(1)
+
+
+COSTS = ("trainable_share", "training_images", "training_minutes")
+LOSSES = {"class": cross_entropy, "depth": absolute_error, "segmentation": pixel_cross_entropy}  # with labels
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the guider of a row came to be. Without edges it is the plain one."""
+
+    view: str = "denoised"
+    edges: tuple[float, ...] = ()
+    labels: bool = False           # of fresh scenes; else the plain network's answers on the model's own images
+    whole: bool = False            # all weights, one network for each interval; else LoRA on one frozen network
+    rank: int = 2
+    targets: tuple[str, ...] = ()  # names of the adapted layers; none: the default of LoraSpec
+    images: int = 4096             # generated images to distil from
+    fresh_noise: bool = False      # the paper's pairs; else the trajectories of the images
+    steps: int = 1000              # for each interval
+    batch: int = 64
+    lr: float = 2e-3
+    temperature: float = 1.0
+    jitter: float = 0.0            # noise on what is seen
+    warm_start: bool = False       # each expert starts as its neighbour below, not as the plain network
+    draws: int = 1                 # of noise for each answer of the teacher, in the noisy view
+    features: float = 0.0          # weight of the features before the head in the loss
+
+
+class Networks(nn.Module):
+    """One whole network for each interval: what a bank avoids, here as the upper reference."""
+
+    def __init__(self, net: nn.Module, schedule: ExpertSchedule):
+        super().__init__()
+        self.nets, self.schedule = nn.ModuleList(deepcopy(net) for _ in range(len(schedule))), schedule
+
+    def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
+        return self.nets[self.schedule.index(float(sigma[0]))](image)
+
+
+def make_guider(world: World, training: Training, steps: int, folder: Path, report: Report) -> tuple[Guider, dict]:
+    """The world's guider after a training, and what it cost; what the folder holds already is not done again.
+
+    steps: of the sampler that makes the images to distil from.
+    """
+    if not training.edges:
+        return replace(world.guider, view=training.view), dict.fromkeys(COSTS, 0)
+    schedule = ExpertSchedule(tuple(training.edges))
+    folder = folder / f"{world.guider.task}_{name_of(changes(training) | {'of': steps})}"
+    net = Networks(base_network(world.guider), schedule) if training.whole else \
+        ExpertBank(base_network(world.guider), schedule, LoraSpec(training.rank, training.rank, tuple(training.targets)),
+                   training.view)
+    net.to(world.device)
+    store = None if training.labels else generate_store(world, folder.parent / f"samples_{steps}", training.images, steps,
+                                                        report)
+    started, about, on_step = time.monotonic(), folder / "about.json", progress(schedule, training, report)
+    if store is None:
+        learn(net, training, folder, partial(label_loss, world, net, training), on_step)
+        images = training.steps * training.batch * len(schedule)
+    else:
+        images = len(store)
+        if training.draws > 1 or training.features:
+            loss = features_loss if training.features else draws_loss
+            learn(net, training, folder, partial(loss, world, net, training, store), on_step)
+        else:
+            config = DistillConfig(training.steps, training.batch, training.lr, temperature=training.temperature,
+                                   jitter=training.jitter, fresh_noise=training.fresh_noise)
+            for index in range(len(schedule)):
+                if training.warm_start and index:
+                    net.load(index, net.weights(index - 1))
+                state = folder / f"expert_{index}.state.safetensors"
+                distill_expert(world.guider, net, index, store, config, state, on_step, world.denoise)
+    if not about.exists():
+        share = 1.0 if training.whole else net.trainable_share()
+        write_json(about, dict(zip(COSTS, (share, images, (time.monotonic() - started) / 60), strict=True)))
+    guider = replace(world.guider, net=net, view=training.view) if training.whole else with_experts(world.guider, net)
+    return guider, read_json(about)
+
+
+def learn(net: nn.Module, training: Training, folder: Path, loss: Callable[[int, int], Tensor],
+          on_step: Callable[[int, int, float], None]) -> None:
+    """Train a network or an adapter for each interval to lower loss(interval, step)."""
+    for index in range(len(net.schedule)):
+        file = folder / f"weights_{index}.safetensors"
+        part = net.nets[index] if training.whole else None
+        if not file.exists():
+            with torch.enable_grad(), trainable(net, index) as parameters:
+                optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0)
+                rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
+                for step in range(training.steps):
+                    value = loss(index, step).mean()
+                    optimizer.zero_grad()
+                    value.backward()
+                    optimizer.step()
+                    rates.step()
+                    on_step(index, step, value.item())
+            save_tensors(file, part.state_dict() if part else net.weights(index), {"interval": index})
+        tensors = load_tensors(file)[0]
+        part.load_state_dict(tensors) if part else net.load(index, tensors)
+
+
+def label_loss(world: World, net: nn.Module, training: Training, index: int, step: int) -> Tensor:
+    """Of the answers for fresh noisy scenes, whose truth is exact, (B,)."""
+    first = LABELLED + (index * training.steps + step) * training.batch
+    scenes, generator = draw(range(first, first + training.batch)), seeded(LABELLED, index, step)
+    sigma = net.schedule[index].sample(training.batch, generator)
+    noisy = scenes.image + expand(sigma, scenes.image) * torch.randn(scenes.image.shape, generator=generator)
+    noisy, sigma = noisy.to(world.device), sigma.to(world.device)
+    seen = as_seen(noisy, sigma) if training.view == "noisy" else world.denoise(noisy, sigma)
+    answer = replace(world.guider, net=net).predict(seen, sigma)
+    return LOSSES[world.guider.task](answer, truth(scenes, world.guider.task).to(world.device))
+
+
+def draws_loss(world: World, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
+    """Distillation with several draws of noise for each answer of the teacher, noisy view, (B,)."""
+    generator, count = seeded(0, index, step), training.batch // training.draws
+    images = store.batch(step, count, index * 2**64).to(world.device)
+    sigma = bank.schedule[index].sample(count * training.draws, generator).to(world.device)
+    teacher, repeated = (each.repeat_interleave(training.draws, 0) for each in (world.answer(images), images))
+    noise = torch.randn(repeated.shape, generator=generator).to(world.device)
+    seen = as_seen(repeated + expand(sigma, repeated) * noise, sigma)
+    return TASKS[world.guider.task].distance(with_experts(world.guider, bank).predict(seen, sigma), teacher)
+
+
+def features_loss(world: World, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
+    """Distillation of the features before the head beside the answers, (B,)."""
+    pairs = Pairs(*(part.to(world.device) for part in
+                    trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view)))
+    prepare, base = world.guider.preprocess, base_network(world.guider)
+    with torch.no_grad():
+        wanted = base.features(prepare(pairs.images))
+    bank.select(index)
+    found = bank.net.features(prepare(pairs.seen))
+    off = (found - wanted).square().mean(1) / wanted.square().mean(1)
+    return distill_loss(world.guider, bank, pairs) + training.features * off
+
+
+@contextmanager
+def trainable(net: nn.Module, index: int) -> Iterator[list[nn.Parameter]]:
+    """The parameters of one interval, with requires_grad on."""
+    if isinstance(net, ExpertBank):
+        with net.trainable(index) as parameters:
+            yield parameters
+    else:
+        yield list(net.nets[index].requires_grad_(True).parameters())
+        net.requires_grad_(False)
+
+
+def progress(schedule: ExpertSchedule, training: Training, report: Report) -> Callable[[int, int, float], None]:
+    """A line now and then."""
+    def on_step(index: int, step: int, loss: float) -> None:
+        if (step + 1) % 100 == 0:
+            report(f"interval {index + 1} of {len(schedule)}, step {step + 1} of {training.steps}, loss {loss:.4f}")
+    return on_step
+
+
+def changes(training: Training) -> dict:
+    """What differs from the defaults: the name of a training does not change when it learns a new option."""
+    return {each.name: getattr(training, each.name) for each in fields(training)
+            if getattr(training, each.name) != each.default}
+
+
+def name_of(value: dict) -> str:
+    """A short name for plain values, the same in every process."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -220,5 +220,5 @@ def write_table(table: Table, rows: list[dict], path: Path) -> None:
     write_bytes(path.with_suffix(".md"), markdown(table, rows).encode())
     series = {found["row"]: sorted((each["frechet"], each["score"]) for each in found["searched"] or [found])
               for found in rows}
-    save_picture(line_plot(series, table.title, "Fréchet distance, less is better", MEASURES[table.task], log_x=True,
+    save_picture(line_plot(series, table.title, "Frechet distance, less is better", MEASURES[table.task], log_x=True,
                            size=(640, 960)), path.with_suffix(".png"))

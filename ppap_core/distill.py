@@ -15,7 +15,7 @@ from torch import Tensor
 from .experts import ExpertBank, with_experts
 from .files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
 from .guider import Guider, clean
-from .noise import ExpertSchedule, as_seen, expand, seeded
+from .noise import ExpertSchedule, as_seen
 from .samples import Pairs, SampleStore, fresh_pairs, trajectory_pairs
 from .sampling import Denoiser
 from .tasks import TASKS
@@ -31,7 +31,6 @@ class DistillConfig:
     seed: int = 0
     save_every: int = 100  # steps between states on disk
     temperature: float = 1.0  # of the teacher's classes; 1 changes nothing, below it sharpens (the paper: 0.25)
-    jitter: float = 0.0    # size of a noise on what is seen at high noise, less at low; 0 changes nothing
     fresh_noise: bool = False  # images under noise that is drawn anew, as in the paper; else steps that led to them
 
 
@@ -53,11 +52,7 @@ def draw_pairs(bank: ExpertBank, index: int, store: SampleStore, step: int, conf
     """What a training step learns from: a pure function of its arguments, so that a resumed run is the same run."""
     place = (store, bank.schedule, index, step, config.batch, config.seed)
     if not config.fresh_noise:
-        pairs = trajectory_pairs(*place, bank.view)
-        if not config.jitter:
-            return pairs
-        noise = torch.randn(pairs.seen.shape, generator=seeded(config.seed, index, step, 1))
-        return pairs._replace(seen=pairs.seen + config.jitter * as_seen(expand(pairs.sigma, noise) * noise, pairs.sigma))
+        return trajectory_pairs(*place, bank.view)
     if bank.view == "denoised" and denoise is None:
         raise ValueError("with fresh noise, experts of the denoised view look at the model's predictions: give the denoiser")
     return fresh_pairs(*place, as_seen if bank.view == "noisy" else denoise, next(bank.parameters()).device)

@@ -171,11 +171,11 @@ def small_training(**options) -> Training:
 
 
 @pytest.mark.parametrize("options", [{}, {"fresh_noise": True}, {"warm_start": True}, {"view": "noisy", "draws": 2},
-                                     {"features": 1.0}, {"labels": True}, {"labels": True, "whole": True}],
+                                     {"features": 1.0}, {"jitter": 0.5}, {"labels": True}, {"labels": True, "whole": True}],
                          ids=lambda options: ", ".join(options) or "trajectories")
 def test_every_training_moves_the_guider_and_is_read_again(options, finished, tmp_path):
     world, report = load_world(), lambda line: None
-    (tmp_path / "samples_4").symlink_to(finished[0] / "samples_4")
+    (tmp_path / "samples_4_64").symlink_to(finished[0] / "samples_4_64")
     guider, cost = make_guider(world, small_training(**options), 4, tmp_path, report)
     again, cost_again = make_guider(world, small_training(**options), 4, tmp_path, report)
     picture = images(2)
@@ -187,8 +187,8 @@ def test_every_training_moves_the_guider_and_is_read_again(options, finished, tm
 
 
 def test_a_warm_expert_starts_as_its_neighbour(finished, tmp_path):
-    world, store = load_world(), finished[0] / "samples_4"
-    (tmp_path / "samples_4").symlink_to(store)
+    world, store = load_world(), finished[0] / "samples_4_64"
+    (tmp_path / "samples_4_64").symlink_to(store)
     guider, _ = make_guider(world, small_training(warm_start=True, lr=0.0), 4, tmp_path, lambda line: None)
     first, second = (guider.net.weights(index) for index in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -81,30 +81,35 @@ def make_guider(world: World, training: Training, steps: int, folder: Path, repo
         ExpertBank(base_network(world.guider), schedule, LoraSpec(training.rank, training.rank, tuple(training.targets)),
                    training.view)
     net.to(world.device)
-    store = None if training.labels else generate_store(world, folder.parent / f"samples_{steps}", training.images, steps,
-                                                        report)
-    started, about, on_step = time.monotonic(), folder / "about.json", progress(schedule, training, report)
+    about, on_step = folder / "about.json", progress(schedule, training, report)
+    store = None if training.labels else generate_store(
+        world, folder.parent / f"samples_{steps}_{training.images}", training.images, steps, report)
+    started = time.monotonic()
     if store is None:
         learn(net, training, folder, partial(label_loss, world, net, training), on_step)
-        images = training.steps * training.batch * len(schedule)
     else:
-        images = len(store)
-        if training.draws > 1 or training.features:
-            loss = features_loss if training.features else draws_loss
-            learn(net, training, folder, partial(loss, world, net, training, store), on_step)
-        else:
-            config = DistillConfig(training.steps, training.batch, training.lr, temperature=training.temperature,
-                                   jitter=training.jitter, fresh_noise=training.fresh_noise)
-            for index in range(len(schedule)):
-                if training.warm_start and index:
-                    net.load(index, net.weights(index - 1))
-                state = folder / f"expert_{index}.state.safetensors"
-                distill_expert(world.guider, net, index, store, config, state, on_step, world.denoise)
+        distil(world, net, training, store, folder, on_step)
     if not about.exists():
         share = 1.0 if training.whole else net.trainable_share()
+        images = len(store) if store else training.steps * training.batch * len(schedule)
         write_json(about, dict(zip(COSTS, (share, images, (time.monotonic() - started) / 60), strict=True)))
     guider = replace(world.guider, net=net, view=training.view) if training.whole else with_experts(world.guider, net)
     return guider, read_json(about)
+
+
+def distil(world: World, bank: ExpertBank, training: Training, store: SampleStore, folder: Path,
+           on_step: Callable[[int, int, float], None]) -> None:
+    """Distil the experts as the core does, or with one of the losses below, which are here to be compared with it."""
+    if training.features or training.jitter or training.draws > 1:
+        loss = features_loss if training.features else jitter_loss if training.jitter else draws_loss
+        return learn(bank, training, folder, partial(loss, world, bank, training, store), on_step)
+    config = DistillConfig(training.steps, training.batch, training.lr, temperature=training.temperature,
+                           fresh_noise=training.fresh_noise)
+    for index in range(len(bank.schedule)):
+        if training.warm_start and index:
+            bank.load(index, bank.weights(index - 1))
+        state = folder / f"expert_{index}.state.safetensors"
+        distill_expert(world.guider, bank, index, store, config, state, on_step, world.denoise)
 
 
 def learn(net: nn.Module, training: Training, folder: Path, loss: Callable[[int, int], Tensor],
@@ -150,6 +155,14 @@ def draws_loss(world: World, bank: ExpertBank, training: Training, store: Sample
     noise = torch.randn(repeated.shape, generator=generator).to(world.device)
     seen = as_seen(repeated + expand(sigma, repeated) * noise, sigma)
     return TASKS[world.guider.task].distance(with_experts(world.guider, bank).predict(seen, sigma), teacher)
+
+
+def jitter_loss(world: World, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
+    """Distillation with noise on what is seen, as large as `jitter` at high noise and less at low, (B,)."""
+    pairs = trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view)
+    noise = torch.randn(pairs.seen.shape, generator=seeded(0, index, step, 1))
+    pairs = pairs._replace(seen=pairs.seen + training.jitter * as_seen(expand(pairs.sigma, noise) * noise, pairs.sigma))
+    return distill_loss(world.guider, bank, Pairs(*(part.to(world.device) for part in pairs)))
 
 
 def features_loss(world: World, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:

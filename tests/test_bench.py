@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from helpers import images, level, randn
+from helpers import images, level, randn, says
 
 from ppap_core.cli import main
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
@@ -115,6 +115,12 @@ def test_an_unknown_table_is_one_sentence_and_no_traceback(tables, tmp_path, cap
     with pytest.raises(SystemExit) as error:
         main(["bench", "smal", "--folder", str(tmp_path)])
     assert error.value.code == 1 and "there is no table 'smal': expected one of small" in capsys.readouterr().err
+
+
+def test_an_unknown_row_is_refused_before_anything_is_done(tables, tmp_path):
+    with says(ValueError, "'mpdg'", "unguided; plain"):
+        bench(read_table("small"), tmp_path / "bench", lambda line: None, ["mpgd", "mpdg"])
+    assert not (tmp_path / "bench").exists()
 
 
 def test_a_file_that_is_not_there_is_one_sentence_and_no_traceback(tmp_path, capsys):

@@ -71,7 +71,12 @@ def read_table(name: str) -> Table:
 
 
 def bench(table: Table, folder: Path, report: Report, only: Sequence[str] = ()) -> list[dict]:
-    """The rows, all or some; what the folder holds already is not done again, each point of a search for itself."""
+    """The rows, all or some; what the folder holds already is not done again, each point of a search for itself.
+
+    ValueError for a row that the table does not have.
+    """
+    if unknown := {*only} - {row.row for row in table.rows}:
+        raise ValueError(f"the table has no row '{min(unknown)}': expected some of {'; '.join(row.row for row in table.rows)}")
     world, folder = load_world(table.task), Path(folder)
     real = reference(world.class_judge, table.scenes, SIZE, world.device)
     rows = []

@@ -76,7 +76,8 @@ def bench(table: Table, folder: Path, report: Report, only: Sequence[str] = ()) 
     ValueError for a row that the table does not have.
     """
     if unknown := {*only} - {row.row for row in table.rows}:
-        raise ValueError(f"the table has no row '{min(unknown)}': expected some of {'; '.join(row.row for row in table.rows)}")
+        names = "; ".join(row.row for row in table.rows)
+        raise ValueError(f"the table has no row '{min(unknown)}': expected some of {names}")
     world, folder = load_world(table.task), Path(folder)
     real = reference(world.class_judge, table.scenes, SIZE, world.device)
     rows = []

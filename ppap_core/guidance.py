@@ -1,7 +1,9 @@
 """Guidance as a shift of the denoised prediction: one formula for every sampler, because samplers only ever see that.
 
 Every guider has an energy E, lower is better; for a classifier E = -log p(class | image), and the shift is classifier
-guidance (Dhariwal & Nichol 2021) written for the prediction.
+guidance (Dhariwal & Nichol 2021) written for the prediction. A guider that looks at the prediction D(x) has its gradient
+there, or through the model's Jacobian in x (Chung et al. 2023), which knows how the image can change and costs a backward
+pass of the model.
 """
 import logging
 import math
@@ -20,6 +22,7 @@ from .tasks import TASKS
 
 HALF = (torch.float16, torch.bfloat16)
 ROUNDING = 1e-6  # of an energy, or of 1 if that is more
+PullBack = Callable[[Tensor], Tensor]
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +63,12 @@ class Term:
     ramp: Callable[[float], float] = constant
     mask: Tensor | None = None  # (B|1, 1, H, W) in [0, 1] on the grid of x
     balanced: bool = False      # whether the weight is a share of what is uncertain; else it scales the gradient as it is
+    through: bool = False       # whether the gradient in the prediction goes on through the model; the noisy view has none
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the model must be differentiated through."""
+        return self.through and self.guider.view == "denoised"
 
     def strength(self, sigma: float) -> float:
         """Weight of the gradient at a noise level; 0 when the network need not run."""
@@ -85,33 +94,41 @@ class Shift(NamedTuple):
 
 
 def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Tensor, *, sigma_data: float = 0.5,
-                   max_rms: float = math.inf, compute: torch.dtype | None = None) -> Shift | None:
+                   max_rms: float = math.inf, compute: torch.dtype | None = None,
+                   pull_back: PullBack | None = None) -> Shift | None:
     """The sum of all terms' shifts, to be added to the denoised prediction, or None where no term is at work.
 
     x (B, C, H, W): the noisy state image + sigma * noise; sigma (B,), one value; denoised (B, C, H, W): the prediction.
     A guider of the noisy view judges as_seen(x):    -sigma^2 weight dE/dx (the paper; exact for an exact E).
     One of the denoised view judges the prediction:  -r^2 weight dE/d denoised, with the variance of the image given x
-    under a Gaussian prior, r^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2), so that a weight means the same in both.
+    under a Gaussian prior, r^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2), so that a weight means the same in both;
+    with `through`:                                  -sigma^2 weight dE(denoised)/dx, for which pull_back is needed.
     Balanced terms only take the direction of the gradient, for each sample alone: their shift has the root mean square
     weight * r, inside their mask, whatever the scale of the energy: a share of what is still uncertain.
 
     max_rms: upper limit for the root mean square of the summed shift of each sample, in units of the data; infinity
     changes nothing. compute: the type that the guiders' networks compute in; None or float32 changes nothing.
+    pull_back: a gradient in `denoised` -> the gradient in x, as `differentiable` gives it; called once for each such term.
     Works under torch.inference_mode(), as long as the guiders' weights were made outside of it.
     """
     level, total, readings = _common_level(sigma), None, []
+    reach = _uncertainty(level, sigma_data)
     for index, term in enumerate(terms):
         strength = term.strength(level)
         if strength == 0:
             continue
         energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
+        if term.balanced:
+            gradient = _felt(gradient, energy, reach)
+        if term.needs_model:
+            gradient = _pulled(gradient, pull_back)
         gradient = finite(gradient, term.guider.name, level)
         mask = None if term.mask is None else _mask_for(term.mask, gradient)
         if term.balanced:
-            reach = _uncertainty(level, sigma_data)
-            part = -strength * reach * _direction(_felt(gradient, energy, reach), mask)
+            part = -strength * reach * _direction(gradient, mask)
         else:
-            part = -strength * _step_size(term.guider.view, level, sigma_data) * gradient
+            in_prediction = term.guider.view == "denoised" and not term.needs_model
+            part = -strength * (reach if in_prediction else level) ** 2 * gradient
         if mask is not None:
             part = part * mask
         readings.append(Reading(index, level, energy, _rms(part)))
@@ -123,14 +140,39 @@ def guided(denoise: Denoiser, terms: Sequence[Term], *, sigma_data: float = 0.5,
            on_shift: Callable[[Shift], None] | None = None) -> Denoiser:
     """A denoiser with guidance: a denoiser again, so that guidance stacks and any sampler takes it."""
     def denoise_guided(x: Tensor, sigma: Tensor) -> Tensor:
-        denoised = denoise(x, sigma)
-        shift = guidance_shift(terms, x, sigma, denoised, sigma_data=sigma_data, max_rms=max_rms)
+        through = needs_model(terms, float(sigma.max()))
+        denoised, pull_back = differentiable(denoise, x, sigma) if through else (denoise(x, sigma), None)
+        shift = guidance_shift(terms, x, sigma, denoised, sigma_data=sigma_data, max_rms=max_rms, pull_back=pull_back)
         if shift is None:
             return denoised
         if on_shift:
             on_shift(shift)
         return denoised + shift.shift
     return denoise_guided
+
+
+def needs_model(terms: Sequence[Term], sigma: float) -> bool:
+    """Whether terms at work at a noise level need `pull_back`."""
+    return any(term.needs_model and term.strength(sigma) != 0 for term in terms)
+
+
+def differentiable(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, PullBack]:
+    """The prediction (B, C, H, W), and a function that makes a gradient in it a gradient in x: one more pass of the model.
+
+    ValueError if the denoiser lets no gradient through.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        point = x.detach().clone().requires_grad_(True)
+        denoised = denoise(point, sigma.detach().clone())
+    return denoised.detach(), pull_back_to(point, denoised)
+
+
+def pull_back_to(x: Tensor, denoised: Tensor) -> PullBack:
+    """A gradient in a prediction (B, C, H, W) -> the gradient in the x it was computed from."""
+    if not denoised.requires_grad:
+        raise ValueError("the denoiser lets no gradient through: give one that computes its prediction without "
+                         "torch.no_grad, or do not go through it: through=False in a term, rho=0 in a training-free method")
+    return lambda gradient: torch.autograd.grad(denoised, x, gradient.to(denoised), retain_graph=True)[0]
 
 
 def energy_gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
@@ -215,13 +257,17 @@ def _loss_scale(guider: Guider, point: Tensor, compute: torch.dtype | None) -> f
     return 2.0 ** (10 - round(math.log2(counted)))
 
 
-def _step_size(view: str, sigma: float, sigma_data: float) -> float:
-    return sigma**2 if view == "noisy" else _uncertainty(sigma, sigma_data) ** 2
-
-
 def _uncertainty(sigma: float, sigma_data: float) -> float:
     """Standard deviation of the data given a noisy state, under a Gaussian prior."""
     return sigma * sigma_data / math.hypot(sigma, sigma_data)
+
+
+def _pulled(gradient: Tensor, pull_back: PullBack | None) -> Tensor:
+    """A gradient in the prediction as one in x; on the way it has a size of 1, which half precision can hold."""
+    if pull_back is None:
+        raise ValueError("a term's gradient shall go through the model: expected pull_back, as differentiable() gives it")
+    size = expand(_rms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
+    return pull_back(gradient / size).to(gradient) * size
 
 
 def _felt(gradient: Tensor, energy: Tensor, reach: float) -> Tensor:

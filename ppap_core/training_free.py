@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .guidance import energy_at, finite
+from .guidance import differentiable, energy_at, finite
 from .guider import Guider, clean
 from .noise import EVERYWHERE, NoiseInterval, expand, seeded
 from .sampling import Denoiser, OnStep
@@ -137,37 +137,31 @@ def _steps(levels: list[float]) -> list[Step]:
 def _step(denoise: Denoiser, guider: Guider, x: Tensor, step: Step, method: TrainingFree,
           offsets: Offsets) -> tuple[Tensor, Tensor]:
     """The state at the next noise level, and the prediction without guidance."""
-    with torch.set_grad_enabled(method.rho != 0):
-        point = x.detach().requires_grad_(method.rho != 0)
-        denoised = denoise(point, x.new_full((len(x),), step.sigma))
-        denoised = denoised.clamp(-1, 1) if method.clip else denoised
-        if method.rho:
-            value, gradient = _energy_gradient(guider, point, denoised, offsets)
-    denoised = denoised.detach()
+    level = x.new_full((len(x),), step.sigma)
+    look = (lambda x, sigma: denoise(x, sigma).clamp(-1, 1)) if method.clip else denoise
+    denoised, pull_back = differentiable(look, x, level) if method.rho else (look(x, level), None)
     following = denoised + (x - denoised) * (step.following / step.sigma)
     if method.rho:
-        shift = RHO_RULES[method.rho_rule](step, x - denoised, value, gradient)
+        value, gradient = _energy_gradient(guider, denoised, offsets)
+        shift = RHO_RULES[method.rho_rule](step, x - denoised, value, pull_back(gradient))
         following = following - method.rho * finite(shift, guider.name, step.sigma)
     if method.mu:
         factor, share = MU_RULES[method.mu_rule](step)
         mean = denoised
         for _ in range(method.iterations):
-            with torch.enable_grad():
-                point = mean.clone().requires_grad_(True)
-                _, gradient = _energy_gradient(guider, point, point, offsets)
+            _, gradient = _energy_gradient(guider, mean, offsets)
             mean = mean - method.mu * factor * finite(gradient, guider.name, step.sigma)
         following = following + share * (mean - denoised)
     return following, denoised
 
 
-def _energy_gradient(guider: Guider, point: Tensor, image: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
-    """Energy (B,) of what was made of `point`, smoothed over its perturbations, and the gradient in `point`."""
-    if not image.requires_grad:
-        raise ValueError("the denoiser lets no gradient through, which guidance with rho needs: give one that computes its "
-                         "prediction without torch.no_grad, or set rho to 0")
-    energies = torch.stack([energy_at(guider, image + offset, clean(image)) for offset in offsets])
-    value = math.log(len(offsets)) - (-energies).logsumexp(0)
-    return value.detach(), torch.autograd.grad(value.sum(), point)[0]
+def _energy_gradient(guider: Guider, image: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
+    """Energy (B,) of images, smoothed over their perturbations, and its gradient."""
+    with torch.enable_grad():
+        point = image.clone().requires_grad_(True)
+        energies = torch.stack([energy_at(guider, point + offset, clean(point)) for offset in offsets])
+        value = math.log(len(offsets)) - (-energies).logsumexp(0)
+        return value.detach(), torch.autograd.grad(value.sum(), point)[0]
 
 
 def _noise(seeds: Sequence[int], x: Tensor, *place: int, count: int = 1) -> Tensor:

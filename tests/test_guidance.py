@@ -9,7 +9,7 @@ import torch
 from helpers import TARGETS, VIEWS, B, H, W, disturb, images, level, randn, says, small_guider
 
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
-from ppap_core.guidance import HALF, Ramp, Term, energy_gradient, guidance_shift, guided, part_of
+from ppap_core.guidance import HALF, Ramp, Term, differentiable, energy_gradient, guidance_shift, guided, part_of
 from ppap_core.guider import IgnoreSigma
 from ppap_core.noise import EVERYWHERE, ExpertSchedule, NoiseInterval, expand, flow_to_ve
 from ppap_core.rules import rule_guider
@@ -91,20 +91,43 @@ def test_the_shift_of_a_flow_model_is_the_same_step_along_its_own_state():
 
 
 @pytest.mark.parametrize("sigma", LEVELS)
+@pytest.mark.usefixtures("linear")
 def test_the_denoised_view_is_exact_for_a_gaussian_prior_and_an_energy_linear_in_the_image(sigma):
     """With prior N(0, s^2) and E = <a, image> the posterior mean moves by -Cov(image | x) a = -r^2 a."""
     spread = 0.7
     def denoise(x, sigma):
         return x * expand(spread**2 / (spread**2 + sigma**2), x)
     a, x = randn(1, 3, H, W, seed=2, dtype=torch.float64), randn(B, 3, H, W, dtype=torch.float64) * sigma
-    guider = replace(small_guider("depth"), net=lambda image, sigma: image, preprocess=lambda image: image)
-    linear = TASKS | {"linear": TASKS["depth"]._replace(loss=lambda output, target: (output * target).flatten(1).sum(1))}
-    guider = replace(guider, task="linear", target=a)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppap_core.guider.TASKS", linear)
-        out = guided(denoise, [Term(guider, 1.3)], sigma_data=spread)(x, level(sigma, x))
+    out = guided(denoise, [Term(linear_guider(a), 1.3)], sigma_data=spread)(x, level(sigma, x))
     variance = 1 / (1 / spread**2 + 1 / sigma**2)
     torch.testing.assert_close(out, denoise(x, level(sigma, x)) - 1.3 * variance * a, **EXACT)
+
+
+def linear_guider(a: torch.Tensor):
+    """E = <a, image> for the prediction."""
+    guider = replace(small_guider("depth"), net=lambda image, sigma: image, preprocess=lambda image: image)
+    return replace(guider, task="linear", target=a)
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    energy = TASKS["depth"]._replace(loss=lambda output, target: (output * target).flatten(1).sum(1))
+    monkeypatch.setattr("ppap_core.guider.TASKS", TASKS | {"linear": energy})
+
+
+@pytest.mark.parametrize("sigma", LEVELS)
+@pytest.mark.usefixtures("linear")
+def test_a_gradient_through_the_model_is_exact_for_any_gaussian_prior_and_an_energy_linear_in_the_image(sigma):
+    """With prior N(0, S) the posterior mean moves by -Cov(image | x) a, and sigma^2 dD/dx is that covariance."""
+    draws = randn(3 * 5 * 7, 20, seed=7, dtype=torch.float64)
+    covariance = draws @ draws.T / 20 + 0.01 * torch.eye(3 * 5 * 7, dtype=torch.float64)
+    gain = covariance @ torch.linalg.inv(covariance + sigma**2 * torch.eye(len(covariance), dtype=torch.float64))
+    def denoise(x, sigma):
+        return (x.flatten(1) @ gain).view_as(x)
+    a, x = randn(1, *SHAPE, seed=2, dtype=torch.float64), randn(B, *SHAPE, dtype=torch.float64) * sigma
+    out = guided(denoise, [Term(linear_guider(a), 1.3, through=True)])(x, level(sigma, x))
+    moved = (sigma**2 * a.flatten(1) @ gain).view_as(a)
+    torch.testing.assert_close(out, denoise(x, level(sigma, x)) - 1.3 * moved, rtol=0, atol=1e-10)
 
 
 # Gradients and what a guider looks at
@@ -123,6 +146,75 @@ def test_the_gradient_is_the_finite_difference_of_the_energy(view, task):
     torch.testing.assert_close(energy, moved(0), **EXACT)
     slope = (gradient * direction).flatten(1).sum(1)
     torch.testing.assert_close(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+def wavy(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """A denoiser that mixes pixels and is not linear."""
+    return torch.tanh(x.roll(1, -1) + 0.3 * x * x.flip(-2)) * expand(1 / (1 + sigma), x)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_gradient_through_the_model_is_the_finite_difference_of_the_energy_of_the_prediction(task):
+    guider = small_guider(task, "denoised", dtype=torch.float64)
+    x, sigma, _ = situation(dtype=torch.float64)
+    denoised, pull_back = differentiable(wavy, x, sigma)
+    shift = guidance_shift([Term(guider, through=True)], x, sigma, denoised, pull_back=pull_back).shift
+    direction, step = randn(B, 3, H, W, seed=4, dtype=torch.float64), 1e-5
+    def moved(by):
+        return guider.energy(wavy(x + by * direction, sigma), sigma)
+    slope = -(shift * direction).flatten(1).sum(1) / 1.5**2
+    torch.testing.assert_close(slope, (moved(step) - moved(-step)) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_gradient_through_the_model_may_be_large_or_small(share):
+    """A balanced step has the size it was given; a raw one scales with the gradient, and half precision keeps both."""
+    x, sigma, _ = situation()
+    def scaled(factor, dtype):
+        def denoise(x, sigma):
+            return (x.to(dtype) * factor).to(x)
+        return guided(denoise, [Term(small_guider(), 0.5, balanced=share, through=True)])(x, sigma) - denoise(x, sigma)
+    for factor in (1e-4, 1.0):
+        full, half = scaled(factor, torch.float32), scaled(factor, torch.float16)
+        torch.testing.assert_close(half, full, rtol=0.05, atol=0.02 * float(full.abs().max()))
+        assert full.abs().max() > 0
+
+
+@pytest.mark.parametrize("term", [Term(small_guider(), 0.0, through=True), Term(small_guider(view="noisy"), through=True),
+                                  Term(small_guider(), window=NoiseInterval(0, 0.1), through=True)])
+def test_a_model_that_need_not_be_gone_through_is_not(term):
+    x, sigma, _ = situation()
+    asked = []
+    def denoise(x, sigma):
+        asked.append(x.requires_grad)
+        return smooth(x, sigma)
+    out = guided(denoise, [term])(x, sigma)
+    assert asked == [False] and torch.equal(out, guided(smooth, [replace(term, through=False)])(x, sigma))
+
+
+def test_each_image_goes_through_the_model_for_itself():
+    x, sigma, _ = situation()
+    denoise = guided(wavy, [Term(small_guider(), 0.5, balanced=True, through=True), Term(small_guider("depth"), 2.0)])
+    together = denoise(x, sigma)
+    for i in range(B):
+        torch.testing.assert_close(denoise(x[i:i + 1], sigma[i:i + 1])[0], together[i], rtol=1e-4, atol=1e-6)
+
+
+def test_going_through_the_model_works_under_inference_mode_and_leaves_no_gradient():
+    term, (x, sigma, _) = Term(small_guider(), 0.5, balanced=True, through=True), situation()
+    expected = guided(wavy, [term])(x, sigma)
+    assert not expected.requires_grad
+    with torch.inference_mode():
+        x, sigma, _ = situation()
+        assert torch.equal(guided(wavy, [term])(x, sigma) + 0, expected)
+
+
+def test_a_model_that_cannot_be_gone_through_is_said_in_words():
+    x, sigma, denoised = situation()
+    with says(ValueError, "lets no gradient through", "torch.no_grad"):
+        guided(torch.no_grad()(smooth), [Term(small_guider(), through=True)])(x, sigma)
+    with says(ValueError, "expected pull_back"):
+        guidance_shift([Term(small_guider(), through=True)], x, sigma, denoised)
 
 
 def test_a_guider_of_the_noisy_view_does_not_look_at_the_prediction_and_the_other_not_at_the_state():

@@ -25,7 +25,7 @@ from ..ppap_core import loaders, tinyworld
 from ..ppap_core.digest import digest
 from ..ppap_core.distill import DistillConfig, distill
 from ..ppap_core.experts import ExpertBank, LoraSpec, base_network
-from ..ppap_core.guidance import Ramp, Term, constant, guidance_shift
+from ..ppap_core.guidance import Ramp, Term, constant, guidance_shift, needs_model
 from ..ppap_core.guider import Guider
 from ..ppap_core.noise import ExpertSchedule, NoiseInterval
 from ..ppap_core.plots import loss_plot
@@ -33,7 +33,15 @@ from ..ppap_core.samples import Recorder, SampleStore, Trajectories
 from ..ppap_core.sampling import seeded_noise
 from ..ppap_core.view import LatentSpace
 from . import folders, models
-from .memory import compute_type, load_to_train, patcher_of, room_for, settle
+from .memory import (
+    compute_type,
+    differentiable_networks,
+    load_to_train,
+    make_differentiable,
+    patcher_of,
+    room_for,
+    settle,
+)
 from .models import PURE_NOISE, Patcher
 from .types import GuidanceTerm, Report, Samples
 
@@ -91,6 +99,10 @@ class Run:
         self.terms, self.sigma_data, self.compute = terms, sigma_data, compute
         self.readings, self.levels, self.samples = [], set(), None
 
+    def terms_at(self, sigma: float) -> list[Term]:
+        """Where all is noise the prediction hardly depends on it, and a gradient through the model is rounding."""
+        return self.terms if sigma <= PURE_NOISE else [replace(term, through=False) for term in self.terms]
+
 
 def core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], see: See | None) -> Term:
     """A term in the units of a model's noise and on the grid of what is sampled.
@@ -103,7 +115,7 @@ def core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], see: S
     flat = low >= high or term.factor_at_start == term.factor_at_end == 1
     ramp = constant if flat else Ramp(NoiseInterval(low, high), term.factor_at_start, term.factor_at_end)
     mask = None if term.mask is None else models.mask_for(term.mask, shape)
-    return Term(replace(term.guider, see=see), term.weight, window, ramp, mask, term.balanced)
+    return Term(replace(term.guider, see=see), term.weight, window, ramp, mask, term.balanced, term.through)
 
 
 def require_same_space(guider: Guider, model: Patcher) -> None:
@@ -124,6 +136,7 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     for term in terms:
         require_same_space(term.guider, model)
     guided, runs = model.clone(), deque(maxlen=4)
+    through = any(term.through and term.weight for term in terms)
     decoder = None if vae is None or models.is_pixel(model) else models.Decoder(vae, model)
     networks = list({id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}.values())
 
@@ -144,15 +157,32 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
 
     def after_loading(executor, guider, sigmas, *args, **kwargs):
         settle(networks, sigmas.device)
+        if through:
+            make_differentiable(guider)
         return executor(guider, sigmas, *args, **kwargs)
 
+    def predict(executor, x, timestep, *args, **kwargs):
+        sigma = models.ve_level(executor.class_obj.inner_model.model_sampling, timestep[0])
+        if not needs_model(runs[-1].terms_at(sigma), sigma):
+            return executor(x, timestep, *args, **kwargs)
+        with autograd(), differentiable_networks():
+            point = x if x.requires_grad else x.clone().requires_grad_(True)  # a guidance below may have begun already
+            return executor(point, timestep.clone(), *args, **kwargs).detach()
+
     def guide(args: dict) -> Tensor:
-        denoised, run = args["denoised"], runs[-1]
-        x, sigma = models.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
+        denoised, run, sampling = args["denoised"], runs[-1], args["model"].model_sampling
+        x, sigma = models.to_ve(sampling, args["input"].detach(), args["sigma"])
         run.levels.add(float(sigma[0]))
-        frames, predicted = models.frames_as_images(x), models.frames_as_images(denoised)
-        found = guidance_shift(run.terms, frames, sigma.repeat_interleave(len(frames) // len(x)), predicted,
-                               sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute)
+
+        def pull_back(gradient: Tensor) -> Tensor:
+            gradient = models.images_as_frames(gradient, denoised)
+            [found] = torch.autograd.grad(denoised, args["input"], gradient.to(denoised), retain_graph=True)
+            return models.frames_as_images(found / models.to_ve(sampling, torch.ones_like(x), args["sigma"])[0])
+
+        frames, predicted = models.frames_as_images(x), models.frames_as_images(denoised.detach())
+        found = guidance_shift(run.terms_at(float(sigma[0])), frames, sigma.repeat_interleave(len(frames) // len(x)),
+                               predicted, sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute,
+                               pull_back=pull_back)
         if found is None:
             return denoised
         run.readings += found.readings
@@ -160,8 +190,10 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
 
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
     seen = [replace(term.guider, see=see_for(term)) for term in terms if term.weight]
-    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(seen, KEY))
+    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(seen, through, KEY))
     guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, after_loading)
+    if through:
+        guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)
     guided.set_model_sampler_post_cfg_function(guide)
     guided.set_additional_models(KEY, guided.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
     guided.set_attachments(KEY, (*applied(model), (terms, max_rms, vae, runs)))

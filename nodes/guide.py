@@ -20,6 +20,7 @@ from .types import GuidanceTerm, PPAPGuider, PPAPReport, PPAPTerms
 
 CATEGORY = "PPAP/guide"
 PICTURE, MAP = "a picture", "a map"
+IN_PREDICTION, THROUGH_MODEL = "in the prediction", "through the model"
 
 
 def limit_input() -> io.Float.Input:
@@ -218,14 +219,19 @@ class PPAPGuidanceTerm(io.ComfyNode):
                     io.Combo.Input("strength", options=["balanced", "raw"], default="balanced", optional=True,
                                    tooltip="What the weight means. balanced: in each step the image is moved by this share "
                                            "of what is still uncertain of it, whatever the guider. raw: the gradient as it "
-                                           "is, times the weight; 1 is what probability theory says, as in the paper.")],
+                                           "is, times the weight; 1 is what probability theory says, as in the paper."),
+                    io.Combo.Input("gradient", options=[IN_PREDICTION, THROUGH_MODEL], default=IN_PREDICTION, optional=True,
+                                   tooltip="How a guider that looks at the prediction moves the image. in the prediction: "
+                                           "cheap. through the model: the model says too how the image can change, which "
+                                           "is far better and asks for two to three times the time and much memory. A "
+                                           "guider of the noisy view has no use for it.")],
             outputs=[PPAPTerms.Output(display_name="terms", tooltip="This term, after those that came in.")])
 
     @classmethod
     def execute(cls, guider, weight, start_percent, end_percent, factor_at_start, factor_at_end, view, mask=None, terms=(),
-                strength="balanced"):
+                strength="balanced", gradient=IN_PREDICTION):
         term = GuidanceTerm(with_view(guider, view), weight, start_percent, end_percent, factor_at_start, factor_at_end,
-                            mask, strength == "balanced")
+                            mask, strength == "balanced", gradient == THROUGH_MODEL)
         return io.NodeOutput((*terms, term))
 
 

@@ -1,6 +1,7 @@
 """Networks under ComfyUI's memory management: loaded, differentiable, and with room for their gradients."""
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..ppap_core.memory import gradient_bytes
 
 log = logging.getLogger(__name__)
 SPARE = 1.5  # of what autograd keeps: the backward pass needs room of its own
+THROUGH = 2.0  # of that share for a gradient through the model; what it keeps depends on its kind and is not known before
+NO_WAY_BACK = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
 SHARE = 1 / 4  # of the device's memory that a gradient may ask for; what needs more is done in parts of the batch
 
 
@@ -42,6 +45,58 @@ def settle(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
             for tensor in (*net.parameters(), *net.buffers()):
                 if tensor.is_inference() or tensor.device != device:
                     tensor.data = tensor.data.to(device, copy=True)
+
+
+def make_differentiable(guider: Any) -> None:
+    """Let gradients pass through a model that is loaded for a sampling, and through the ControlNets beside it.
+
+    guider: ComfyUI's, of that sampling. Loaders make weights in inference mode, which autograd refuses for ever: they are
+    exchanged for copies that stay where they were, bit for bit.
+    """
+    beside = [guider.inner_model, *(getattr(each, "model", None) for each in guider.loaded_models)]
+    beside += [each for control in _controls(guider.conds) for each in vars(control).values()]
+    copies: dict[int, torch.Tensor] = {}  # weights that layers share stay shared
+    with torch.inference_mode(False):
+        for module in (part for net in beside if isinstance(net, torch.nn.Module) for part in net.modules()):
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if tensor is not None and tensor.is_inference():
+                        own[name] = copies.setdefault(id(tensor), _normal(tensor))
+
+
+def _controls(conds: dict) -> Iterator[comfy.controlnet.ControlBase]:
+    """ControlNets and T2I-Adapters; not all of them are loaded as models are."""
+    for control in (each["control"] for kind in conds.values() for each in kind if "control" in each):
+        while control is not None:
+            yield control
+            control = control.previous_controlnet
+
+
+@contextmanager
+def differentiable_networks():
+    """Let ComfyUI's networks take the way that they take in training, where it has one, and work in place as they do.
+
+    ValueError for a network that has no such way.
+    """
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)  # older versions have no second way, and need none
+    try:
+        management.in_training = True
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NO_WAY_BACK):
+            raise
+        raise ValueError("gradients do not pass through this model, or through something that is applied to it "
+                         f"({str(error).splitlines()[0]}): choose 'in the prediction' as gradient in Guidance "
+                         "Term") from error
+    finally:
+        management.in_training = before
+
+
+def _normal(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.detach().clone()
+    return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
 
 
 def load_to_train(networks: Sequence[torch.nn.Module]) -> None:
@@ -73,15 +128,18 @@ class Room(comfy.controlnet.ControlBase):
         return clone
 
 
-def room_for(guiders: Sequence[Guider], key: str) -> Callable:
-    """A wrapper of ComfyUI's prepare_sampling that makes room for the guiders' gradients before the model is loaded."""
+def room_for(guiders: Sequence[Guider], through: bool, key: str) -> Callable:
+    """A wrapper of ComfyUI's prepare_sampling that makes room for the guiders' gradients before the model is loaded.
+
+    through: whether gradients go through the model too, which keeps all that it computes.
+    """
     @cache
     def needed(shape: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
         return max((_memory_of(guider, shape, compute, limit) for guider in guiders), default=0.0)  # one runs after another
 
     def prepare(executor, model, noise_shape, conds: dict, *args: Any, **kwargs: Any) -> tuple:
         limit = SHARE * comfy.model_management.get_total_memory(model.load_device)
-        size = needed(_as_images(tuple(noise_shape)), compute_type(model), limit)
+        size = needed(_as_images(tuple(noise_shape)), compute_type(model), limit) + through * THROUGH * limit
         others = [each["control"].size for each in conds.get(key, [])]  # of a guidance below this one
         loaded, _, *more = executor(model, noise_shape, conds | {key: [{"control": Room(max([size, *others]))}]}, *args,
                                     **kwargs)

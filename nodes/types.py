@@ -22,6 +22,7 @@ class GuidanceTerm:
     factor_at_end: float
     mask: Any = None           # MASK (B|1, H, W) in [0, 1]
     balanced: bool = True      # whether the weight is a share of what is uncertain, or scales the gradient as it is
+    through: bool = False      # whether the gradient in the prediction goes on through the model
 
     def __post_init__(self):
         if self.start > self.end:

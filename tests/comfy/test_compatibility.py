@@ -14,6 +14,7 @@ from torch import Tensor
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 STEPS, WEIGHT = 3, 0.1
+THROUGH = {"gradient": "through the model"}
 RAW = {"strength": "raw", "weight": 8.0}  # the gradient itself, whose size tells what the guider saw
 EPS, FLOW, VIDEO = "SD 1.5", "SD 3", "Wan 2.1"
 EXTRAS = ("custom_sampler", "pag", "slg", "apg", "cfg", "mahiro", "model_advanced", "differential_diffusion", "sag",
@@ -201,6 +202,49 @@ def test_every_kind_of_model_is_steered_in_the_other_view_and_strength(bench: Be
     steered(bench, bench.scene(family), **term)
 
 
+def fused() -> bool:
+    """Whether this ComfyUI computes Cosmos-Predict2 with a kernel that has no gradient."""
+    from comfy.ldm.cosmos import predict2
+
+    return "rms_rope" in Path(predict2.__file__).read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_pass_through_every_kind_of_model_or_it_is_said_that_they_do_not(bench: Bench, family: str):
+    if family == "Cosmos-Predict2" and fused():
+        with says(ValueError, "do not pass through this model", "in the prediction"):
+            ksampler(bench, bench.guide(bench.scene(family), **THROUGH))
+    else:
+        steered(bench, bench.scene(family), **THROUGH)
+
+
+@pytest.mark.parametrize("family", [EPS, FLOW, VIDEO])
+def test_the_gradient_through_a_model_is_the_finite_difference_of_the_energy_of_its_prediction(bench: Bench, family: str):
+    """A single Euler step ends at the prediction, and x = image + sigma noise, so that dE / dnoise = sigma dE / dx."""
+    import comfy.sample
+    import comfy.samplers
+
+    scene, models = bench.scene(family), bench.comfy.pack.nodes.models
+    generator = torch.Generator().manual_seed(8)
+    noise, direction = torch.randn(2, *scene.latent["samples"].shape, generator=generator)
+    asked = dict(steps=1, cfg=4.0, sampler_name="euler", scheduler="simple", positive=scene.positive,
+                 negative=scene.negative, latent_image=torch.zeros_like(noise), denoise=0.5)
+
+    def prediction(scene: Scene, noise: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return comfy.sample.sample(scene.model, noise, **asked).double()
+
+    sigmas = comfy.samplers.KSampler(scene.model, 1, torch.device("cpu"), "euler", "simple", 0.5, {}).sigmas
+    sigma = models.ve_level(scene.model.get_model_object("model_sampling"), sigmas[0])
+    raw = {"strength": "raw", "weight": 0.3, **THROUGH}
+    inside = scene.model.model.process_latent_in
+    shift = inside(prediction(bench.guide(scene, **raw), noise)) - inside(prediction(scene, noise))
+    step = 1e-2
+    higher, lower = (bench.energy(scene, prediction(scene, noise + by * direction).float()).double().sum()
+                     for by in (step, -step))
+    assert float((shift * direction).sum()) == pytest.approx(float(-0.3 * sigma * (higher - lower) / (2 * step)), rel=0.02)
+
+
 @pytest.mark.parametrize("family", [EPS, FLOW])
 def test_a_model_that_computes_in_half_precision_is_steered(bench: Bench, network: Any, family: str):
     with torch.inference_mode():
@@ -373,9 +417,10 @@ FEATURES = {
 
 @pytest.mark.parametrize(("feature", "family"), [(name, family) for name, (_, families) in FEATURES.items()
                                                  for family in families])
-def test_guidance_and_another_feature_work_at_once(bench: Bench, feature: str, family: str):
+@pytest.mark.parametrize("term", [{}, THROUGH], ids=["", "through the model"])
+def test_guidance_and_another_feature_work_at_once(bench: Bench, feature: str, family: str, term: dict):
     scene = FEATURES[feature][0](bench, bench.scene(family))
-    both = steered(bench, scene)
+    both = steered(bench, scene, **term)
     for without, made in zip(bench.plain(family), both, strict=True):
         assert made.shape != without.shape or not torch.equal(made, without), f"{feature} has no effect"
 

@@ -13,7 +13,7 @@ from ppap_core.guider import Guider, clean
 from ppap_core.noise import ExpertSchedule
 from ppap_core.samples import SampleStore
 from ppap_core.tinyworld import bench as module
-from ppap_core.tinyworld import load_denoiser, load_guider
+from ppap_core.tinyworld import load_denoiser, load_guider, original
 from ppap_core.tinyworld.bench import Row, bench, read_table, sampler, told
 from ppap_core.tinyworld.scenes import draw
 from ppap_core.tinyworld.training import Training, changes, make_guider
@@ -177,7 +177,8 @@ def small_training(**options) -> Training:
 
 
 @pytest.mark.parametrize("options", [{}, {"fresh_noise": True}, {"warm_start": True}, {"view": "noisy", "draws": 2},
-                                     {"features": 1.0}, {"jitter": 0.5}, {"labels": True}, {"labels": True, "whole": True}],
+                                     {"features": 1.0}, {"jitter": 0.5},
+                                     {"original": True, "view": "noisy"}, {"labels": True}, {"labels": True, "whole": True}],
                          ids=lambda options: ", ".join(options) or "trajectories")
 def test_every_training_moves_the_guider_and_is_read_again(options, finished, tmp_path):
     world, report = load_world(), lambda line: None
@@ -199,6 +200,44 @@ def test_a_warm_expert_starts_as_its_neighbour(finished, tmp_path):
     first, second = (guider.net.weights(index) for index in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(SampleStore(store, json.loads((store / "manifest.json").read_text()))) == 64
+
+
+def test_the_original_carries_weights_and_moments_from_one_interval_to_the_next(finished, tmp_path, monkeypatch):
+    world = load_world()
+    (tmp_path / "samples_4_64").symlink_to(finished[0] / "samples_4_64")
+    starts, moments, adamw = [], [], torch.optim.AdamW
+
+    class Watched(adamw):
+        def load_state_dict(self, state):
+            starts.append([parameter.detach().clone() for parameter in self.param_groups[0]["params"]])
+            moments.append(len(state["state"]))
+            super().load_state_dict(state)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    guider, _ = make_guider(world, small_training(original=True), 4, tmp_path, lambda line: None)
+    assert len(guider.net.schedule) == 5 and moments == [0, *[len(starts[0])] * 4]
+    for index in range(1, 5):
+        assert all(torch.equal(*each) for each in zip(starts[index], guider.net.weights(index - 1).values(), strict=True))
+
+
+def test_the_original_sends_its_edges_to_the_lower_expert_at_four_of_its_25_steps():
+    guider = load_world().guider
+    bank = ExpertBank(base_network(guider), original.schedule(), LoraSpec(2))
+    asked, mended = [], []
+    for sigma in original.ddim_sigmas(25)[:-1]:
+        bank(images(1), sigma[None])
+        mended.append(bank.active)
+        original.LowerOnEdges(bank)(images(1), sigma[None])
+        asked.append(bank.active)
+    assert mended == [4] * 5 + [3] * 5 + [2] * 5 + [1] * 5 + [0] * 5
+    assert sum(a != b for a, b in zip(asked, mended, strict=True)) == 4 and asked == sorted(asked, reverse=True)
+
+
+def test_the_levels_of_the_original_are_those_of_its_noise_schedule():
+    sigmas = original.ddim_sigmas(25)
+    share = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    assert len(sigmas) == 26 and sigmas[-1] == 0
+    torch.testing.assert_close(1 / (1 + sigmas[:-1].double() ** 2), share[torch.arange(960, -1, -40)], rtol=1e-5, atol=0)
 
 
 # Changes of a guider

@@ -52,6 +52,7 @@ class Table:
     images: int = 5000      # of a row at its best setting
     search: int = 256       # images for each point of the grid, for other scenes
     steps: int = 16         # Euler steps
+    schedule: str = "karras"  # of their noise levels, or "ddim"
     scenes: int = 20_000    # real scenes that Frechet distances are taken to
     reference: str = ""     # the row that answers are compared with, noise level by noise level
 
@@ -99,10 +100,12 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
             made.append((VARIANTS[row.variant](plain) if row.variant else plain, cost))
         return made[0]
 
+    def sample(setting: dict) -> Callable[[Sequence[int], Scenes], Tensor]:
+        return sampler(world, row, guider()[0], setting, table.steps, table.schedule)
+
     def point(setting: dict, first: int, images: int) -> dict:
         def measure() -> dict:
-            sample = sampler(world, row, guider()[0], setting, table.steps)
-            found = judge_all(sample, range(first, first + images), world.judges, world.guider, real, world.device)
+            found = judge_all(sample(setting), range(first, first + images), world.judges, world.guider, real, world.device)
             report(f"{setting} {found.score:.3f}, Frechet {found.frechet:.1f}, {images} images")
             return {"setting": setting, **asdict(found)}
         return kept(folder / "measured" / f"{name_of(of_row | setting | {'first': first, 'images': images})}.json", measure)
@@ -111,7 +114,7 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
     sign = -1 if table.task in LESS_IS_BETTER else 1
     best = max(searched, key=lambda found: sign * found["score"])["setting"] if searched else row.points[0]
     costs = kept(folder / "costs" / f"{name_of(of_row | best)}.json",
-                 lambda: guider()[1] | cost_of(world, sampler(world, row, guider()[0], best, table.steps), table.steps))
+                 lambda: guider()[1] | cost_of(world, sample(best), table.steps))
     return {"row": row.row, "way": row.way, "training": changes(row.training), **costs,
             **point(best, MEASURED, table.images), "searched": searched}
 
@@ -135,11 +138,12 @@ def kept(file: Path, make: Callable[[], dict]) -> dict:
     return read_json(file)
 
 
-def sampler(world: World, row: Row, guider: Guider, setting: dict, steps: int) -> Callable[[Sequence[int], Scenes], Tensor]:
+def sampler(world: World, row: Row, guider: Guider, setting: dict, steps: int,
+            schedule: str = "karras") -> Callable[[Sequence[int], Scenes], Tensor]:
     """How a row makes images for scenes: (their numbers, the scenes) -> (B, 3, 32, 32)."""
     def sample(numbers: Sequence[int], scenes: Scenes) -> Tensor:
         seeds = [NOISE + number for number in numbers]
-        x, sigmas = world.start(seeds, steps)
+        x, sigmas = world.start(seeds, steps, schedule)
         if row.way == "nothing":
             return sample_euler(world.denoise, x, sigmas)
         if row.way == "told":

@@ -19,6 +19,7 @@ from ..guider import Guider
 from ..noise import ExpertSchedule, as_seen, expand, seeded
 from ..samples import Pairs, SampleStore, trajectory_pairs
 from ..tasks import TASKS, cross_entropy, pixel_cross_entropy
+from . import original
 from .scenes import draw, truth
 from .world import World, generate_store
 
@@ -55,6 +56,7 @@ class Training:
     warm_start: bool = False       # each expert starts as its neighbour below, not as the plain network
     draws: int = 1                 # of noise for each answer of the teacher, in the noisy view
     features: float = 0.0          # weight of the features before the head in the loss
+    original: bool = False         # as the original's code does it; of the above only images, steps, batch and lr count
 
 
 class Networks(nn.Module):
@@ -73,13 +75,14 @@ def make_guider(world: World, training: Training, steps: int, folder: Path, repo
 
     steps: of the sampler that makes the images to distil from.
     """
-    if not training.edges:
+    if not training.edges and not training.original:
         return replace(world.guider, view=training.view), dict.fromkeys(COSTS, 0)
-    schedule = ExpertSchedule(tuple(training.edges))
+    schedule = original.schedule() if training.original else ExpertSchedule(tuple(training.edges))
     folder = folder / f"{world.guider.task}_{name_of(changes(training) | {'of': steps})}"
+    lora = LoraSpec(original.RANK, original.ALPHA) if training.original else \
+        LoraSpec(training.rank, training.rank, tuple(training.targets))
     net = Networks(base_network(world.guider), schedule) if training.whole else \
-        ExpertBank(base_network(world.guider), schedule, LoraSpec(training.rank, training.rank, tuple(training.targets)),
-                   training.view)
+        ExpertBank(base_network(world.guider), schedule, lora, "noisy" if training.original else training.view)
     net.to(world.device)
     about, on_step = folder / "about.json", progress(schedule, training, report)
     store = None if training.labels else generate_store(
@@ -99,7 +102,12 @@ def make_guider(world: World, training: Training, steps: int, folder: Path, repo
 
 def distil(world: World, bank: ExpertBank, training: Training, store: SampleStore, folder: Path,
            on_step: Callable[[int, int, float], None]) -> None:
-    """Distil the experts as the core does, or with one of the losses below, which are here to be compared with it."""
+    """Distil the experts as the core does, or in one of the ways that are here to be compared with it."""
+    if training.original:
+        def loss(pairs: Pairs) -> Tensor:
+            return distill_loss(world.guider, bank, Pairs(*(part.to(world.device) for part in pairs)), original.TEMPERATURE)
+        return original.distil(bank, store, loss, training.steps, training.batch, training.lr, folder / "bank.safetensors",
+                               on_step)
     if training.features or training.jitter or training.draws > 1:
         loss = features_loss if training.features else jitter_loss if training.jitter else draws_loss
         return learn(bank, training, folder, partial(loss, world, bank, training, store), on_step)

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..experts import ExpertBank
 from ..guider import Guider
+from .original import lower_on_edges
 
 
 class Softplus(TorchFunctionMode):
@@ -101,4 +102,4 @@ def averaged(guider: Guider) -> Guider:
 
 
 VARIANTS: dict[str, Callable[[Guider], Guider]] = {"softplus": softplus, "elucd": elucd, "blended": blended,
-                                                      "averaged": averaged}
+                                                   "averaged": averaged, "lower on edges": lower_on_edges}

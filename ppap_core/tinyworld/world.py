@@ -1,6 +1,7 @@
 """The tiny world as one value: what the demo and the benchmark sample, guide and judge with."""
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from ..guider import Guider, clean
 from ..samples import Recorder, SampleStore, Trajectories
 from ..sampling import karras_sigmas, sample_euler, seeded_noise
 from . import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider, load_judge, load_second_judge
+from .original import ddim_sigmas
 
+SCHEDULES = {"karras": partial(karras_sigmas, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX), "ddim": ddim_sigmas}
 NOISE = 200_000_000  # the noise for a scene is that of its number + this: one generator must not draw both
 
 
@@ -35,9 +38,9 @@ class World:
         """What the plain guider says of clean images."""
         return self.guider.predict(images, clean(images))
 
-    def start(self, seeds: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
+    def start(self, seeds: Sequence[int], steps: int, schedule: str = "karras") -> tuple[Tensor, Tensor]:
         """Pure noise of the given seeds (len(seeds), 3, 32, 32), and the noise levels of so many steps."""
-        sigmas = karras_sigmas(steps, SIGMA_MIN, SIGMA_MAX)
+        sigmas = SCHEDULES[schedule](steps)
         return seeded_noise(seeds, (3, SIZE, SIZE)).to(self.device) * sigmas[0], sigmas
 
     def sample(self, seeds: Sequence[int], steps: int, terms: Sequence[Term] = ()) -> Tensor:

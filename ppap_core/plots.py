@@ -111,6 +111,27 @@ def contact_sheet(rows: dict[str, Tensor], scale: int = 3, columns: int = 8, hea
     return _image(picture)
 
 
+def scatter_panels(panels: dict[str, Tensor], truth: Tensor, columns: int = 2, side: int = 420) -> Tensor:
+    """Points in the plane (n, 2), dark, on those that they should lie among, light; each panel under its name."""
+    from PIL import Image, ImageDraw
+
+    low, high = truth.amin(0), truth.amax(0)
+    centre, reach = (low + high) / 2, 0.6 * float((high - low).max())
+    rows = -(-len(panels) // columns)
+    picture = Image.new("RGB", (columns * side, rows * (side + 24)), PAPER)
+    for index, (name, points) in enumerate(panels.items()):
+        panel = Image.new("RGB", (side, side), PAPER)
+        draw = ImageDraw.Draw(panel)
+        for cloud, ink, size in ((truth, GRID, 2), (points, colour(0), 1)):
+            place = (cloud - centre) / (2 * reach) * side + side / 2
+            for x, y in place.tolist():
+                draw.ellipse([x - size, side - y - size, x + size, side - y + size], ink)
+        left, top = index % columns * side, index // columns * (side + 24)
+        picture.paste(panel, (left, top + 24))
+        ImageDraw.Draw(picture).text((left + 8, top + 5), name, INK, _font(13))
+    return _image(picture)
+
+
 def save_picture(image: Tensor, path) -> None:
     """The first of a batch of images (B, 3, H, W) in [-1, 1] as a PNG."""
     _picture(image[0]).save(path)

@@ -14,6 +14,7 @@ ALLOWED = {  # file of ppap_core -> files of it that it may import
     "experts": "files guider noise view", "bank_file": "experts files guider noise view", "costs": "experts noise",
     "view": "", "readout": "",
     "guidance": "guider noise sampling tasks",  # not experts: a bank is just a network
+    "autoguidance": "guidance noise sampling", "lowrank": "",
     "training_free": "guidance guider noise sampling",
     "memory": "guidance guider", "speed": "guidance guider noise preprocess sampling view",
     "distill": "experts files guider noise samples sampling tasks",

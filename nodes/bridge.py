@@ -25,9 +25,9 @@ from ..ppap_core import loaders, tinyworld
 from ..ppap_core.digest import digest
 from ..ppap_core.distill import DistillConfig, distill
 from ..ppap_core.experts import ExpertBank, LoraSpec, base_network
-from ..ppap_core.guidance import Ramp, Term, constant, guidance_shift, needs_model
+from ..ppap_core.guidance import Term, guidance_shift, needs_model
 from ..ppap_core.guider import Guider
-from ..ppap_core.noise import ExpertSchedule, NoiseInterval
+from ..ppap_core.noise import ExpertSchedule
 from ..ppap_core.plots import loss_plot
 from ..ppap_core.samples import Recorder, SampleStore, Trajectories
 from ..ppap_core.sampling import seeded_noise
@@ -110,10 +110,7 @@ def core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], see: S
     see: how its guider sees what is diffused; None for pixels.
     """
     window = models.window_of(model.get_model_object("model_sampling"), term.start, term.end)
-    lowest, highest = models.sigma_range(model)
-    low, high = max(window.lo, lowest), min(window.hi, highest)
-    flat = low >= high or term.factor_at_start == term.factor_at_end == 1
-    ramp = constant if flat else Ramp(NoiseInterval(low, high), term.factor_at_start, term.factor_at_end)
+    ramp = models.ramp_for(model, window, term.factor_at_start, term.factor_at_end)
     mask = None if term.mask is None else models.mask_for(term.mask, shape)
     return Term(replace(term.guider, see=see), term.weight, window, ramp, mask, term.balanced, term.through)
 
@@ -222,6 +219,14 @@ def report_of(model: Patcher, latent: dict) -> Report:
 
 def _same(samples: Tensor | None, latent: Tensor) -> bool:
     return samples is not None and samples.shape == latent.shape and torch.equal(samples.to(latent), latent)
+
+
+def cfg_guider(model: Patcher, positive: list, negative: list, cfg: float) -> comfy.samplers.CFGGuider:
+    """ComfyUI's own guider on a model."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
 
 
 def sample_guided(model, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, *settings: Any,

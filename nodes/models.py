@@ -1,5 +1,6 @@
 """A MODEL of ComfyUI in the core's terms: its noise levels, what it diffuses, and what can be seen of that."""
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import comfy.latent_formats
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ppap_core import tinyworld
+from ..ppap_core.autoguidance import Autoguidance
 from ..ppap_core.experts import PIXELS
+from ..ppap_core.guidance import Ramp, constant
 from ..ppap_core.noise import NoiseInterval, flow_to_ve
 from ..ppap_core.tinyworld import latent as tinylatent
 from ..ppap_core.tinyworld.denoiser import SIGMA_DATA
@@ -143,6 +146,19 @@ def window_of(sampling: Any, start: float, end: float) -> NoiseInterval:
     """Shares of the sampling as noise levels: 0 takes in the highest, 1 the lowest; windows that touch do not overlap."""
     low, high = (ve_level(sampling, sampling.percent_to_sigma(share)) for share in (end, start))
     return NoiseInterval(low, float("inf") if start <= 0 else high)
+
+
+def ramp_for(model: Patcher, window: NoiseInterval, first: float, last: float) -> Callable[[float], float]:
+    """A factor that goes from `first` to `last` over what a window has of a model's noise levels."""
+    lowest, highest = sigma_range(model)
+    low, high = max(window.lo, lowest), min(window.hi, highest)
+    return constant if low >= high or first == last == 1 else Ramp(NoiseInterval(low, high), first, last)
+
+
+def autoguidance_for(model: Patcher, weight: float, start: float, end: float, first: float, last: float) -> Autoguidance:
+    """Settings in shares of the sampling as noise levels of a model."""
+    window = window_of(model.get_model_object("model_sampling"), start, end)
+    return Autoguidance(weight, window, ramp_for(model, window, first, last))
 
 
 # What is diffused

@@ -1,4 +1,4 @@
-"""The command line: ppap demo | bench | costs | inspect."""
+"""The command line: ppap demo | bench | toy | costs | inspect."""
 import argparse
 import json
 import logging
@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     bench.add_argument("--row", action="append", default=[], help="only this row of the table; may be given again")
     bench.add_argument("--folder", type=Path, default=Path("runs/bench"), help="where finished parts are kept")
     bench.add_argument("--out", type=Path, help="write table, plot and JSON here: runs/bench/<table>")
+    toy = commands.add_parser("toy", help="autoguidance on points of the plane, as a picture and in numbers")
+    toy.add_argument("--steps", type=int, default=2048, help="training steps of the good model")
+    toy.add_argument("--out", type=Path, default=Path("runs/toy.png"), help="where the picture goes")
     costs = commands.add_parser("costs", help="memory, switching and time of a bank on a full-size network")
     costs.add_argument("--architecture", default="resnet50", help="a network of timm")
     costs.add_argument("--experts", type=int, default=10)
@@ -29,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        {"demo": _demo, "bench": _bench, "costs": _costs, "inspect": _inspect}[options.command](options)
+        {"demo": _demo, "bench": _bench, "toy": _toy, "costs": _costs, "inspect": _inspect}[options.command](options)
     except (OSError, ValueError, ImportError) as error:
         parser.exit(1, f"ppap: {error}\n")
 
@@ -75,6 +78,17 @@ def _write(rows: list, text: str, out: Path) -> None:
     write_json(out.with_suffix(".json"), rows)
     write_bytes(out.with_suffix(".md"), text.encode())
     print(text)
+
+
+def _toy(options: argparse.Namespace) -> None:
+    from .plots import save_picture
+    from .tinyworld.toy2d import panels, picture
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    found = panels(options.steps)
+    save_picture(picture(found), options.out)
+    for name, each in found.items():
+        print(f"{name}: {each.outliers:.1%} outside, {each.overlap:.0%} of the branches met")
 
 
 def _costs(options: argparse.Namespace) -> None:

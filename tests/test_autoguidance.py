@@ -6,6 +6,7 @@ import torch
 from helpers import images, level, randn, small_guider
 
 from ppap_core.autoguidance import Autoguidance, autoguided, away
+from ppap_core.cli import main
 from ppap_core.guidance import Ramp, Term, guided
 from ppap_core.noise import NoiseInterval
 from ppap_core.tinyworld import toy2d
@@ -103,6 +104,13 @@ def test_autoguidance_removes_outliers_and_keeps_the_branches_where_classifier_f
     none, free, interval, auto = found.values()
     assert auto.outliers < 0.6 * none.outliers and free.outliers > none.outliers
     assert auto.overlap > free.overlap + 0.1 and auto.overlap > 0.8 * none.overlap - 0.15
+
+
+def test_the_command_writes_the_picture_and_says_the_numbers(tmp_path, capsys):
+    main(["toy", "--steps", "24", "--out", str(tmp_path / "new" / "toy.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all("% outside" in line and "branches met" in line for line in lines)
+    assert (tmp_path / "new" / "toy.png").stat().st_size > 1000
 
 
 def test_the_toy_is_the_same_each_time_and_can_be_stopped(found):

@@ -1,0 +1,92 @@
+"""Nodes of autoguidance: guide a model with a bad version of itself."""
+from comfy_api.latest import io
+
+from ..ppap_core.tinyworld import toy2d
+from . import bridge
+from .bad_model import apply_autoguidance
+from .models import Patcher, autoguidance_for
+
+CATEGORY = "PPAP/autoguidance"
+
+
+def guidance_inputs() -> list[io.Input]:
+    return [io.Model.Input("model", tooltip="The good model."),
+            io.Model.Input("bad_model",
+                           tooltip="A weaker version of it: less trained or smaller, by the same data. An earlier "
+                                   "checkpoint, a smaller sibling, or the same model with an earlier or weaker LoRA; that "
+                                   "costs no memory."),
+            io.Float.Input("weight", default=2.0, min=0.0, max=100.0, step=0.05,
+                           tooltip="How far away from the bad model; 1.5 to 3 is usual. Neutral: 1, the bad model is not "
+                                   "even asked."),
+            io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
+                           tooltip="Share of the noise schedule at which it begins. Neutral: 0, from the start."),
+            io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
+                           tooltip="Share of the noise schedule at which it ends. Neutral: 1, to the end."),
+            io.Float.Input("factor_at_start", default=1.0, min=0.0, max=100.0, step=0.05,
+                           tooltip="Factor of what the weight has above 1, where it begins. Neutral: 1."),
+            io.Float.Input("factor_at_end", default=1.0, min=0.0, max=100.0, step=0.05,
+                           tooltip="Factor of that where it ends, in between it changes evenly. Neutral: 1.")]
+
+
+def guided_model(model: Patcher, bad_model: Patcher, weight: float, *place: float) -> Patcher:
+    """The model as it came at weight 1."""
+    if weight == 1:
+        return model
+    return apply_autoguidance(model, bad_model, lambda patched: autoguidance_for(patched, weight, *place))
+
+
+class PPAPAutoguidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPAutoguidance", display_name="Autoguidance", category=CATEGORY,
+            description="A model that is guided away from a bad version of itself: better images, and as many kinds of "
+                        "them. For every sampler; cfg goes on working beside it. Put it after nodes that change CFG.",
+            inputs=guidance_inputs(),
+            outputs=[io.Model.Output(tooltip="The guided model; the ones that came in stay as they were.")])
+
+    @classmethod
+    def execute(cls, model, bad_model, weight, start_percent, end_percent, factor_at_start, factor_at_end):
+        return io.NodeOutput(guided_model(model, bad_model, weight, start_percent, end_percent, factor_at_start,
+                                          factor_at_end))
+
+
+class PPAPAutoguidanceGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPAutoguidanceGuider", display_name="Autoguidance Guider", category=CATEGORY,
+            description="Autoguidance as a guider for SamplerCustomAdvanced.",
+            inputs=[*guidance_inputs(),
+                    io.Conditioning.Input("positive", tooltip="What both models are asked for."),
+                    io.Conditioning.Input("negative", tooltip="What the good model is asked to avoid, if cfg is not 1."),
+                    io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+                                   tooltip="Classifier-free guidance beside it. Neutral: 1.")],
+            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")])
+
+    @classmethod
+    def execute(cls, model, bad_model, weight, start_percent, end_percent, factor_at_start, factor_at_end, positive,
+                negative, cfg):
+        guided = guided_model(model, bad_model, weight, start_percent, end_percent, factor_at_start, factor_at_end)
+        return io.NodeOutput(bridge.cfg_guider(guided, positive, negative, cfg))
+
+
+class PPAPAutoguidanceToy(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPAutoguidanceToy", display_name="Autoguidance Toy", category=CATEGORY,
+            description="Why it works, in one picture: points of the plane that should lie on a tree, without guidance, "
+                        "by classifier-free guidance, by that in an interval, and by autoguidance. Trains three small "
+                        "networks on the spot, in less than a minute.",
+            inputs=[io.Int.Input("steps", default=2048, min=64, max=100_000, tooltip="Training steps of the good model.")],
+            outputs=[io.Image.Output(tooltip="The four panels, with the share of points outside the tree and of its "
+                                             "branches that are met.")])
+
+    @classmethod
+    def execute(cls, steps):
+        report = bridge.progress_in_shares()
+        return io.NodeOutput(bridge.image_to_comfy(toy2d.picture(toy2d.panels(steps, on_step=report))))
+
+
+NODES = [PPAPAutoguidance, PPAPAutoguidanceGuider, PPAPAutoguidanceToy]

@@ -1,0 +1,174 @@
+"""Autoguidance with ComfyUI's own kinds of models: the formula, bad models of every make, memory, and company."""
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import says
+from small_models import FAMILIES, lora, small
+from test_compatibility import EPS, FEATURES, FLOW, MIXING, VIDEO, Bench, Scene, bench, ksampler, with_guider, with_lora
+from torch import Tensor
+
+__all__ = ["bench"]  # a fixture
+KINDS = [EPS, "SDXL", FLOW, "Flux", VIDEO]
+
+
+def sibling(family: str) -> Any:
+    """A MODEL of the same kind with other weights."""
+    with torch.inference_mode():
+        model = small(family).model
+        generator = torch.Generator().manual_seed(1)
+        for tensor in model.model.diffusion_model.state_dict().values():
+            tensor.add_(0.2 * tensor.abs().mean() * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def with_strength(scene: Scene, strength: float) -> Any:
+    """The MODEL with a LoRA."""
+    import comfy.sd
+
+    return comfy.sd.load_lora_for_models(scene.model, None, lora(scene.model), strength, 0.0)[0]
+
+
+def guided(bench: Bench, scene: Scene, bad: Any, weight: float = 2.5, **changes: float) -> Scene:
+    """The scene with autoguidance on its model."""
+    place = {"start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0, "factor_at_end": 1.0} | changes
+    return bench.patch(scene, "PPAPAutoguidance", bad_model=bad, weight=weight, **place)
+
+
+def once(bench: Bench, scene: Scene, **changes: Any) -> Tensor:
+    """The prediction: where a single Euler step ends, as the model has it inside."""
+    out = ksampler(bench, replace(scene, steps=1, denoise=0.5, **changes))
+    return scene.model.model.process_latent_in(out)
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_the_prediction_is_the_published_combination(bench: Bench, family: str, cfg: float):
+    """D + (w_c - 1)(D - D_bad), and with CFG its own part: all predictions at one noisy image."""
+    scene, bad = bench.scene(family), sibling(family)
+    good, worse = once(bench, scene, cfg=1.0), once(bench, replace(scene, model=bad), cfg=1.0)
+    expected = once(bench, scene, cfg=cfg) + 1.5 * (good - worse)
+    found = once(bench, guided(bench, scene, bad), cfg=cfg)
+    assert (good - worse).abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(("good", "bad"), [(0.0, 1.0), (1.0, 0.4), (0.7, 0.0)])
+def test_the_same_weights_with_other_loras_predict_as_weights_of_their_own_do(bench: Bench, family: str, good: float,
+                                                                             bad: float):
+    scene = replace(bench.scene(family), model=with_strength(bench.scene(family), good))
+    with torch.inference_mode():
+        apart = replace(bench.scene(family), model=small(family).model)
+    shared = ksampler(bench, guided(bench, scene, with_strength(bench.scene(family), bad)))
+    separate = ksampler(bench, guided(bench, scene, with_strength(apart, bad)))
+    torch.testing.assert_close(shared, separate, rtol=1e-3, atol=1e-3 * float(separate.abs().max()))
+    assert (shared - ksampler(bench, scene)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", [EPS, FLOW])
+def test_a_neutral_value_changes_no_bit(bench: Bench, family: str):
+    scene, bad = bench.scene(family), with_strength(bench.scene(family), 1.0)
+    plain = ksampler(bench, scene)
+    for neutral in ({"weight": 1.0}, {"start_percent": 0.4, "end_percent": 0.4},
+                    {"factor_at_start": 0.0, "factor_at_end": 0.0}):
+        assert torch.equal(ksampler(bench, guided(bench, scene, bad, **neutral)), plain), neutral
+    assert not torch.equal(ksampler(bench, guided(bench, scene, bad)), plain)
+    assert torch.equal(ksampler(bench, scene), plain), "the good model is not what it was"
+
+
+@pytest.mark.parametrize("family", [EPS, FLOW])
+def test_an_interval_is_a_part_of_the_schedule(bench: Bench, family: str):
+    scene, bad = replace(bench.scene(family), steps=4), sibling(family)
+    whole, first, last = (ksampler(bench, guided(bench, scene, bad, start_percent=start, end_percent=end))
+                          for start, end in ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0)))
+    assert not torch.equal(first, last) and not torch.equal(first, whole) and not torch.equal(last, whole)
+
+
+@pytest.mark.parametrize("make", [sibling, lambda family: None], ids=["own weights", "LoRA"])
+def test_the_guider_does_what_the_patch_does(bench: Bench, make: Callable):
+    scene = bench.scene(FLOW)
+    bad = make(FLOW) or with_strength(scene, 1.0)
+    place = {"start_percent": 0.0, "end_percent": 0.8, "factor_at_start": 1.0, "factor_at_end": 0.5}
+    through_guider = with_guider(bench, scene, "PPAPAutoguidanceGuider", bad_model=bad, weight=2.0, positive=scene.positive,
+                                 negative=scene.negative, cfg=scene.cfg, **place)
+    assert torch.equal(through_guider, ksampler(bench, guided(bench, scene, bad, 2.0, **place)))
+
+
+def test_a_lora_after_the_node_belongs_to_the_good_model(bench: Bench):
+    scene, bad = bench.scene(FLOW), sibling(FLOW)
+    before = ksampler(bench, guided(bench, with_lora(bench, scene), bad))
+    assert torch.equal(before, ksampler(bench, with_lora(bench, guided(bench, scene, bad))))
+
+
+@pytest.mark.parametrize(("feature", "family"), [(name, family) for name, (_, families) in FEATURES.items()
+                                                 for family in families if name not in MIXING])
+@pytest.mark.parametrize("kind", ["own weights", "LoRA"])
+def test_autoguidance_and_another_feature_work_at_once(bench: Bench, feature: str, family: str, kind: str):
+    plain = bench.scene(family)
+    scene = FEATURES[feature][0](bench, plain)
+    bad = sibling(family) if kind == "own weights" else with_strength(plain, 0.5)
+    alone, both = ksampler(bench, scene), ksampler(bench, guided(bench, scene, bad))
+    assert both.isfinite().all() and not torch.equal(alone, both)
+    assert torch.equal(ksampler(bench, guided(bench, scene, bad, 1.0)), alone)
+    assert torch.equal(ksampler(bench, scene), alone), "something is left behind"
+
+
+@pytest.mark.parametrize("family", [EPS, FLOW])
+@pytest.mark.parametrize("kind", ["own weights", "LoRA"])
+def test_guidance_by_a_network_goes_through_both_models(bench: Bench, family: str, kind: str):
+    scene = bench.scene(family)
+    bad = sibling(family) if kind == "own weights" else with_strength(scene, 0.5)
+    auto = guided(bench, scene, bad, 1.5)
+    for way in ("in the prediction", "through the model"):
+        steered = ksampler(bench, bench.guide(auto, gradient=way))
+        assert bench.energy(scene, steered).mean() < bench.energy(scene, ksampler(bench, auto)).mean()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_model_can_be_guided_by_its_sibling(bench: Bench, family: str):
+    scene = bench.scene(family)
+    found = ksampler(bench, guided(bench, scene, sibling(family)))
+    assert found.isfinite().all() and not torch.equal(found, ksampler(bench, scene))
+
+
+def test_a_bad_model_made_by_a_lora_needs_hardly_any_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """What is loaded while it is asked, and what works beside, over the good model alone."""
+    import comfy.model_management as management
+    import comfy.sd
+
+    scene, module = bench.scene(FLOW), bench.comfy.pack.nodes.bad_model
+    [bad, _] = comfy.sd.load_lora_for_models(scene.model, None, lora(scene.model, rank=1), 0.5, 0.0)
+    changes, needed, difference, predict = [], [], module.difference, module.predict
+
+    def watched(*args: Any) -> Tensor:
+        parts = [part for layer in changes[-1].values() for part in layer]
+        extra = sum(each.numel() * each.element_size() for part in parts for each in (part.up, part.down))
+        needed.append(extra + sum(each.model_memory() for each in management.current_loaded_models))
+        return predict(*args)
+
+    monkeypatch.setattr(module, "difference", lambda *args: changes.append(difference(*args)) or changes[-1])
+    monkeypatch.setattr(module, "predict", watched)
+    management.unload_all_models()
+    ksampler(bench, guided(bench, scene, bad))
+    assert needed and scene.model.model_size() < max(needed) <= 1.1 * scene.model.model_size()
+
+
+def test_what_is_no_bad_model_is_said_in_words(bench: Bench):
+    scene = bench.scene(FLOW)
+    with says(ValueError, "the bad model is the model itself"):
+        ksampler(bench, guided(bench, scene, scene.model))
+    with says(ValueError, "another kind", "SD15"):
+        guided(bench, scene, bench.scene(EPS).model)
+    other = scene.model.clone()
+    key = next(key for key in scene.model.model.state_dict() if key.endswith(".weight"))
+    other.add_patches({key: ("diff", (torch.ones_like(scene.model.model.state_dict()[key]),))})
+    with says(ValueError, "no plain LoRA", "a file of its own"):
+        ksampler(bench, guided(bench, scene, other))
+
+
+def test_the_toy_is_a_picture(bench: Bench):
+    [picture] = bench.comfy("PPAPAutoguidanceToy", steps=64)
+    assert picture.shape == (1, 888, 840, 3) and picture.std() > 0.05

@@ -4,18 +4,18 @@ the image is still noise.
 Knowledge transfer of PPAP (Go et al. 2023), with experts that do not depend on one another. The paper puts fresh noise on
 finished images; here an expert sees the steps that the model took on its way to the image, and so learns where a way leads.
 """
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .experts import ExpertBank, with_experts
-from .files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
 from .guider import Guider, clean
 from .noise import ExpertSchedule, as_seen
+from .optimise import optimise
 from .samples import Pairs, SampleStore, fresh_pairs, trajectory_pairs
 from .sampling import Denoiser
 from .tasks import TASKS
@@ -67,31 +67,16 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
     only loaded. on_step(index, step, loss) may raise to stop: the state is saved first, and going on later gives the
     same expert as a run without a stop. denoise: the model, which only fresh noise in the denoised view needs.
     """
-    about = _about(guider, bank, index, store, config)
-    with torch.inference_mode(False), torch.enable_grad(), bank.trainable(index) as parameters:
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0)
-        losses = _resume(state_file, about, bank, index, optimizer)
-        device, done = parameters[0].device, len(losses)
-        try:
-            for step in range(done, config.steps):
-                pairs = draw_pairs(bank, index, store, step, config, denoise)
-                loss = distill_loss(guider, bank, Pairs(*(part.to(device) for part in pairs)), config.temperature).mean()
-                if not torch.isfinite(loss):
-                    raise ValueError(f"the loss of expert {index} became {loss.item()} in step {step}: expected a "
-                                     f"finite number; check the network {guider.name} or lower the learning rate")
-                optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * step / config.steps)) / 2
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                if state_file and len(losses) % config.save_every == 0:
-                    _save(state_file, about, bank, index, optimizer, losses)
-                if on_step:
-                    on_step(index, step, losses[-1])
-        finally:
-            if state_file and len(losses) > done:
-                _save(state_file, about, bank, index, optimizer, losses)
-    return losses
+    with torch.inference_mode(False), bank.trainable(index) as parameters:
+        device = parameters[0].device
+
+        def loss(step: int) -> Tensor:
+            pairs = draw_pairs(bank, index, store, step, config, denoise)
+            return distill_loss(guider, bank, Pairs(*(part.to(device) for part in pairs)), config.temperature).mean()
+
+        return optimise(dict(zip(bank.weights(index), parameters, strict=True)), loss, config.steps, config.lr,
+                        f"expert {index} of {guider.name}", _about(guider, bank, index, store, config), state_file,
+                        config.save_every, on_step and partial(on_step, index))
 
 
 def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: DistillConfig = DistillConfig(),
@@ -137,24 +122,3 @@ def _about(guider: Guider, bank: ExpertBank, index: int, store: SampleStore, con
             "lora": {**asdict(bank.lora), "targets": list(bank.lora.targets)},
             "store": store.recipe, "images": len(store),
             "config": {key: value for key, value in asdict(config).items() if key != "save_every"}}
-
-
-def _resume(state_file: Path | None, about: dict, bank: ExpertBank, index: int,
-            optimizer: torch.optim.Optimizer) -> list[float]:
-    if not state_file or not Path(state_file).exists():
-        return []
-    tensors, found = load_tensors(state_file)
-    losses = found.pop("losses", [])
-    if found != about:
-        changed = next(key for key in {**about, **found} if found.get(key) != about.get(key))
-        raise ValueError(f"{Path(state_file).name} is the state of another distillation ({changed} is "
-                         f"{found.get(changed)}, expected {about.get(changed)}): delete it or use another folder")
-    bank.load(index, without_prefix("expert", tensors))
-    restore_optimizer(optimizer, without_prefix("optimizer", tensors))
-    return losses
-
-
-def _save(state_file: Path, about: dict, bank: ExpertBank, index: int,
-          optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-    save_tensors(state_file, with_prefix("expert", bank.weights(index))
-                 | with_prefix("optimizer", optimizer_tensors(optimizer)), about | {"losses": losses})

@@ -17,7 +17,7 @@ ALLOWED = {  # file of ppap_core -> files of it that it may import
     "autoguidance": "guidance noise sampling", "lowrank": "",
     "training_free": "guidance guider noise sampling",
     "memory": "guidance guider", "speed": "guidance guider noise preprocess sampling view",
-    "distill": "experts files guider noise samples sampling tasks",
+    "distill": "experts guider noise optimise samples sampling tasks", "optimise": "files",
 }
 TOP = {"cli", "__main__", "__init__"}  # may import everything
 OPTIONAL = {"peft": {"experts"}, "timm": {"from_timm", "costs", "speed"}, "transformers": {"from_transformers"},

@@ -1,10 +1,13 @@
 """Nodes of autoguidance: guide a model with a bad version of itself."""
 from comfy_api.latest import io
 
+from ..ppap_core.finetune import FineTune
+from ..ppap_core.plots import loss_plot
 from ..ppap_core.tinyworld import toy2d
-from . import bridge
+from . import bridge, folders
 from .bad_model import apply_autoguidance
 from .models import Patcher, autoguidance_for
+from .tune import train_lora
 
 CATEGORY = "PPAP/autoguidance"
 
@@ -71,6 +74,41 @@ class PPAPAutoguidanceGuider(io.ComfyNode):
         return io.NodeOutput(bridge.cfg_guider(guided, positive, negative, cfg))
 
 
+class PPAPTrainLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPTrainLora", display_name="Train LoRA", category=CATEGORY,
+            description="Siblings for autoguidance: fine-tune a model on images by a LoRA. Many steps and a higher rank "
+                        "make the good one, few steps and a lower rank on the same images the bad one. Early states, after "
+                        "a sixteenth and a quarter of the steps, are saved beside the last one and make bad models too. "
+                        "Cancel loses nothing: queue it again and it goes on.",
+            inputs=[io.Model.Input("model", tooltip="What is fine-tuned."),
+                    io.Conditioning.Input("positive", tooltip="What the images show."),
+                    io.Latent.Input("latent", tooltip="The images, encoded by the model's VAE, as one batch."),
+                    io.String.Input("name", default="sibling", tooltip="Name of the file in models/loras."),
+                    io.Int.Input("steps", default=400, min=1, max=1_000_000, tooltip="Training steps."),
+                    io.Int.Input("rank", default=4, min=1, max=512, tooltip="Size of the LoRA."),
+                    io.Int.Input("batch_size", default=4, min=1, max=4096, tooltip="Images in each training step."),
+                    io.Float.Input("learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-5, round=1e-7,
+                                   tooltip="Size of the training steps at the start. Neutral: 0, the model stays as it "
+                                           "is."),
+                    io.Int.Input("seed", default=0, min=0, max=2**48, tooltip="Of images, noise and starting weights.")],
+            outputs=[io.Model.Output(tooltip="The model with the LoRA."),
+                     io.Image.Output(display_name="losses", tooltip="The loss of the training, as a plot.")])
+
+    @classmethod
+    def validate_inputs(cls, name):
+        return folders.verdict(folders.file_name, name)
+
+    @classmethod
+    def execute(cls, model, positive, latent, name, steps, rank, batch_size, learning_rate, seed):
+        config = FineTune(steps, rank, batch_size, learning_rate, seed)
+        tuned, losses = train_lora(model, positive, latent, name, config)
+        return io.NodeOutput(tuned, bridge.image_to_comfy(loss_plot({"loss": losses}, "Fine-tuning: error of the "
+                                                                                      "denoised prediction")))
+
+
 class PPAPAutoguidanceToy(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -89,4 +127,4 @@ class PPAPAutoguidanceToy(io.ComfyNode):
         return io.NodeOutput(bridge.image_to_comfy(toy2d.picture(toy2d.panels(steps, on_step=report))))
 
 
-NODES = [PPAPAutoguidance, PPAPAutoguidanceGuider, PPAPAutoguidanceToy]
+NODES = [PPAPAutoguidance, PPAPAutoguidanceGuider, PPAPTrainLora, PPAPAutoguidanceToy]

@@ -61,6 +61,11 @@ def new_expert_file(name: str) -> Path:
     return Path(folder_paths.get_folder_paths("ppap_experts")[0]) / f"{file_name(name)}.safetensors"
 
 
+def new_lora_file(name: str) -> Path:
+    """Where a LoRA of a name is saved."""
+    return Path(folder_paths.get_folder_paths("loras")[0]) / f"{file_name(name)}.safetensors"
+
+
 def expert_state(name: str) -> list[str]:
     """Changes when an expert file changes."""
     return [_state(file) for known, file in expert_files().items() if known == name]

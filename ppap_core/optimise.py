@@ -1,6 +1,7 @@
 """Training that can be stopped: the loop of everything that this pack trains."""
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,15 +13,16 @@ Losses = list[float]
 
 
 def optimise(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps: int, lr: float, what: str, about: dict,
-             state_file: Path | None = None, save_every: int = 100,
-             on_step: Callable[[int, float], None] | None = None) -> Losses:
+             state_file: Path | None = None, save_every: int = 100, on_step: Callable[[int, float], None] | None = None,
+             around: Callable[[], AbstractContextManager] = nullcontext) -> Losses:
     """Lower loss(step) by AdamW with a rate that falls to zero like a cosine; returns the loss of every step.
 
     parameters: by name, with requires_grad on; they are changed in place. loss(step) must be a function of the step alone,
     so that a run that was stopped and goes on is the same run.
     state_file: where parameters, optimiser and losses are kept, with `about`, which tells this training from others; an
     existing one is gone on with, and a finished one is only loaded. on_step(step, loss) may raise to stop: the state is
-    saved first. ValueError for a state of another training, and for a loss of `what` that is not finite.
+    saved first. around: what the passes of a step are done in.
+    ValueError for a state of another training, and for a loss of `what` that is not finite.
     """
     with torch.inference_mode(False), torch.enable_grad():
         optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0)
@@ -28,13 +30,14 @@ def optimise(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
         done = len(losses)
         try:
             for step in range(done, steps):
-                value = loss(step)
-                if not torch.isfinite(value):
-                    raise ValueError(f"the loss of {what} became {value.item()} in step {step}: expected a finite number; "
-                                     "lower the learning rate, or check the network")
-                optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
                 optimizer.zero_grad()
-                value.backward()
+                with around():
+                    value = loss(step)
+                    if not torch.isfinite(value):
+                        raise ValueError(f"the loss of {what} became {value.item()} in step {step}: expected a finite "
+                                         "number; lower the learning rate, or check the network")
+                    value.backward()
+                optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
                 optimizer.step()
                 losses.append(value.item())
                 if state_file and len(losses) % save_every == 0:

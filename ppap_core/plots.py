@@ -156,14 +156,14 @@ def labels_of_picture(picture: Tensor, count: int) -> Tensor:
     return (picture.permute(0, 2, 3, 1)[..., None, :] - palette).square().sum(-1).argmin(-1)
 
 
-def loss_plot(losses: dict[str, Sequence[float]], points: int = 60) -> Tensor:
-    """The loss of each expert over its steps, every point a mean over neighbouring steps."""
+def loss_plot(losses: dict[str, Sequence[float]], title: str = "Distillation: distance from the plain network's answer on "
+              "the clean image", points: int = 60) -> Tensor:
+    """The loss of each training over its steps, every point a mean over neighbouring steps."""
     def smooth(values: Sequence[float]) -> Points:
         width = max(1, len(values) // points)
         return [(start + width / 2, sum(values[start:start + width]) / len(values[start:start + width]))
                 for start in range(0, len(values), width)]
-    return line_plot({name: smooth(values) for name, values in losses.items()}, "Distillation: distance from the plain "
-                     "network's answer on the clean image", "step", "loss", log_y=True)
+    return line_plot({name: smooth(values) for name, values in losses.items()}, title, "step", "loss", log_y=True)
 
 
 def guidance_plot(names: Sequence[str], readings: Sequence) -> Tensor:

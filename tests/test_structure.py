@@ -14,7 +14,7 @@ ALLOWED = {  # file of ppap_core -> files of it that it may import
     "experts": "files guider noise view", "bank_file": "experts files guider noise view", "costs": "experts noise",
     "view": "", "readout": "",
     "guidance": "guider noise sampling tasks",  # not experts: a bank is just a network
-    "autoguidance": "guidance noise sampling", "lowrank": "",
+    "autoguidance": "guidance noise sampling", "lowrank": "", "finetune": "lowrank noise optimise",
     "training_free": "guidance guider noise sampling",
     "memory": "guidance guider", "speed": "guidance guider noise preprocess sampling view",
     "distill": "experts guider noise optimise samples sampling tasks", "optimise": "files",
@@ -53,7 +53,7 @@ def test_the_core_never_knows_comfyui_and_loads_heavy_libraries_late(file: Path)
 
 
 def test_the_nodes_import_from_the_core_and_the_core_nothing_from_them():
-    order = ["types", "folders", "memory", "models", {"bridge", "bad_model"},
+    order = ["types", "folders", "memory", "models", {"bridge", "bad_model"}, "tune",
              {"load", "guide", "autoguide", "train", "report"}]
     below: set[str] = set()
     for level in order:

@@ -102,6 +102,7 @@ def comfy(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> InProcess:
 
     folder_paths.models_dir = str(folder / "models")
     folder_paths.set_output_directory(str(folder / "output"))
+    folder_paths.add_model_folder_path("loras", str(folder / "models" / "loras"), is_default=True)
     assert asyncio.run(nodes.load_custom_node(str(ROOT)))
     kind = nodes.NODE_CLASS_MAPPINGS["PPAPTinyWorld"]
     return InProcess(nodes.NODE_CLASS_MAPPINGS, sys.modules[kind.__module__.rsplit(".nodes", 1)[0]])

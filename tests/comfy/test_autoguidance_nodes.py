@@ -169,6 +169,69 @@ def test_what_is_no_bad_model_is_said_in_words(bench: Bench):
         ksampler(bench, guided(bench, scene, other))
 
 
+# A bad model, made
+
+def tuned(bench: Bench, scene: Scene, name: str, **changes: Any) -> tuple[Any, Tensor]:
+    """Train LoRA on four images of the scene's kind."""
+    shape = (4, *scene.latent["samples"].shape[1:])
+    images = {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(3))}
+    asked = {"steps": 32, "rank": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 0} | changes
+    return bench.comfy("PPAPTrainLora", model=scene.model, positive=scene.positive, latent=images, name=name, **asked)
+
+
+@pytest.mark.parametrize("family", [EPS, FLOW, VIDEO])
+def test_a_lora_is_trained_and_the_stock_loader_reads_it_and_its_early_states(bench: Bench, family: str):
+    scene, name = bench.scene(family), f"{family} sibling"
+    before = ksampler(bench, scene)
+    model, losses = tuned(bench, scene, name)
+    made = ksampler(bench, replace(scene, model=model))
+    assert losses.ndim == 4 and not torch.equal(made, before) and torch.equal(ksampler(bench, scene), before)
+    [loaded] = bench.comfy("LoraLoaderModelOnly", model=scene.model, lora_name=f"{name}.safetensors", strength_model=1.0)
+    assert torch.equal(ksampler(bench, replace(scene, model=loaded)), made)
+    [early] = bench.comfy("LoraLoaderModelOnly", model=scene.model, lora_name=f"{name}_2.safetensors", strength_model=1.0)
+    good = replace(scene, model=model)
+    assert not torch.equal(ksampler(bench, guided(bench, good, early)), made)
+
+
+@pytest.mark.parametrize("family", [EPS, FLOW])
+def test_training_lowers_the_error_on_the_images(bench: Bench, family: str, monkeypatch: pytest.MonkeyPatch):
+    losses, module = [], bench.comfy.pack.nodes.tune
+    monkeypatch.setattr(module, "fine_tune", lambda *args, real=module.fine_tune: losses.append(real(*args)) or losses[-1])
+    tuned(bench, bench.scene(family), "learns", steps=120, rank=8)
+    values = losses[0][1]
+    assert sum(values[-30:]) < 0.9 * sum(values[:30])
+
+
+def test_a_training_that_was_cancelled_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    import comfy.model_management as management
+
+    scene, module = bench.scene(FLOW), bench.comfy.pack.nodes.tune
+    whole = ksampler(bench, replace(scene, model=tuned(bench, scene, "whole", seed=4)[0]))
+    folder = bench.comfy.pack.nodes.folders.output_folder("ppap_training")
+    for state in folder.glob("*.safetensors"):
+        state.unlink()
+
+    def cancelled(total):
+        def report(done, preview=None):
+            if done == 9:
+                raise management.InterruptProcessingException
+        return report
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "progress", cancelled)
+        with pytest.raises(management.InterruptProcessingException):
+            tuned(bench, scene, "cancelled", seed=4)
+    steps, real = [], module.fine_tune
+    monkeypatch.setattr(module, "fine_tune", lambda *args: real(
+        *args[:-2], lambda step, *more: steps.append(step), args[-1]))
+    again = ksampler(bench, replace(scene, model=tuned(bench, scene, "cancelled", seed=4)[0]))
+    assert torch.equal(again, whole) and steps == list(range(9, 32))
+
+
+def test_a_lora_s_name_stays_in_its_folder(bench: Bench):
+    node = bench.comfy.registered["PPAPTrainLora"]
+    assert node.validate_inputs(name="fine") is True and "cannot name a file" in node.validate_inputs(name="../out")
+
+
 def test_the_toy_is_a_picture(bench: Bench):
     [picture] = bench.comfy("PPAPAutoguidanceToy", steps=64)
     assert picture.shape == (1, 888, 840, 3) and picture.std() > 0.05

@@ -1,0 +1,73 @@
+"""Fine-tuning of a MODEL by a LoRA, as a sampler: ComfyUI loads the model and prepares its conditioning as for any other."""
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy.samplers
+import comfy.sd
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..ppap_core.digest import digest
+from ..ppap_core.files import save_tensors
+from ..ppap_core.finetune import FineTune, as_lora, fine_tune
+from ..ppap_core.lowrank import Changes
+from ..ppap_core.plots import loss_plot
+from . import folders, models
+from .bad_model import INSIDE
+from .bridge import about_model, autograd, cfg_guider, progress
+from .memory import differentiable_networks, make_differentiable, room_for
+from .models import Patcher
+
+KEY = "ppap_tune"
+EARLY = (16, 4)  # what is kept on the way: after a sixteenth and a quarter of the steps
+
+
+def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: FineTune) -> tuple[Patcher, list[float]]:
+    """The MODEL with a LoRA that was trained on images, and the losses. The LoRA, and early states of it, are saved."""
+    models.require_supported(model)
+    tuned, images = model.clone(), model.model.process_latent_in(latent["samples"])
+    tuned.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for([], True, KEY))
+    about = {**about_model(model, positive), "data": digest(images)}
+    state = folders.output_folder("ppap_training", f"{digest([about, vars(config)])}.state.safetensors")
+    report, shown, values = progress(config.steps), 0.0, []
+    found: list[tuple[Changes, list[float]]] = []
+
+    def on_step(step: int, loss: float, changes: Changes) -> None:
+        nonlocal shown
+        values.append(loss)
+        if step + 1 in {config.steps // share for share in EARLY}:
+            save_lora(f"{name}_{step + 1}", changes)
+        fresh = time.monotonic() - shown > 1
+        shown = time.monotonic() if fresh else shown
+        report(step + 1, loss_plot({"loss": values}) if fresh else None)
+
+    def train(predict_at: Any, noise: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: Any) -> Tensor:
+        make_differentiable(guider)
+        sampling, net = guider.inner_model.model_sampling, guider.inner_model.diffusion_model
+
+        def predict(images: Tensor, noise: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+            levels = [float(sampling.percent_to_sigma(float(each))) for each in share.clamp(1e-3, 1 - 1e-3)]
+            sigma = torch.tensor(levels, device=images.device)
+            seen = sampling.noise_scaling(sigma.reshape(-1, *(1,) * (images.ndim - 1)), noise, images)
+            return predict_at(seen, sigma, **extra_args), models.to_ve(sampling, images, sigma)[1]
+
+        with autograd():
+            found.append(fine_tune(net, predict, images.to(noise), config, about, models.sigma_data_of(model), state,
+                                   on_step, differentiable_networks))
+        return noise
+
+    guider = cfg_guider(tuned, positive, positive, 1.0)
+    empty = torch.zeros(config.batch, *images.shape[1:])
+    guider.sample(empty, empty, comfy.samplers.KSAMPLER(train), torch.tensor([1.0, 0.0]), seed=config.seed)
+    [(changes, losses)] = found
+    save_lora(name, changes)
+    return comfy.sd.load_lora_for_models(model, None, as_lora(changes, INSIDE), 1.0, 0.0)[0], losses
+
+
+def save_lora(name: str, changes: Changes) -> Path:
+    """Write a LoRA where the stock loaders look for it."""
+    file = folders.new_lora_file(name)
+    save_tensors(file, as_lora(changes, INSIDE), {"made_by": "ComfyUI-PPAP"})
+    return file

@@ -59,7 +59,11 @@ def _resume(state_file: Path | None, about: dict, parameters: dict[str, Tensor],
         changed = next(key for key in {**about, **found} if found.get(key) != about.get(key))
         raise ValueError(f"{Path(state_file).name} is the state of another training ({changed} is {found.get(changed)}, "
                          f"expected {about.get(changed)}): delete it or use another folder")
-    for name, value in without_prefix("trained", tensors).items():
+    trained = without_prefix("trained", tensors)
+    if trained.keys() != parameters.keys():
+        raise ValueError(f"{Path(state_file).name} holds {len(trained)} of {len(parameters)} trained tensors under the expected "
+                         "names: delete it or use another folder")
+    for name, value in trained.items():
         parameters[name].data.copy_(value)
     restore_optimizer(optimizer, without_prefix("optimizer", tensors))
     return losses

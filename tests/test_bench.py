@@ -7,15 +7,17 @@ import pytest
 import torch
 from helpers import images, level, randn, says
 
+from ppap_core.autoguidance import autoguided
 from ppap_core.cli import main
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.guider import Guider, clean
 from ppap_core.noise import ExpertSchedule
 from ppap_core.samples import SampleStore
 from ppap_core.tinyworld import bench as module
-from ppap_core.tinyworld import load_denoiser, load_guider, original
-from ppap_core.tinyworld.bench import Row, bench, read_table, sampler, told
+from ppap_core.tinyworld import load_denoiser, load_guider, original, siblings
+from ppap_core.tinyworld.bench import Row, bench, in_half, interval, read_table, sampler, told
 from ppap_core.tinyworld.scenes import draw
+from ppap_core.tinyworld.siblings import KINDS, TRAINED, bad_version
 from ppap_core.tinyworld.training import Training, changes, make_guider
 from ppap_core.tinyworld.variants import VARIANTS, JointOverMarginal, Smooth
 from ppap_core.tinyworld.world import load_world
@@ -33,7 +35,9 @@ SMALL = {
              {"row": "experts", "training": TWO},
              {"row": "dps", "way": "dps", "points": [{"rho": 0.1}]},
              {"row": "mpgd", "way": "mpgd", "points": [{"mu": 0.1}]},
-             {"row": "told", "way": "told", "points": [{"weight": 2}]}]}
+             {"row": "told", "way": "told", "points": [{"weight": 2}]},
+             {"row": "auto", "way": "autoguidance", "settings": {"bad": "dropout", "told": False},
+              "points": [{"weight": 2}]}]}
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +143,12 @@ def test_a_bundled_table_can_be_read_and_names_only_what_there_is(file, monkeypa
     names = [row.row for row in table.rows]
     assert len(set(names)) == len(names) and (not table.reference or table.reference in names)
     for row in table.rows:
-        assert row.way in {"nothing", "guidance", "told", *METHODS} and row.variant in {"", *VARIANTS} and row.points
+        assert row.way in {"nothing", "guidance", "told", "autoguidance", *METHODS}
+        assert row.variant in {"", *VARIANTS} and row.points
         if row.training.edges:
             assert ExpertSchedule(tuple(row.training.edges))
+        if row.way == "autoguidance":
+            assert row.settings["bad"] in KINDS and isinstance(row.settings["told"], bool)
         if row.way in METHODS:
             for point in row.points:
                 replace(METHODS[row.way], **row.settings, **point)
@@ -165,9 +172,47 @@ def test_told_with_weight_one_is_the_told_model_alone_and_more_goes_away_from_th
     given[0, 3] = given[1, 5] = 1
     x, sigma = 2 * randn(2, 3, 32, 32), torch.full((2,), 2.0)
     with torch.no_grad():
-        one, two, none = (told(world, each, weight)(x, sigma).float()
-                          for each, weight in ((given, 1), (given, 2), (0 * given, 1)))
+        ways = [told(world, given), told(world, 0 * given)]
+        one, none = (each(x, sigma).float() for each in ways)
+        two, outside = (autoguided(*ways, interval(2, **window))(x, sigma) for window in ({}, {"low": 3.0}))
     assert torch.allclose(two, 2 * one - none, atol=0.02) and not torch.allclose(one, none, atol=0.02)
+    assert torch.equal(outside, one)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in TRAINED])
+@pytest.mark.parametrize("given", [[], [torch.eye(16)[:2]]], ids=["untold", "told"])
+def test_a_damaged_denoiser_is_worse_in_the_same_way_each_time(kind, given, tmp_path):
+    world, scenes = load_world(), draw(range(2))
+    sigma = torch.full((2,), 0.5)
+    x = scenes.image + 0.5 * randn(2, 3, 32, 32)
+    bad = in_half(world, bad_version(kind, bool(given), tmp_path, world.device), *given)
+    good = told(world, *given) if given else world.denoise
+    with torch.no_grad():
+        once, again, undamaged = bad(x, sigma), bad(x, sigma), good(x, sigma)
+    assert torch.equal(once, again) and not torch.equal(once, undamaged)
+    assert (once - scenes.image).square().mean() > (undamaged - scenes.image).square().mean()
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_true_sibling_is_bundled_and_worse_than_the_denoiser(is_told, tmp_path):
+    world, scenes = load_world(), draw(range(16))
+    given = [torch.eye(16)[scenes.label]] if is_told else []
+    bad = in_half(world, bad_version(KINDS[0], is_told, tmp_path, world.device), *given)
+    good = told(world, *given) if is_told else world.denoise
+    for sigma in (torch.full((16,), each) for each in (0.3, 1.0, 3.0)):
+        x = scenes.image + sigma[0] * randn(16, 3, 32, 32)
+        with torch.no_grad():
+            of_bad, of_good = ((each(x, sigma) - scenes.image).square().mean() for each in (bad, good))
+        assert of_good < of_bad < 0.5 * sigma[0] ** 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_siblings_are_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(siblings, "FULL", {False: 32, True: 32})
+    once, again = (bad_version(KINDS[1], False, tmp_path, torch.device("cpu")) for _ in range(2))
+    files = [file.name for file in tmp_path.iterdir()]
+    assert files == ["sibling_64_16.safetensors"]
+    assert all(torch.equal(*each) for each in zip(once.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 # Trainings

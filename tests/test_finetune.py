@@ -6,7 +6,7 @@ import torch
 from helpers import images, says
 from torch import nn
 
-from ppap_core.files import load_tensors
+from ppap_core.files import load_tensors, save_tensors
 from ppap_core.finetune import FineTune, as_lora, fine_tune
 from ppap_core.lowrank import LowRank, beside
 from ppap_core.noise import expand
@@ -93,6 +93,15 @@ def test_the_state_of_another_training_is_refused(tmp_path):
     tuned(Net(), replace(CONFIG, steps=3), state_file=state)
     with says(ValueError, "state of another training", "config is"):
         tuned(Net(), replace(CONFIG, steps=4), state_file=state)
+
+
+def test_a_state_without_the_trained_tensors_is_refused(tmp_path):
+    state = tmp_path / "state.safetensors"
+    tuned(Net(), replace(CONFIG, steps=3), state_file=state)
+    tensors, about = load_tensors(state)
+    save_tensors(state, {name: tensor for name, tensor in tensors.items() if name != "trained.mix.up"}, about)
+    with says(ValueError, "5 of 6", "delete it"):
+        tuned(Net(), replace(CONFIG, steps=3), state_file=state)
 
 
 def test_every_step_is_reported_with_what_was_learned_so_far():

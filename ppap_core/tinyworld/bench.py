@@ -1,6 +1,7 @@
 """The benchmark on the tiny world: tables of ways to guide, each at its own best setting, judged by networks that never
 guide. A table is a file in tables/: what is sampled, and the rows with what is searched for each."""
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -9,19 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..autoguidance import Autoguidance, autoguided
 from ..costs import ratio_in_turn
 from ..files import read_json, write_bytes, write_json
 from ..guidance import Term, guided
 from ..guider import Guider
-from ..noise import as_seen, expand
+from ..noise import NoiseInterval, as_seen, expand
 from ..plots import line_plot, save_picture
-from ..sampling import sample_euler
+from ..sampling import Denoiser, sample_euler
 from ..tasks import TASKS
 from ..training_free import METHODS, sample_training_free
 from . import SIZE, TinyDenoiser, condition, load_conditional_denoiser
 from .judging import LESS_IS_BETTER, MEASURES, Reference, judge_all, reference
 from .scenes import Scenes, draw, truth
-from .training import Report, Training, changes, make_guider, name_of
+from .siblings import Model, bad_version
+from .training import COSTS, Report, Training, changes, make_guider, name_of
 from .variants import VARIANTS
 from .world import NOISE, World, load_world
 
@@ -35,11 +38,11 @@ class Row:
     """One way to guide, and the settings among which the best is searched."""
 
     row: str
-    way: str = "guidance"  # or "nothing"; "told": classifier-free guidance; or a training-free method
+    way: str = "guidance"  # or "nothing"; "told": classifier-free guidance; "autoguidance"; or a training-free method
     training: Training = Training()
     variant: str = ""      # a change of the guider, a key of VARIANTS
-    settings: dict = field(default_factory=dict)   # what is not searched, of a training-free method
-    points: tuple[dict, ...] = ({},)               # weight and balanced of guidance, weight of "told", or rho and mu
+    settings: dict = field(default_factory=dict)   # what is not searched: of a training-free method; "told", "bad"
+    points: tuple[dict, ...] = ({},)               # of a Term; weight, low and high of "told" and "autoguidance"; rho and mu
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Table:
     schedule: str = "karras"  # of their noise levels, or "ddim"
     scenes: int = 20_000    # real scenes that Frechet distances are taken to
     reference: str = ""     # the row that answers are compared with, noise level by noise level
+    choose: str = "score"   # the measure by which the best setting is chosen, or "frechet"
 
 
 def read_table(name: str) -> Table:
@@ -92,9 +96,12 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
     """One row: the search, and what is measured at the setting it finds."""
     of_row = {"task": table.task, "steps": table.steps, "scenes": table.scenes, "way": row.way, "variant": row.variant,
               "settings": row.settings, "training": changes(row.training)}
-    made: list[tuple[Guider, dict]] = []
+    made: list[tuple[Guider | Model, dict]] = []
 
-    def guider() -> tuple[Guider, dict]:
+    def guider() -> tuple[Guider | Model, dict]:
+        if not made and row.way == "autoguidance":
+            bad = bad_version(row.settings["bad"], row.settings["told"], folder / "siblings", world.device)
+            made.append((bad, dict.fromkeys(COSTS, 0)))
         if not made:
             plain, cost = make_guider(world, row.training, table.steps, folder, report)
             made.append((VARIANTS[row.variant](plain) if row.variant else plain, cost))
@@ -111,8 +118,8 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
         return kept(folder / "measured" / f"{name_of(of_row | setting | {'first': first, 'images': images})}.json", measure)
 
     searched = [point(setting, SEARCHED, table.search) for setting in row.points] if len(row.points) > 1 else []
-    sign = -1 if table.task in LESS_IS_BETTER else 1
-    best = max(searched, key=lambda found: sign * found["score"])["setting"] if searched else row.points[0]
+    sign = -1 if table.choose == "frechet" or table.task in LESS_IS_BETTER else 1
+    best = max(searched, key=lambda found: sign * found[table.choose])["setting"] if searched else row.points[0]
     costs = kept(folder / "costs" / f"{name_of(of_row | best)}.json",
                  lambda: guider()[1] | cost_of(world, sample(best), table.steps))
     return {"row": row.row, "way": row.way, "training": changes(row.training), **costs,
@@ -138,7 +145,7 @@ def kept(file: Path, make: Callable[[], dict]) -> dict:
     return read_json(file)
 
 
-def sampler(world: World, row: Row, guider: Guider, setting: dict, steps: int,
+def sampler(world: World, row: Row, guider: Guider | Model, setting: dict, steps: int,
             schedule: str = "karras") -> Callable[[Sequence[int], Scenes], Tensor]:
     """How a row makes images for scenes: (their numbers, the scenes) -> (B, 3, 32, 32)."""
     def sample(numbers: Sequence[int], scenes: Scenes) -> Tensor:
@@ -147,7 +154,13 @@ def sampler(world: World, row: Row, guider: Guider, setting: dict, steps: int,
         if row.way == "nothing":
             return sample_euler(world.denoise, x, sigmas)
         if row.way == "told":
-            return sample_euler(told(world, condition(scenes.label), **setting), x, sigmas)
+            given = condition(scenes.label)
+            of_class, of_any = told(world, given), told(world, torch.zeros_like(given))
+            return sample_euler(autoguided(of_class, of_any, interval(**setting)), x, sigmas)
+        if row.way == "autoguidance":
+            given = [condition(scenes.label)] if row.settings["told"] else []
+            good = told(world, *given) if given else world.denoise
+            return sample_euler(autoguided(good, in_half(world, guider, *given), interval(**setting)), x, sigmas)
         aimed = guider.aim(truth(scenes, guider.task))
         if row.way in METHODS:
             method = replace(METHODS[row.way], **row.settings, **setting)
@@ -156,16 +169,20 @@ def sampler(world: World, row: Row, guider: Guider, setting: dict, steps: int,
     return sample
 
 
-def told(world: World, given: Tensor, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Classifier-free guidance (Ho & Salimans 2022) of the denoiser's sibling that knows the class; weight 1: told only."""
-    sibling = replace(world, denoiser=conditional_denoiser(world.device))
+def told(world: World, given: Tensor) -> Denoiser:
+    """The denoiser's sibling that knows the class. Guided away from itself without the class by `autoguided`, it makes
+    classifier-free guidance (Ho & Salimans 2022)."""
+    return in_half(world, conditional_denoiser(world.device), given)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        with_class = sibling.denoise(x, sigma, given)
-        if weight == 1:
-            return with_class
-        return with_class.lerp(sibling.denoise(x, sigma, torch.zeros_like(given)), 1 - weight)
-    return denoise
+
+def in_half(world: World, model: Model, *given: Tensor) -> Denoiser:
+    """A model with what it is told, in the precision of the world's own."""
+    return lambda x, sigma: replace(world, denoiser=model).denoise(x, sigma, *given)
+
+
+def interval(weight: float, low: float = 0.0, high: float = math.inf) -> Autoguidance:
+    """Weight 1: the good model only."""
+    return Autoguidance(weight, NoiseInterval(low, high))
 
 
 @lru_cache

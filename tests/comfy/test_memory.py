@@ -188,6 +188,18 @@ def test_a_network_that_cannot_be_told_is_sampled_all_the_same(world: World, ask
     assert not torch.equal(world.sample(guided), world.sample())
 
 
+def test_half_of_the_device_is_asked_for_where_gradients_go_through_the_model(comfy, world: World, asked: list[dict]):
+    """What a model keeps for them is not known before; without it nothing is asked for."""
+    import comfy.model_management as management
+
+    whole = management.get_total_memory(world.model.load_device)
+    [term] = comfy("PPAPGuidanceTerm", guider=world.guider, weight=0.5, start_percent=0.0, end_percent=1.0,
+                   factor_at_start=1.0, factor_at_end=1.0, view="own", gradient="through the model")
+    through = comfy("PPAPApplyGuidance", model=world.model, terms=term, max_rms=0.0)[0]
+    more = needed(world, asked, through) - needed(world, asked, guided_model(world, world.guider))
+    assert torch.allclose(more, torch.tensor(whole / 2, dtype=torch.float64))
+
+
 def test_the_conditioning_of_the_sampling_stays_as_it_was(comfy, world: World):
     import comfy.controlnet
 

@@ -12,8 +12,9 @@ from PIL import ImageChops, ImageColor, ImageStat
 NODES = {"PPAPTinyWorld", "PPAPTinyLatentWorld", "PPAPClassConditioning", "PPAPLoadGuider", "PPAPDownloadGuider", "PPAPRule",
          "PPAPLoadExperts", "PPAPSaveExperts", "PPAPAimAtClass", "PPAPAimAtText", "PPAPAimAtImage", "PPAPAimAtMask",
          "PPAPAimAtNumber", "PPAPPalette", "PPAPCutOuts", "PPAPGuidanceTerm", "PPAPCombineTerms", "PPAPApplyGuidance",
-         "PPAPGuidedKSampler", "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance",
-         "PPAPReadGuidance", "PPAPGuidanceReport", "PPAPLookThrough"}
+         "PPAPGuidedKSampler", "PPAPAutoguidance", "PPAPAutoguidanceGuider", "PPAPTrainLora", "PPAPAutoguidanceToy",
+         "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance", "PPAPReadGuidance",
+         "PPAPGuidanceReport", "PPAPLookThrough"}
 WORKFLOW_NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 GUIDED = WORLD | {
     "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),

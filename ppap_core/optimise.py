@@ -61,8 +61,8 @@ def _resume(state_file: Path | None, about: dict, parameters: dict[str, Tensor],
                          f"expected {about.get(changed)}): delete it or use another folder")
     trained = without_prefix("trained", tensors)
     if trained.keys() != parameters.keys():
-        raise ValueError(f"{Path(state_file).name} holds {len(trained)} of {len(parameters)} trained tensors under the expected "
-                         "names: delete it or use another folder")
+        raise ValueError(f"{Path(state_file).name} holds {len(trained)} of {len(parameters)} trained tensors, or others: "
+                         "delete it or use another folder")
     for name, value in trained.items():
         parameters[name].data.copy_(value)
     restore_optimizer(optimizer, without_prefix("optimizer", tensors))

@@ -100,7 +100,7 @@ def test_a_state_without_the_trained_tensors_is_refused(tmp_path):
     tuned(Net(), replace(CONFIG, steps=3), state_file=state)
     tensors, about = load_tensors(state)
     save_tensors(state, {name: tensor for name, tensor in tensors.items() if name != "trained.mix.up"}, about)
-    with says(ValueError, "5 of 6", "delete it"):
+    with says(ValueError, "holds 5 of 6", "delete it"):
         tuned(Net(), replace(CONFIG, steps=3), state_file=state)
 
 

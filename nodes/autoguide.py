@@ -6,7 +6,7 @@ from ..ppap_core.plots import loss_plot
 from ..ppap_core.tinyworld import toy2d
 from . import bridge, folders
 from .bad_model import apply_autoguidance
-from .models import Patcher, autoguidance_for
+from .models import Patcher
 from .tune import train_lora
 
 CATEGORY = "PPAP/autoguidance"
@@ -33,9 +33,7 @@ def guidance_inputs() -> list[io.Input]:
 
 def guided_model(model: Patcher, bad_model: Patcher, weight: float, *place: float) -> Patcher:
     """The model as it came at weight 1."""
-    if weight == 1:
-        return model
-    return apply_autoguidance(model, bad_model, lambda patched: autoguidance_for(patched, weight, *place))
+    return model if weight == 1 else apply_autoguidance(model, bad_model, weight, *place)
 
 
 class PPAPAutoguidance(io.ComfyNode):

@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
-from ..ppap_core.autoguidance import Autoguidance, away
+from ..ppap_core.autoguidance import away
 from ..ppap_core.lowrank import Changes, LowRank, beside
 from . import models
 from .memory import compute_type
@@ -22,8 +22,10 @@ INSIDE = "diffusion_model."
 Ask = Callable[[dict], Tensor]  # the arguments of a post-CFG function -> what the bad model predicts there
 
 
-def apply_autoguidance(model: Patcher, bad: Patcher, settings_for: Callable[[Patcher], Autoguidance]) -> Patcher:
+def apply_autoguidance(model: Patcher, bad: Patcher, weight: float, *place: float) -> Patcher:
     """A MODEL that is guided away from a bad version of itself, in every sampler; beside CFG it is eq. 6 of the paper.
+
+    place: as models.autoguidance_for has it.
 
     A bad model with weights of its own is loaded beside the good one. One that is the same MODEL with other LoRAs costs no
     memory but theirs: what the two differ by works beside the weights.
@@ -33,7 +35,7 @@ def apply_autoguidance(model: Patcher, bad: Patcher, settings_for: Callable[[Pat
 
     def sample(executor, guider, *args: Any, **kwargs: Any) -> Tensor:
         with (beside_good if shared else on_its_own)(bad, guider, *args) as ask:
-            runs.append((settings_for(guider.model_patcher), ask))
+            runs.append((models.autoguidance_for(guider.model_patcher, weight, *place), ask))
             try:
                 return executor(guider, *args, **kwargs)
             finally:
@@ -41,14 +43,20 @@ def apply_autoguidance(model: Patcher, bad: Patcher, settings_for: Callable[[Pat
 
     def guide(args: dict) -> Tensor:
         settings, ask = runs[-1]
-        weight = settings.weight_at(models.ve_level(args["model"].model_sampling, args["sigma"][0]))
-        return args["denoised"] if weight == 1 else args["denoised"] + away(args["cond_denoised"], ask(args), weight)
+        now = settings.weight_at(models.ve_level(args["model"].model_sampling, args["sigma"][0]))
+        return args["denoised"] if now == 1 else args["denoised"] + away(args["cond_denoised"], ask(args), now)
 
     guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sample)
     guided.set_model_sampler_post_cfg_function(guide)
     if not shared:
         guided.set_additional_models(KEY, [*guided.get_additional_models_with_key(KEY), bad])
+    guided.set_attachments(KEY, (*applied(model), (weight, *place, bad)))
     return guided
+
+
+def applied(model: Patcher) -> tuple:
+    """(weight, place, bad model) of every autoguidance that was applied to a model."""
+    return model.get_attachment(KEY) or ()
 
 
 def require_siblings(model: Patcher, bad: Patcher) -> None:

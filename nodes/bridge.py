@@ -32,7 +32,7 @@ from ..ppap_core.plots import loss_plot
 from ..ppap_core.samples import Recorder, SampleStore, Trajectories
 from ..ppap_core.sampling import seeded_noise
 from ..ppap_core.view import LatentSpace
-from . import folders, models
+from . import bad_model, folders, models
 from .memory import (
     compute_type,
     differentiable_networks,
@@ -269,8 +269,9 @@ def about_model(model, *conditioning: list) -> dict:
     """What tells one model and its conditioning from another, for recipes."""
     sampling = model.get_model_object("model_sampling")
     guidance = [(*settings, vae is not None) for *settings, vae, _ in applied(model)]
+    bad = [(*settings, each.get_key_patches()) for *settings, each in bad_model.applied(model)]
     return {"model": digest([model.get_key_patches(), model.model_options, type(sampling).__mro__[1:3], sampling.sigmas,
-                             guidance]),
+                             guidance, *bad]),
             "conditioning": digest(conditioning)}
 
 

@@ -22,7 +22,11 @@ class PPAPTinyWorld(io.ComfyNode):
             node_id="PPAPTinyWorld", display_name="Tiny World", category=CATEGORY,
             description="A real diffusion model small enough for a laptop: it draws one shape in front of a wall, 32 "
                         "pixels wide. Everything the KSampler needs comes with it.",
-            inputs=[io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="How many images are sampled at once.")],
+            inputs=[io.Int.Input("batch_size", default=4, min=1, max=256,
+                                 tooltip="How many images are sampled at once."),
+                    io.Combo.Input("version", options=list(models.TINY_DENOISERS), default="denoiser", optional=True,
+                                   tooltip="bad sibling: half as wide and with a sixteenth of the training, for "
+                                           "Autoguidance.")],
             outputs=[io.Model.Output(tooltip="The trained tiny denoiser; any sampler and scheduler samples it."),
                      io.Conditioning.Output(tooltip="Nothing: the model takes no prompt. Connect it as positive and "
                                                     "negative."),
@@ -30,9 +34,9 @@ class PPAPTinyWorld(io.ComfyNode):
                      io.Vae.Output(tooltip="Turns its latents, which are pixels already, into images.")])
 
     @classmethod
-    def execute(cls, batch_size):
-        return io.NodeOutput(models.tinyworld_model(), bridge.empty_conditioning(), bridge.empty_pixels(batch_size, SIZE),
-                             models.pixel_vae())
+    def execute(cls, batch_size, version="denoiser"):
+        return io.NodeOutput(models.tinyworld_model(version), bridge.empty_conditioning(),
+                             bridge.empty_pixels(batch_size, SIZE), models.pixel_vae())
 
 
 class PPAPTinyLatentWorld(io.ComfyNode):

@@ -79,10 +79,10 @@ class TinyLatentModel(comfy.model_base.BaseModel):
         return given["pooled_output"]
 
 
-def tinyworld_model() -> Patcher:
-    """The tiny denoiser as a MODEL: ComfyUI's own EDM preconditioning around the bare network."""
+def tinyworld_model(version: str = "denoiser") -> Patcher:
+    """A tiny denoiser as a MODEL: ComfyUI's own EDM preconditioning around the bare network."""
     model = comfy.model_base.BaseModel(TinyConfig({"disable_unet_model_creation": True}), comfy.model_base.ModelType.EDM)
-    model.diffusion_model = TinyDiffusion(tinyworld.load_denoiser().net)
+    model.diffusion_model = TinyDiffusion(TINY_DENOISERS[version]().net)
     return patcher(model)
 
 
@@ -98,6 +98,7 @@ def tinyworld_flow_model() -> Patcher:
     return comfy.sd.load_diffusion_model_state_dict(tinylatent.load_flow().state_dict())
 
 
+TINY_DENOISERS = {"denoiser": tinyworld.load_denoiser, "bad sibling": tinyworld.load_sibling}
 TINY_MODELS = {"flow": tinyworld_flow_model, "eps": tinyworld_eps_model}
 
 

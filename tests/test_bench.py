@@ -211,7 +211,7 @@ def test_other_siblings_are_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(siblings, "FULL", {False: 32, True: 32})
     once, again = (bad_version(KINDS[1], False, tmp_path, torch.device("cpu")) for _ in range(2))
     files = [file.name for file in tmp_path.iterdir()]
-    assert files == ["sibling_64_16.safetensors"]
+    assert files == ["denoiser_64_0.0625.safetensors"]
     assert all(torch.equal(*each) for each in zip(once.state_dict().values(), again.state_dict().values(), strict=True))
 
 

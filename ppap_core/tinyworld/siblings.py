@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import expand
-from . import CONDITIONS, WEIGHTS, TinyDenoiser, load_conditional_denoiser, load_denoiser, load_weights
+from . import CONDITIONS, TinyDenoiser, load_conditional_denoiser, load_denoiser, load_sibling, load_weights
 from .train import NETWORKS, Recipe, fit
 
 Model = Callable[..., Tensor]  # (x, sigma) or (x, sigma, what it is told) -> denoised
+BUNDLED = "half the width, a sixteenth of the training"
 TRAINED = {  # name -> (width, share of the training)
-    "half the width, a sixteenth of the training": (32, 1 / 16),
-    "a sixteenth of the training": (64, 1 / 16),
-    "half the width": (32, 1.0)}
+    BUNDLED: (32, 1 / 16), "a sixteenth of the training": (64, 1 / 16), "half the width": (32, 1.0)}
 DAMAGED = ("dropout", "noise on the input", "weights of four bits")
 KINDS = (*TRAINED, *DAMAGED)
 
@@ -30,17 +29,15 @@ def bad_version(kind: str, told: bool, folder: Path, device: torch.device) -> Mo
 
 
 def _trained(kind: str, told: bool, folder: Path, device: torch.device) -> nn.Module:
+    if kind == BUNDLED:
+        return load_sibling(told).to(device)
     width, share = TRAINED[kind]
-    name, of = ("conditional_sibling", "conditional_denoiser") if told else ("sibling", "denoiser")
-    if (width, share) == (32, 1 / 16):
-        folder = WEIGHTS
-    else:
-        name = f"{name}_{width}_{round(1 / share)}"
-    net = partial(TinyDenoiser, width=width, conditions=CONDITIONS if told else 0)
+    base = "conditional_denoiser" if told else "denoiser"
+    net, name = partial(TinyDenoiser, width=width, conditions=CONDITIONS if told else 0), f"{base}_{width}_{share:g}"
     if not (folder / f"{name}.safetensors").exists():
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
-        fit(name, net(), NETWORKS[of][1], Recipe(round(FULL[told] * share), ema=0.999 if share == 1 else 0.99, half=True),
+        fit(name, net(), NETWORKS[base][1], Recipe(round(FULL[told] * share), ema=0.999 if share == 1 else 0.99, half=True),
             folder, device)
     return load_weights(net(), name, folder).to(device)
 

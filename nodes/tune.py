@@ -30,7 +30,7 @@ def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: 
     tuned, images = model.clone(), model.model.process_latent_in(latent["samples"])
     tuned.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for([], True, KEY))
     about = {**about_model(model, positive), "data": digest(images)}
-    state = folders.output_folder("ppap_training", f"{digest([about, vars(config)])}.state.safetensors")
+    state = folders.output_folder("ppap_training", f"{digest([about, name, vars(config)])}.state.safetensors")
     report, shown, values = progress(config.steps), 0.0, []
     found: list[tuple[Changes, list[float]]] = []
 

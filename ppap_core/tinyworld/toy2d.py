@@ -1,7 +1,7 @@
 """Autoguidance on points of the plane, after the toy of Karras et al. (2024, section 3): seen at a glance, in a minute.
 
-A class is a tree: each branch a row of small Gaussians, each fork half as wide as the one before. Its density is exact at
-every noise level, so that what lies outside and what is missing can be counted.
+A class is a tree: each branch a row of small Gaussians, each fork shorter and thinner than the one before. Its density is
+exact, so that what lies outside and what is missing can be counted.
 """
 import math
 from collections.abc import Callable

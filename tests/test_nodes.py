@@ -26,6 +26,20 @@ def method(node: ast.ClassDef, name: str) -> ast.FunctionDef:
     return next(part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == name)
 
 
+LISTS = {function.name: part.value.elts for tree in TREES.values() for function in tree.body
+         if isinstance(function, ast.FunctionDef) for part in function.body
+         if isinstance(part, ast.Return) and isinstance(part.value, ast.List)}
+
+
+def listed(value: ast.expr) -> list[ast.expr]:
+    """The parts of a list; where nodes share inputs, a function returns a list of them."""
+    if isinstance(value, ast.Starred):
+        return listed(value.value)
+    if isinstance(value, ast.Call):
+        return LISTS[value.func.id]
+    return [each for part in value.elts for each in (listed(part) if isinstance(part, ast.Starred) else [part])]
+
+
 EVERY = [pytest.param(node, id=node.name) for name in NODE_FILES for node in classes(name)]
 
 
@@ -50,7 +64,7 @@ def test_every_input_and_output_says_what_it_is(node: ast.ClassDef):
     [schema] = [part.value for part in method(node, "define_schema").body if isinstance(part, ast.Return)]
     given = {keyword.arg: keyword.value for keyword in schema.keywords}
     assert given["node_id"].value == node.name and given["description"] and given["display_name"]
-    for slot in (*given["inputs"].elts, *getattr(given.get("outputs"), "elts", [])):
+    for slot in (*listed(given["inputs"]), *getattr(given.get("outputs"), "elts", [])):
         if isinstance(slot.func, ast.Attribute):  # the few shared inputs are functions
             assert "tooltip" in {keyword.arg for keyword in slot.keywords}, ast.unparse(slot)
 
@@ -58,7 +72,7 @@ def test_every_input_and_output_says_what_it_is(node: ast.ClassDef):
 @pytest.mark.parametrize("node", EVERY)
 def test_execute_takes_the_inputs_in_the_order_of_the_schema(node: ast.ClassDef):
     [schema] = [part.value for part in method(node, "define_schema").body if isinstance(part, ast.Return)]
-    [inputs] = [keyword.value.elts for keyword in schema.keywords if keyword.arg == "inputs"]
+    [inputs] = [listed(keyword.value) for keyword in schema.keywords if keyword.arg == "inputs"]
     shared = {"limit_input": "max_rms", "terms_input": "terms", "vae_input": "vae"}
     names = [each.args[0].value if each.args else shared[each.func.id] for each in inputs]
     arguments = method(node, "execute").args

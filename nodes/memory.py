@@ -61,7 +61,9 @@ def make_differentiable(guider: Any) -> None:
             for own in (module._parameters, module._buffers):
                 for name, tensor in own.items():
                     if tensor is not None and tensor.is_inference():
-                        own[name] = copies.setdefault(id(tensor), _normal(tensor))
+                        if id(tensor) not in copies:
+                            copies[id(tensor)] = _normal(tensor)
+                        own[name] = copies[id(tensor)]
 
 
 def _controls(conds: dict) -> Iterator[comfy.controlnet.ControlBase]:
@@ -88,8 +90,8 @@ def differentiable_networks():
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NO_WAY_BACK):
             raise
         raise ValueError("gradients do not pass through this model, or through something that is applied to it "
-                         f"({str(error).splitlines()[0]}): choose 'in the prediction' as gradient in Guidance "
-                         "Term") from error
+                         f"({str(error).splitlines()[0]}): it cannot be trained; in Guidance Term, choose 'in the "
+                         "prediction' as gradient") from error
     finally:
         management.in_training = before
 

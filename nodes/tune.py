@@ -1,6 +1,5 @@
 """Fine-tuning of a MODEL by a LoRA, as a sampler: ComfyUI loads the model and prepares its conditioning as for any other."""
 import time
-from pathlib import Path
 from typing import Any
 
 import comfy.samplers
@@ -66,8 +65,6 @@ def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: 
     return comfy.sd.load_lora_for_models(model, None, as_lora(changes, INSIDE), 1.0, 0.0)[0], losses
 
 
-def save_lora(name: str, changes: Changes) -> Path:
+def save_lora(name: str, changes: Changes) -> None:
     """Write a LoRA where the stock loaders look for it."""
-    file = folders.new_lora_file(name)
-    save_tensors(file, as_lora(changes, INSIDE), {"made_by": "ComfyUI-PPAP"})
-    return file
+    save_tensors(folders.new_lora_file(name), as_lora(changes, INSIDE), {"made_by": "ComfyUI-PPAP"})

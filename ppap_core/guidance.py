@@ -112,26 +112,26 @@ def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Te
     Works under torch.inference_mode(), as long as the guiders' weights were made outside of it.
     """
     level, total, readings = _common_level(sigma), None, []
-    reach = _uncertainty(level, sigma_data)
+    reach = uncertainty(level, sigma_data)
     for index, term in enumerate(terms):
         strength = term.strength(level)
         if strength == 0:
             continue
         energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
         if term.balanced:
-            gradient = _felt(gradient, energy, reach)
+            gradient = felt(gradient, energy, reach)
         if term.needs_model:
             gradient = _pulled(gradient, pull_back)
         gradient = finite(gradient, term.guider.name, level)
-        mask = None if term.mask is None else _mask_for(term.mask, gradient)
+        mask = None if term.mask is None else mask_for(term.mask, gradient)
         if term.balanced:
-            part = -strength * reach * _direction(gradient, mask)
+            part = -strength * reach * direction(gradient, mask)
         else:
             in_prediction = term.guider.view == "denoised" and not term.needs_model
             part = -strength * (reach if in_prediction else level) ** 2 * gradient
         if mask is not None:
             part = part * mask
-        readings.append(Reading(index, level, energy, _rms(part)))
+        readings.append(Reading(index, level, energy, rms(part)))
         total = part if total is None else total + part
     return None if total is None else Shift(_limit(total, max_rms), readings)
 
@@ -257,7 +257,7 @@ def _loss_scale(guider: Guider, point: Tensor, compute: torch.dtype | None) -> f
     return 2.0 ** (10 - round(math.log2(counted)))
 
 
-def _uncertainty(sigma: float, sigma_data: float) -> float:
+def uncertainty(sigma: float, sigma_data: float) -> float:
     """Standard deviation of the data given a noisy state, under a Gaussian prior."""
     return sigma * sigma_data / math.hypot(sigma, sigma_data)
 
@@ -266,23 +266,23 @@ def _pulled(gradient: Tensor, pull_back: PullBack | None) -> Tensor:
     """A gradient in the prediction as one in x; on the way it has a size of 1, which half precision can hold."""
     if pull_back is None:
         raise ValueError("a term's gradient shall go through the model: expected pull_back, as differentiable() gives it")
-    size = expand(_rms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
+    size = expand(rms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
     return pull_back(gradient / size).to(gradient) * size
 
 
-def _felt(gradient: Tensor, energy: Tensor, reach: float) -> Tensor:
+def felt(gradient: Tensor, energy: Tensor, reach: float) -> Tensor:
     """Without the samples whose energy would not feel a step as far as `reach`: their gradient is rounding, no direction."""
-    gain = _rms(gradient) * reach * gradient[0].numel()
+    gain = rms(gradient) * reach * gradient[0].numel()
     return gradient * expand(gain > ROUNDING * energy.abs().clamp_min(1), gradient)
 
 
-def _direction(gradient: Tensor, mask: Tensor | None) -> Tensor:
+def direction(gradient: Tensor, mask: Tensor | None) -> Tensor:
     """The gradient of each sample with a root mean square of 1, inside the mask; zeros where it vanishes."""
     if mask is None:
-        size = _rms(gradient)
+        size = rms(gradient)
     else:
         inside = mask.expand_as(gradient)
-        size = _rms(gradient * inside.sqrt()) / inside.flatten(1).mean(1).sqrt().clamp_min(1e-12)
+        size = rms(gradient * inside.sqrt()) / inside.flatten(1).mean(1).sqrt().clamp_min(1e-12)
     return gradient / expand(size.clamp_min(torch.finfo(size.dtype).tiny), gradient)
 
 
@@ -293,7 +293,7 @@ def _common_level(sigma: Tensor) -> float:
     return low
 
 
-def _mask_for(mask: Tensor, x: Tensor) -> Tensor:
+def mask_for(mask: Tensor, x: Tensor) -> Tensor:
     if mask.shape[-2:] != x.shape[-2:] or len(mask) not in (1, len(x)):
         raise ValueError(f"the mask has shape {tuple(mask.shape)} but {tuple(x.shape)} is sampled: expected one mask "
                          "for all images or one for each, of the same height and width")
@@ -310,12 +310,12 @@ def finite(part: Tensor, name: str, sigma: float) -> Tensor:
     return torch.where(bad.reshape(-1, *(1,) * (part.ndim - 1)), torch.zeros_like(part), part)
 
 
-def _rms(part: Tensor) -> Tensor:
+def rms(part: Tensor) -> Tensor:
     return part.square().flatten(1).mean(1).sqrt()
 
 
 def _limit(shift: Tensor, max_rms: float) -> Tensor:
     if math.isinf(max_rms):
         return shift
-    factor = (max_rms / _rms(shift).clamp_min(1e-12)).clamp_max(1)
+    factor = (max_rms / rms(shift).clamp_min(1e-12)).clamp_max(1)
     return shift * expand(factor, shift)

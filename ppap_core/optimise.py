@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
 
-Losses = list[float]
+Losses = list[float] | list[list[float]]
+"""Of every step, or of every step in parts."""
 
 
 def optimise(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps: int, lr: float, what: str, about: dict,
@@ -18,7 +19,7 @@ def optimise(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
     """Lower loss(step) by AdamW with a rate that falls to zero like a cosine; returns the loss of every step.
 
     parameters: by name, with requires_grad on; they are changed in place. loss(step) must be a function of the step alone,
-    so that a run that was stopped and goes on is the same run.
+    so that a run that was stopped and goes on is the same run; it may hold several parts, whose sum is lowered.
     state_file: where parameters, optimiser and losses are kept, with `about`, which tells this training from others; an
     existing one is gone on with, and a finished one is only loaded. on_step(step, loss) may raise to stop: the state is
     saved first. around: what the passes of a step are done in.
@@ -33,13 +34,13 @@ def optimise(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
                 optimizer.zero_grad()
                 with around():
                     value = loss(step)
-                    if not torch.isfinite(value):
-                        raise ValueError(f"the loss of {what} became {value.item()} in step {step}: expected a finite "
+                    if not torch.isfinite(value).all():
+                        raise ValueError(f"the loss of {what} became {value.tolist()} in step {step}: expected a finite "
                                          "number; lower the learning rate, or check the network")
-                    value.backward()
+                    value.sum().backward()
                 optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
                 optimizer.step()
-                losses.append(value.item())
+                losses.append(value.tolist())
                 if state_file and len(losses) % save_every == 0:
                     _save(state_file, about, parameters, optimizer, losses)
                 if on_step:

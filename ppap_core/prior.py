@@ -1,0 +1,146 @@
+"""Diffusion models as plug-and-play priors (Graikos et al. 2022): the image that satisfies constraints, by optimisation.
+
+Nothing is sampled. A point is moved until the diffusion model takes it for an image, at ever lower noise, and the guiders
+take it for what they are aimed at. The point may be anything that an image can be drawn from, not only the image itself.
+"""
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .guidance import Term, differentiable, direction, energy_gradient, felt, finite, mask_for, rms, uncertainty
+from .noise import expand, seeded
+from .optimise import optimise
+from .sampling import Denoiser, karras_sigmas, sample_euler, seeded_noise
+
+Render = Callable[[Tensor], Tensor]
+"""(point (B, ...)) -> image (B, C, H, W), differentiable, each image of its own point only"""
+
+OnFound = Callable[[int, list[float], Tensor], None]
+"""(step, [error of the noise, energy], points (B, ...)) after every step; may raise to stop."""
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """How a point is found. Each of Adam's steps has one noise level."""
+
+    steps: int = 300
+    lr: float = 1.0            # of Adam, where 1 is the spread of the data; falls to zero like a cosine
+    sigma_from: float = 10.0   # noise levels fall evenly in the logarithm from here ...
+    sigma_to: float = 0.05     # ... to here,
+    wave: float = 0.25         # and swing by this share of what is left: 0, they only fall
+    waves: int = 3             # so many times
+    jacobian: bool = False     # whether the gradient goes through the model too, as published: one more pass of it
+    pairs: bool = False        # whether each step asks for opposite noise too: near to the mode, less like a sample
+
+    def __post_init__(self):
+        if not 0 < self.sigma_to <= self.sigma_from < math.inf or self.steps < 1:
+            raise ValueError(f"expected 0 < sigma_to <= sigma_from and at least one step, got {self.sigma_to}, "
+                             f"{self.sigma_from} and {self.steps}")
+
+
+def annealed(config: PriorConfig) -> list[float]:
+    """The noise level of every step: linear in log sigma with a cosine on top, both running out together."""
+    left = [1 - step / max(config.steps - 1, 1) for step in range(config.steps)]
+    turn = 2 * math.pi * config.waves
+    heights = [min(each * (1 + config.wave * math.cos(turn * (1 - each))), 1.0) for each in left]
+    return [config.sigma_to * (config.sigma_from / config.sigma_to) ** height for height in heights]
+
+
+def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
+                   render: Render | None = None, sigma_data: float = 0.5, about: dict | None = None,
+                   state_file: Path | None = None, on_step: OnFound | None = None,
+                   around: Callable[[], AbstractContextManager] = nullcontext) -> tuple[Tensor, list[list[float]]]:
+    """The points (B, ...) found from `start`, and of every step the two things that were lowered, as means of the batch.
+
+    Lowered are the error of the noise, |D(x) - image|^2 / sigma^2 with x = image + sigma noise, and the energies of the
+    terms. The error's gradient is scaled to that of -log p(x), which it is without the Jacobian (Poole et al. 2023) and, if
+    images were Gaussian with the spread sigma_data, with it: at weight 1, raw, what is found is the most probable image
+    given what the guiders ask for. A balanced term pulls `weight` times as hard as the prior. A guider of the denoised
+    view judges the image, one of the noisy view as_seen(x); windows and ramps mean the noise level of the step. `through`
+    means nothing here: whether the model is differentiated, config says.
+
+    Point i depends on start[i], what the terms hold for it, and seeds[i] only. about, state_file, around: of `optimise`,
+    which goes on where a run was stopped. ValueError for another number of seeds and where gradients do not pass.
+    """
+    if len(seeds) != len(start):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(start)} images: give one for each")
+    levels = annealed(config)
+    with torch.inference_mode(False):
+        point = start.detach().clone().requires_grad_(True)
+
+    def loss(step: int) -> Tensor:
+        image = render(point) if render else point
+        fixed, sigma = image.detach(), image.new_full((len(image),), levels[step])
+        noise = torch.stack([torch.randn(image.shape[1:], generator=seeded(seed, step)) for seed in seeds]).to(fixed)
+        error, gradient = _prior(denoise, fixed, sigma, [noise, -noise] if config.pairs else [noise],
+                                 config.jacobian, sigma_data)
+        x = fixed + levels[step] * noise
+        energies = fixed.new_zeros(len(fixed))
+        for term in terms:
+            strength = term.strength(levels[step])
+            if strength != 0:
+                energy, pull = _constraint(term, x, sigma, fixed, gradient, sigma_data)
+                gradient, energies = gradient + strength * pull, energies + energy
+        parts = torch.stack([error.mean(), energies.mean()])
+        towards = (_size(levels[step], sigma_data) * gradient * image).sum()
+        return parts + torch.stack([towards - towards.detach(), torch.zeros_like(towards)])
+
+    losses = optimise({"point": point}, loss, config.steps, config.lr * sigma_data, "the prior",
+                      {**(about or {}), "prior": asdict(config), "seeds": list(seeds)}, state_file,
+                      on_step=on_step and (lambda step, parts: on_step(step, parts, point.detach())), around=around)
+    return point.detach(), losses
+
+
+def _prior(denoise: Denoiser, image: Tensor, sigma: Tensor, noises: Sequence[Tensor], jacobian: bool,
+           sigma_data: float) -> tuple[Tensor, Tensor]:
+    """Error of the noise for each value (B,), and the prior's gradient (B, C, H, W), both as means over the noises."""
+    errors, gradients, level = [], [], expand(sigma, image)
+    for noise in noises:
+        x = image + level * noise
+        if jacobian:
+            denoised, pull_back = differentiable(denoise, x, sigma)
+            off = (image - denoised) / level**2
+            gradients.append((off - pull_back(off)) * (1 + (sigma_data / level) ** 2))
+        else:
+            with torch.no_grad():
+                denoised = denoise(x, sigma)
+            gradients.append((image - denoised) / level**2)
+        errors.append(((denoised - image) / level).square().flatten(1).mean(1))
+    return sum(errors) / len(errors), finite(sum(gradients) / len(gradients), "the prior", float(sigma[0]))
+
+
+def _constraint(term: Term, x: Tensor, sigma: Tensor, image: Tensor, prior: Tensor,
+                sigma_data: float) -> tuple[Tensor, Tensor]:
+    """Energy (B,) and its gradient for a weight of 1, (B, C, H, W)."""
+    energy, gradient = energy_gradient(term.guider, x, sigma, image)
+    gradient = finite(gradient, term.guider.name, float(sigma[0]))
+    mask = None if term.mask is None else mask_for(term.mask, gradient)
+    if term.balanced:
+        gradient = felt(gradient, energy, uncertainty(float(sigma[0]), sigma_data))
+        gradient = direction(gradient, mask) * expand(rms(prior), gradient)
+    return energy, gradient if mask is None else gradient * mask
+
+
+def _size(sigma: float, sigma_data: float) -> float:
+    """What makes the gradient about as large at every noise level, so that Adam may compare them."""
+    return sigma * math.hypot(sigma, sigma_data) / sigma_data
+
+
+def clean_up(denoise: Denoiser, image: Tensor, sigma: float, sigma_to: float, steps: int, seeds: Sequence[int]) -> Tensor:
+    """Images (B, C, H, W) after noise of level sigma and sampling from there (Meng et al. 2022). 0 changes nothing."""
+    if sigma == 0:
+        return image
+    noise = seeded_noise(seeds, tuple(image.shape[1:])).to(image)
+    return sample_euler(denoise, image + sigma * noise, karras_sigmas(steps, min(sigma_to, sigma), sigma))
+
+
+def best_of(images: Tensor, energies: Tensor, particles: int) -> Tensor:
+    """Of every `particles` images in a row the one of least energy: (B particles, ...), (B particles,) -> (B, ...)."""
+    groups = energies.reshape(-1, particles)
+    first = torch.arange(len(groups), device=energies.device) * particles
+    return images[first + groups.argmin(1)]

@@ -6,13 +6,14 @@ take it for what they are aimed at. The point may be anything that an image can 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .guidance import Term, differentiable, direction, energy_gradient, felt, finite, mask_for, rms, uncertainty
+from .guider import clean
 from .noise import expand, seeded
 from .optimise import optimise
 from .sampling import Denoiser, karras_sigmas, sample_euler, seeded_noise
@@ -139,8 +140,27 @@ def clean_up(denoise: Denoiser, image: Tensor, sigma: float, sigma_to: float, st
     return sample_euler(denoise, image + sigma * noise, karras_sigmas(steps, min(sigma_to, sigma), sigma))
 
 
+def several(term: Term, particles: int) -> Term:
+    """The term for a batch that is there `particles` times in a row: what it holds for each image is repeated."""
+    guider = term.guider
+    parts = {name: _again(getattr(guider, name), particles) for name in ("target", "prompt")}
+    return replace(term, guider=replace(guider, **parts), mask=_again(term.mask, particles))
+
+
+def _again(value: Tensor | None, particles: int) -> Tensor | None:
+    return value if value is None or len(value) == 1 else value.repeat(particles, *(1,) * (value.ndim - 1))
+
+
 def best_of(images: Tensor, energies: Tensor, particles: int) -> Tensor:
-    """Of every `particles` images in a row the one of least energy: (B particles, ...), (B particles,) -> (B, ...)."""
-    groups = energies.reshape(-1, particles)
-    first = torch.arange(len(groups), device=energies.device) * particles
-    return images[first + groups.argmin(1)]
+    """Of a batch that is there `particles` times in a row, for each image the one of least energy: (particles B, ...),
+    (particles B,) -> (B, ...)."""
+    best, count = energies.reshape(particles, -1).argmin(0), len(images) // particles
+    return images[best * count + torch.arange(count, device=images.device)]
+
+
+def energy_of(terms: Sequence[Term], images: Tensor) -> Tensor:
+    """The weighted energies of clean images (B, C, H, W) in sum, (B,)."""
+    total = images.new_zeros(len(images))
+    for term in terms:
+        total = total + term.weight * energy_gradient(term.guider, images, clean(images), images)[0]
+    return total

@@ -10,7 +10,7 @@ from torch import Tensor
 from ppap_core.guidance import Term
 from ppap_core.guider import Guider, IgnoreSigma
 from ppap_core.noise import EVERYWHERE, NoiseInterval
-from ppap_core.prior import PriorConfig, _constraint, _prior, annealed, best_of, clean_up, optimise_prior
+from ppap_core.prior import PriorConfig, _constraint, _prior, annealed, best_of, clean_up, energy_of, optimise_prior, several
 from ppap_core.rules import rule_guider
 from ppap_core.tinyworld.gaussian import GaussianMixture
 
@@ -224,11 +224,24 @@ def test_the_clean_up_samples_from_where_the_noise_was_added_and_is_nothing_at_z
 
 
 def test_of_several_particles_the_one_of_least_energy_is_kept():
-    images = torch.arange(6.0).reshape(6, 1)
-    energies = torch.tensor([3.0, 1.0, 2.0, 0.5, 4.0, 0.4])
-    assert best_of(images, energies, 3).flatten().tolist() == [1.0, 5.0]
-    assert best_of(images, energies, 1) is not None
+    images = torch.arange(6.0).reshape(6, 1)  # three particles of two images
+    energies = torch.tensor([3.0, 0.5, 1.0, 4.0, 2.0, 0.4])
+    assert best_of(images, energies, 3).flatten().tolist() == [2.0, 5.0]
     assert torch.equal(best_of(images, energies, 1), images)
+
+
+def test_particles_of_an_image_have_its_target_its_mask_and_an_energy_of_their_own(mixture):
+    targets, masks = torch.tensor([1, 2]), randn(2, 1, *SHAPE[1:], seed=2).sigmoid()
+    term = several(Term(mixture.guider().aim(targets), 0.5, mask=masks), 3)
+    assert term.guider.target.tolist() == [1, 2, 1, 2, 1, 2]
+    assert torch.equal(term.mask, masks.repeat(3, 1, 1, 1))
+    images = torch.cat([mixture.means[[1, 2]], mixture.means[[2, 1]], mixture.means[[1, 3]]])
+    energies = energy_of([term], images)
+    assert energies.shape == (6,)
+    assert energies[[0, 1, 4]].max() < 1e-6 < 1 < energies[[2, 3, 5]].min()
+    assert torch.equal(best_of(images, energies, 3), mixture.means[[1, 2]])
+    one = Term(mixture.guider().aim(torch.tensor([1])))
+    assert several(one, 3).guider.target.tolist() == [1]
 
 
 # Faults

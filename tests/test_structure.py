@@ -15,7 +15,7 @@ ALLOWED = {  # file of ppap_core -> files of it that it may import
     "view": "", "readout": "",
     "guidance": "guider noise sampling tasks",  # not experts: a bank is just a network
     "autoguidance": "guidance noise sampling", "lowrank": "", "finetune": "lowrank noise optimise",
-    "training_free": "guidance guider noise sampling", "prior": "guidance noise optimise sampling",
+    "training_free": "guidance guider noise sampling", "prior": "guidance guider noise optimise sampling",
     "memory": "guidance guider", "speed": "guidance guider noise preprocess sampling view",
     "distill": "experts guider noise optimise samples sampling tasks", "optimise": "files",
 }

@@ -1,11 +1,11 @@
 """ComfyUI-PPAP: any off-the-shelf network steers any diffusion model."""
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes import autoguide, folders, guide, load, report, train
+from .nodes import autoguide, folders, guide, load, prior, report, train
 
 WEB_DIRECTORY = "./web"
-NODES: list[type[io.ComfyNode]] = [*load.NODES, *guide.NODES, *autoguide.NODES, *train.NODES,
-                                   *report.NODES]
+NODES: list[type[io.ComfyNode]] = [*load.NODES, *guide.NODES, *autoguide.NODES, *prior.NODES,
+                                   *train.NODES, *report.NODES]
 
 folders.register_folders()
 

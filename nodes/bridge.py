@@ -123,6 +123,30 @@ def require_same_space(guider: Guider, model: Patcher) -> None:
                          f"kind is {kind}: use experts that were distilled for a model of this kind, or the plain guider")
 
 
+def eyes_for(terms: Sequence[GuidanceTerm], model: Patcher,
+             vae: comfy.sd.VAE | None) -> tuple[list[See | None], list[torch.nn.Module]]:
+    """How each term's guider sees what a model diffuses, and every network that takes part in it.
+
+    ValueError for experts of other latents.
+    """
+    pixels = models.is_pixel(model)
+    decoder = None if vae is None or pixels else models.Decoder(vae, model)
+
+    def eye(guider: Guider) -> See | None:
+        require_same_space(guider, model)
+        if pixels or guider.see:
+            return guider.see
+        return decoder if decoder is not None and guider.view == "denoised" else models.space_of(model).colours
+
+    networks = {id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}
+    return [eye(term.guider) for term in terms], list(networks.values())
+
+
+def asked(terms: Sequence[GuidanceTerm], eyes: Sequence[See | None]) -> list[Guider]:
+    """The guiders at work, with their eyes."""
+    return [replace(term.guider, see=see) for term, see in zip(terms, eyes, strict=True) if term.weight]
+
+
 def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float,
                    vae: comfy.sd.VAE | None = None) -> Patcher:
     """A MODEL whose denoised predictions are shifted by all terms; every sampler and every other patch goes on working.
@@ -130,24 +154,14 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     vae: what guiders of the denoised view look through at latents; without it they see the latents' colours.
     """
     models.require_supported(model)
-    for term in terms:
-        require_same_space(term.guider, model)
     guided, runs = model.clone(), deque(maxlen=4)
     through = any(term.through and term.weight for term in terms)
-    decoder = None if vae is None or models.is_pixel(model) else models.Decoder(vae, model)
-    networks = list({id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}.values())
-
-    def see_for(term: GuidanceTerm) -> See | None:
-        if models.is_pixel(model) or term.guider.see:
-            return term.guider.see
-        if decoder is not None and term.guider.view == "denoised":
-            return decoder
-        return models.space_of(model).colours
+    eyes, networks = eyes_for(terms, model, vae)
 
     def start_run(executor, noise, *args, **kwargs):
         patched = executor.class_obj.model_patcher
         shape = models.frames_as_images(noise).shape
-        runs.append(Run([core_term(patched, term, shape, see_for(term)) for term in terms],
+        runs.append(Run([core_term(patched, term, shape, see) for term, see in zip(terms, eyes, strict=True)],
                         models.sigma_data_of(patched), compute_type(patched)))
         runs[-1].samples = executor(noise, *args, **kwargs)
         return runs[-1].samples
@@ -186,8 +200,7 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
         return denoised + models.images_as_frames(found.shift, denoised)
 
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
-    seen = [replace(term.guider, see=see_for(term)) for term in terms if term.weight]
-    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(seen, through, KEY))
+    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(asked(terms, eyes), through, KEY))
     guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, after_loading)
     if through:
         guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)

@@ -90,8 +90,8 @@ def differentiable_networks():
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NO_WAY_BACK):
             raise
         raise ValueError("gradients do not pass through this model, or through something that is applied to it "
-                         f"({str(error).splitlines()[0]}): it cannot be trained; in Guidance Term, choose 'in the "
-                         "prediction' as gradient") from error
+                         f"({str(error).splitlines()[0]}): it cannot be trained, and elsewhere "
+                         "choose 'in the prediction' as gradient") from error
     finally:
         management.in_training = before
 

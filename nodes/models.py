@@ -17,7 +17,7 @@ from ..ppap_core import tinyworld
 from ..ppap_core.autoguidance import Autoguidance
 from ..ppap_core.experts import PIXELS
 from ..ppap_core.guidance import Ramp, constant
-from ..ppap_core.noise import NoiseInterval, flow_to_ve
+from ..ppap_core.noise import NoiseInterval, expand, flow_to_ve
 from ..ppap_core.tinyworld import latent as tinylatent
 from ..ppap_core.tinyworld.denoiser import SIGMA_DATA
 from ..ppap_core.view import LatentSpace
@@ -130,6 +130,14 @@ def to_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return x, sigma
     x, sigma = flow_to_ve(x, sigma.clamp(max=0.9999))  # a flow starts at pure noise, t = 1, which no VE level can say
     return x, sigma * getattr(sampling, "noise_scale", 1.0)
+
+
+def from_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The way back: a noisy state and noise level of the core as ComfyUI's model wants them."""
+    if not is_flow(sampling):
+        return x, sigma
+    time = sigma / (sigma + getattr(sampling, "noise_scale", 1.0))
+    return x * expand(1 - time, x), time
 
 
 def ve_level(sampling: Any, sigma: float) -> float:

@@ -121,7 +121,7 @@ def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Te
         if term.balanced:
             gradient = felt(gradient, energy, reach)
         if term.needs_model:
-            gradient = _pulled(gradient, pull_back)
+            gradient = pulled(gradient, pull_back)
         gradient = finite(gradient, term.guider.name, level)
         mask = None if term.mask is None else mask_for(term.mask, gradient)
         if term.balanced:
@@ -262,7 +262,7 @@ def uncertainty(sigma: float, sigma_data: float) -> float:
     return sigma * sigma_data / math.hypot(sigma, sigma_data)
 
 
-def _pulled(gradient: Tensor, pull_back: PullBack | None) -> Tensor:
+def pulled(gradient: Tensor, pull_back: PullBack | None) -> Tensor:
     """A gradient in the prediction as one in x; on the way it has a size of 1, which half precision can hold."""
     if pull_back is None:
         raise ValueError("a term's gradient shall go through the model: expected pull_back, as differentiable() gives it")

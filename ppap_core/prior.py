@@ -8,14 +8,27 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .guidance import Term, differentiable, direction, energy_gradient, felt, finite, mask_for, rms, uncertainty
+from .guidance import (
+    PullBack,
+    Term,
+    differentiable,
+    direction,
+    energy_gradient,
+    felt,
+    finite,
+    mask_for,
+    pulled,
+    rms,
+    uncertainty,
+)
 from .guider import clean
 from .noise import expand, seeded
-from .optimise import optimise
+from .optimise import Losses, optimise
 from .sampling import Denoiser, karras_sigmas, sample_euler, seeded_noise
 
 Render = Callable[[Tensor], Tensor]
@@ -55,15 +68,15 @@ def annealed(config: PriorConfig) -> list[float]:
 def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
                    render: Render | None = None, sigma_data: float = 0.5, about: dict | None = None,
                    state_file: Path | None = None, on_step: OnFound | None = None,
-                   around: Callable[[], AbstractContextManager] = nullcontext) -> tuple[Tensor, list[list[float]]]:
+                   around: Callable[[], AbstractContextManager] = nullcontext) -> tuple[Tensor, Losses]:
     """The points (B, ...) found from `start`, and of every step the two things that were lowered, as means of the batch.
 
     Lowered are the error of the noise, |D(x) - image|^2 / sigma^2 with x = image + sigma noise, and the energies of the
     terms. The error's gradient is scaled to that of -log p(x), which it is without the Jacobian (Poole et al. 2023) and, if
     images were Gaussian with the spread sigma_data, with it: at weight 1, raw, what is found is the most probable image
-    given what the guiders ask for. A balanced term pulls `weight` times as hard as the prior. A guider of the denoised
-    view judges the image, one of the noisy view as_seen(x); windows and ramps mean the noise level of the step. `through`
-    means nothing here: whether the model is differentiated, config says.
+    given what the guiders ask for. A balanced term pulls `weight` times as hard as the prior. Guiders look at what they look
+    at in guidance: as_seen(x), or the prediction D(x), whose gradient goes through the model where config says so, whatever
+    the term says; windows and ramps mean the noise level of the step.
 
     Point i depends on start[i], what the terms hold for it, and seeds[i] only. about, state_file, around: of `optimise`,
     which goes on where a run was stopped. ValueError for another number of seeds and where gradients do not pass.
@@ -78,18 +91,11 @@ def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, conf
         image = render(point) if render else point
         fixed, sigma = image.detach(), image.new_full((len(image),), levels[step])
         noise = torch.stack([torch.randn(image.shape[1:], generator=seeded(seed, step)) for seed in seeds]).to(fixed)
-        error, gradient = _prior(denoise, fixed, sigma, [noise, -noise] if config.pairs else [noise],
-                                 config.jacobian, sigma_data)
-        x = fixed + levels[step] * noise
-        energies = fixed.new_zeros(len(fixed))
-        for term in terms:
-            strength = term.strength(levels[step])
-            if strength != 0:
-                energy, pull = _constraint(term, x, sigma, fixed, gradient, sigma_data)
-                gradient, energies = gradient + strength * pull, energies + energy
-        parts = torch.stack([error.mean(), energies.mean()])
+        draws = [_pull(denoise, terms, fixed, sign * noise, sigma, config.jacobian, sigma_data)
+                 for sign in ((1, -1) if config.pairs else (1,))]
+        error, energy, gradient = (sum(parts) / len(draws) for parts in zip(*draws, strict=True))
         towards = (_size(levels[step], sigma_data) * gradient * image).sum()
-        return parts + torch.stack([towards - towards.detach(), torch.zeros_like(towards)])
+        return torch.stack([error.mean() + (towards - towards.detach()), energy.mean()])
 
     losses = optimise({"point": point}, loss, config.steps, config.lr * sigma_data, "the prior",
                       {**(about or {}), "prior": asdict(config), "seeds": list(seeds)}, state_file,
@@ -97,32 +103,40 @@ def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, conf
     return point.detach(), losses
 
 
-def _prior(denoise: Denoiser, image: Tensor, sigma: Tensor, noises: Sequence[Tensor], jacobian: bool,
-           sigma_data: float) -> tuple[Tensor, Tensor]:
-    """Error of the noise for each value (B,), and the prior's gradient (B, C, H, W), both as means over the noises."""
-    errors, gradients, level = [], [], expand(sigma, image)
-    for noise in noises:
-        x = image + level * noise
-        if jacobian:
-            denoised, pull_back = differentiable(denoise, x, sigma)
-            off = (image - denoised) / level**2
-            gradients.append((off - pull_back(off)) * (1 + (sigma_data / level) ** 2))
-        else:
-            with torch.no_grad():
-                denoised = denoise(x, sigma)
-            gradients.append((image - denoised) / level**2)
-        errors.append(((denoised - image) / level).square().flatten(1).mean(1))
-    return sum(errors) / len(errors), finite(sum(gradients) / len(gradients), "the prior", float(sigma[0]))
+def _pull(denoise: Denoiser, terms: Sequence[Term], image: Tensor, noise: Tensor, sigma: Tensor, jacobian: bool,
+          sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """For one draw of noise: error of the noise for each value (B,), energy (B,), and the gradient (B, C, H, W)."""
+    level = float(sigma[0])
+    x = image + level * noise
+    denoised, pull_back = differentiable(denoise, x, sigma) if jacobian else (_plainly(denoise, x, sigma), None)
+    error, energies = ((denoised - image) / level).square().flatten(1).mean(1), image.new_zeros(len(image))
+    off = (image - denoised) / level**2
+    prior = finite((off - pull_back(off)) * (1 + (sigma_data / level) ** 2) if pull_back else off, "the prior", level)
+    gradient = prior
+    for term in terms:
+        strength = term.strength(level)
+        if strength != 0:
+            energy, pull = _constraint(term, x, sigma, denoised, pull_back, prior, sigma_data)
+            energies, gradient = energies + energy, gradient + strength * pull
+    return error, energies, gradient
 
 
-def _constraint(term: Term, x: Tensor, sigma: Tensor, image: Tensor, prior: Tensor,
+def _plainly(denoise: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
+    with torch.no_grad():
+        return denoise(x, sigma)
+
+
+def _constraint(term: Term, x: Tensor, sigma: Tensor, denoised: Tensor, pull_back: PullBack | None, prior: Tensor,
                 sigma_data: float) -> tuple[Tensor, Tensor]:
     """Energy (B,) and its gradient for a weight of 1, (B, C, H, W)."""
-    energy, gradient = energy_gradient(term.guider, x, sigma, image)
+    energy, gradient = energy_gradient(term.guider, x, sigma, denoised)
+    if term.balanced:
+        gradient = felt(gradient, energy, uncertainty(float(sigma[0]), sigma_data))
+    if pull_back and term.guider.view == "denoised":
+        gradient = pulled(gradient, pull_back)
     gradient = finite(gradient, term.guider.name, float(sigma[0]))
     mask = None if term.mask is None else mask_for(term.mask, gradient)
     if term.balanced:
-        gradient = felt(gradient, energy, uncertainty(float(sigma[0]), sigma_data))
         gradient = direction(gradient, mask) * expand(rms(prior), gradient)
     return energy, gradient if mask is None else gradient * mask
 
@@ -130,6 +144,29 @@ def _constraint(term: Term, x: Tensor, sigma: Tensor, image: Tensor, prior: Tens
 def _size(sigma: float, sigma_data: float) -> float:
     """What makes the gradient about as large at every noise level, so that Adam may compare them."""
     return sigma * math.hypot(sigma, sigma_data) / sigma_data
+
+
+def find_images(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
+                start_noise: float = 1.0, mask: Tensor | None = None, particles: int = 1, frames: int = 1,
+                level: float = 0.0, steps: int = 10, sigma_data: float = 0.5, **run: Any) -> tuple[Tensor, Losses]:
+    """The whole search for images (B, C, H, W): from `start` under noise, with a clean-up, the best of several particles.
+
+    start_noise: in spreads of the data; 0: from `start` as it is. mask (B|1, 1, H, W) in [0, 1]: where images may change;
+    None: everywhere. particles: how many searches there are for each image, for which seeds has to hold a number each, one
+    round of all images after another. frames: how many images in a row are one video, of which all or none are taken.
+    level, steps: of `clean_up`. run: what else `optimise_prior` takes.
+    """
+    start = start.repeat(particles, 1, 1, 1)
+    terms = [several(term, particles) for term in terms]
+    free = None if mask is None else mask_for(_again(mask, particles), start)
+    render = None if free is None else lambda point: start + free * (point - start)
+    noise = start_noise * sigma_data * seeded_noise(seeds, tuple(start.shape[1:])).to(start)
+    points, losses = optimise_prior(denoise, terms, start + noise, config, seeds, render=render, sigma_data=sigma_data,
+                                    **run)
+    tidy = clean_up(denoise, render(points) if render else points, level, config.sigma_to, steps, seeds)
+    images = render(tidy) if render else tidy
+    energies = energy_of(terms, images).unflatten(0, (-1, frames)).mean(1)
+    return best_of(images.unflatten(0, (-1, frames)), energies, particles).flatten(0, 1), losses
 
 
 def clean_up(denoise: Denoiser, image: Tensor, sigma: float, sigma_to: float, steps: int, seeds: Sequence[int]) -> Tensor:

@@ -46,7 +46,7 @@ EVERY = [pytest.param(node, id=node.name) for name in NODE_FILES for node in cla
 @pytest.mark.parametrize("name", TREES)
 def test_only_the_bridge_knows_torch_and_comfyui_and_only_the_folders_its_folders(name: str):
     known = {"bridge.py": OUTSIDE - {"folder_paths"}, "folders.py": {"folder_paths"},
-             **dict.fromkeys(("models.py", "memory.py", "bad_model.py", "tune.py"), {"comfy", "torch"})}
+             **dict.fromkeys(("models.py", "memory.py", "bad_model.py", "tune.py", "search.py"), {"comfy", "torch"})}
     assert not imported(TREES[name]) & (OUTSIDE - known.get(name, set()))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ppap_core.guidance import Term
 from ppap_core.guider import Guider, IgnoreSigma
 from ppap_core.noise import EVERYWHERE, NoiseInterval
-from ppap_core.prior import PriorConfig, _constraint, _prior, annealed, best_of, clean_up, energy_of, optimise_prior, several
+from ppap_core.prior import PriorConfig, _constraint, _pull, annealed, best_of, clean_up, energy_of, optimise_prior, several
 from ppap_core.rules import rule_guider
 from ppap_core.tinyworld.gaussian import GaussianMixture
 
@@ -77,8 +77,8 @@ def test_both_ways_have_the_gradient_of_log_p_where_images_are_gaussian(sigma):
     image, noise = randn(2, 3, 5, 4, dtype=torch.float64), randn(2, 3, 5, 4, seed=1, dtype=torch.float64)
     wanted = image / (0.25 + sigma**2)  # of `shrink`: mean 0, spread 0.5
     for jacobian in (False, True):
-        _, gradient = _prior(shrink, image, level(sigma, image), [noise, -noise], jacobian, 0.5)
-        assert torch.allclose(gradient, wanted, rtol=1e-9)
+        both = [_pull(shrink, [], image, draw, level(sigma, image), jacobian, 0.5)[2] for draw in (noise, -noise)]
+        assert torch.allclose(sum(both) / 2, wanted, rtol=1e-9)
 
 
 def test_the_gradient_through_the_model_is_that_of_the_error(mixture):
@@ -86,9 +86,9 @@ def test_the_gradient_through_the_model_is_that_of_the_error(mixture):
     direction = randn(1, *SHAPE, seed=9, dtype=torch.float64)
 
     def error(point: Tensor) -> float:
-        return _prior(mixture, point, level(sigma, point), [noise], True, 1.0)[0].item() * point.numel()
+        return _pull(mixture, [], point, noise, level(sigma, point), True, 1.0)[0].item() * point.numel()
     slope = (error(image + step * direction) - error(image - step * direction)) / (2 * step)
-    _, gradient = _prior(mixture, image, level(sigma, image), [noise], True, 1.0)
+    *_, gradient = _pull(mixture, [], image, noise, level(sigma, image), True, 1.0)
     scale = (1 + 1 / sigma**2) / 2  # to -log p of a Gaussian
     assert math.isclose(slope * scale, (gradient * direction).sum().item(), rel_tol=1e-6)
 
@@ -106,12 +106,12 @@ def test_terms_that_are_not_there_change_nothing(mixture):
 def test_a_balanced_term_pulls_weight_times_as_hard_as_the_prior_whatever_its_energy():
     image, sigma, prior = randn(3, 3, 20, 28), torch.full((3,), 0.7), randn(3, 3, 20, 28, seed=4)
     guider = small_guider()
-    _, pull = _constraint(Term(guider, balanced=True), image, sigma, image, prior, 0.5)
+    _, pull = _constraint(Term(guider, balanced=True), image, sigma, image, None, prior, 0.5)
     size = prior.square().flatten(1).mean(1).sqrt()
     assert torch.allclose(pull.square().flatten(1).mean(1).sqrt(), size, rtol=1e-4)
     mask = torch.zeros(1, 1, 20, 28)
     mask[..., :9] = 1
-    _, inside = _constraint(Term(guider, balanced=True, mask=mask), image, sigma, image, prior, 0.5)
+    _, inside = _constraint(Term(guider, balanced=True, mask=mask), image, sigma, image, None, prior, 0.5)
     assert inside[..., 9:].abs().max() == 0
     assert torch.allclose(inside[..., :9].square().flatten(1).mean(1).sqrt(), size, rtol=1e-4)
 

@@ -13,6 +13,7 @@ NODES = {"PPAPTinyWorld", "PPAPTinyLatentWorld", "PPAPClassConditioning", "PPAPL
          "PPAPLoadExperts", "PPAPSaveExperts", "PPAPAimAtClass", "PPAPAimAtText", "PPAPAimAtImage", "PPAPAimAtMask",
          "PPAPAimAtNumber", "PPAPPalette", "PPAPCutOuts", "PPAPGuidanceTerm", "PPAPCombineTerms", "PPAPApplyGuidance",
          "PPAPGuidedKSampler", "PPAPAutoguidance", "PPAPAutoguidanceGuider", "PPAPTrainLora", "PPAPAutoguidanceToy",
+         "PPAPPlugAndPlayPrior",
          "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance", "PPAPReadGuidance",
          "PPAPGuidanceReport", "PPAPLookThrough"}
 WORKFLOW_NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
@@ -49,8 +50,10 @@ def drawn(graph: dict) -> dict[str, int]:
         if each["class_type"] in ("SaveImage", "PreviewImage"):
             decoded = graph[each["inputs"]["images"][0]]
             if decoded["class_type"] == "VAEDecode":
-                sampler = graph[decoded["inputs"]["samples"][0]]
-                found[key] = graph[sampler["inputs"]["latent_image"][0]]["inputs"]["batch_size"]
+                source = graph[decoded["inputs"]["samples"][0]]
+                while "latent_image" in source["inputs"]:  # of one sampler, or of one after another
+                    source = graph[source["inputs"]["latent_image"][0]]
+                found[key] = source["inputs"]["batch_size"]
     return found
 
 
@@ -60,8 +63,8 @@ def titled(name: str) -> dict[str, str]:
 
 
 def test_the_shipped_workflows_are_these():
-    assert WORKFLOW_NAMES == ["autoguidance", "company", "depth", "latent", "latent_experts", "quickstart", "regions",
-                              "rules", "segmentation", "siblings"]
+    assert WORKFLOW_NAMES == ["autoguidance", "company", "depth", "latent", "latent_experts", "prior", "quickstart",
+                              "regions", "rules", "segmentation", "siblings"]
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)

@@ -1,0 +1,85 @@
+"""The search for images under a MODEL's prior, as a sampler: ComfyUI loads the model and prepares its conditioning as for
+any other."""
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..ppap_core.digest import digest
+from ..ppap_core.optimise import Losses
+from ..ppap_core.prior import PriorConfig, find_images
+from ..ppap_core.sampling import Denoiser
+from . import folders, models
+from .bridge import about_model, asked, autograd, cfg_guider, core_term, eyes_for, progress
+from .memory import differentiable_networks, make_differentiable, patcher_of, room_for, settle
+from .models import Patcher
+from .types import GuidanceTerm
+
+KEY = "ppap_prior"
+
+
+def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negative: list, cfg: float, latent: dict,
+           seed: int, config: PriorConfig, vae: comfy.sd.VAE | None, particles: int, **how: Any) -> tuple[dict, Losses]:
+    """The LATENT that was found, and of every step the error of the noise and the energy. how: see `find_images`."""
+    models.require_supported(model)
+    eyes, networks = eyes_for(terms, model, vae)
+    searched = model.clone()
+    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(asked(terms, eyes), config.jacobian, KEY))
+    searched.set_additional_models(KEY, searched.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
+    given = {**latent, "samples": comfy.sample.fix_empty_latent_channels(model, latent["samples"])}
+    known = model.model.process_latent_in(given["samples"])
+    about = {**about_model(model, positive, negative), "cfg": cfg, "vae": vae is not None,
+             "start": digest([given, how["start_noise"]]),
+             "terms": digest([(term, weights_of(term.guider.net)) for term in terms])}
+    state = folders.output_folder("ppap_prior", f"{digest([about, asdict(config), seed, particles])}.state.safetensors")
+    space, report = models.space_of(model), progress(config.steps)
+    found: list[tuple[Tensor, Losses]] = []
+
+    def look(predict: Any, noise: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: Any) -> Tensor:
+        settle(networks, noise.device)
+        if config.jacobian:
+            make_differentiable(guider)
+        with autograd():
+            start = models.frames_as_images(known.to(noise))
+            seeds = range(seed, seed + particles * len(start))
+            mask = latent.get("noise_mask")
+            core = [core_term(searched, term, start.shape, see) for term, see in zip(terms, eyes, strict=True)]
+            denoise = denoiser(guider.inner_model.model_sampling, predict, extra_args, noise, config.jacobian)
+            images, losses = find_images(
+                denoise, core, start, config, seeds, mask=None if mask is None else models.mask_for(mask, start.shape),
+                particles=particles, frames=len(start) // len(known), sigma_data=models.sigma_data_of(model), about=about,
+                state_file=state, around=differentiable_networks if config.jacobian else nullcontext,
+                on_step=lambda step, _, points: report(step + 1, space.colours(points[:1]) if space else points[:1]), **how)
+            found.append((models.images_as_frames(images, known), losses))
+        return noise
+
+    guider = cfg_guider(searched, positive, negative, cfg)
+    empty = torch.zeros(particles * len(known), *known.shape[1:])
+    guider.sample(empty, empty, comfy.samplers.KSAMPLER(look), torch.tensor([1.0, 0.0]), seed=seed)
+    [(images, losses)] = found
+    return {**latent, "samples": model.model.process_latent_out(images.cpu())}, losses
+
+
+def denoiser(sampling: Any, predict: Any, extra_args: dict, like: Tensor, differentiable: bool) -> Denoiser:
+    """A sampling's model in the core's convention; without gradients it runs as ComfyUI runs it, in inference mode."""
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        state = models.from_ve(sampling, models.images_as_frames(x, like), sigma[:len(like)])
+        return models.frames_as_images(predict(*state, **extra_args))
+
+    def alone(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found = denoise(x.clone(), sigma.clone())
+        return found.clone()
+    return denoise if differentiable else alone
+
+
+def weights_of(net: Any) -> dict[str, Tensor]:
+    """What tells networks of one kind apart; a rule has none."""
+    return net.state_dict() if isinstance(net, torch.nn.Module) else {}

@@ -1,0 +1,177 @@
+"""Plug-and-play priors with ComfyUI's own kinds of models: what is found, what is kept, and what may change."""
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import says
+from small_models import FAMILIES
+from test_compatibility import EPS, FLOW, THROUGH, VIDEO, Bench, Scene, bench, fused, ksampler
+from test_latent_world import LatentWorld
+from test_nodes_in_process import World
+from torch import Tensor
+
+from ppap_core.guidance import Term
+from ppap_core.prior import PriorConfig, find_images
+from ppap_core.tinyworld import load_denoiser, load_guider
+
+__all__ = ["bench"]  # a fixture
+GRADIENTS = ({}, THROUGH)
+
+
+def find(world: Any, scene: dict, terms: tuple = (), **changes: Any) -> Tensor:
+    """What the node finds."""
+    settings = {"seed": 3, "steps": 6, "cfg": 1.0, "learning_rate": 1.0, "sigma_max": 5.0, "sigma_min": 0.1,
+                "start_noise": 1.0, "clean_up": 0.0, "particles": 1, "gradient": "in the prediction", **changes}
+    latent, plot = world.comfy("PPAPPlugAndPlayPrior", **scene, terms=terms, **settings)
+    assert plot.ndim == 4 and plot.std() > 0.01
+    return latent["samples"]
+
+
+def asked(scene: Scene) -> dict:
+    return {name: value for name, value in scene.asked().items() if name != "cfg"}
+
+
+@pytest.fixture(scope="module")
+def pixels(comfy) -> World:
+    return World(comfy)
+
+
+def of(world: World, **changes: Any) -> dict:
+    return {"model": world.model, "positive": world.conditioning, "negative": world.conditioning,
+            "latent_image": world.latent, **changes}
+
+
+# What is found
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=["", "through the model"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_model_is_a_prior(bench: Bench, family: str, gradient: dict):
+    scene = bench.scene(family)
+    before = bench.plain(family)[0]
+    settings = {"cfg": 2.0, "learning_rate": 0.2, **gradient}
+    if gradient and family == "Cosmos-Predict2" and fused():
+        with says(ValueError, "gradients do not pass", "in the prediction"):
+            find(bench, asked(scene), **settings)
+        return
+    free, bright = (find(bench, asked(scene), terms, **settings) for terms in ((), bench.terms(4.0)))
+    assert free.shape == before.shape and free.isfinite().all()
+    assert bench.energy(scene, bright).mean() < bench.energy(scene, free).mean()
+    assert torch.equal(find(bench, asked(scene), bench.terms(0.0), **settings), free), "weight 0 changes the image"
+    assert torch.equal(bench.plain(family)[0], before)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=["", "through the model"])
+def test_in_pixels_the_node_finds_what_the_core_finds(pixels: World, gradient: dict):
+    found = find(pixels, of(pixels), pixels.term(weight=0.5, strength="balanced"), **gradient)
+    guider = load_guider("class").aim(pixels.guider.target)
+    images, _ = find_images(load_denoiser(), [Term(guider, 0.5, balanced=True)], torch.zeros(3, 3, 32, 32),
+                            PriorConfig(6, 1.0, 5.0, 0.1, jacobian=bool(gradient)), [3, 4, 5])
+    off = (found - images).abs()  # Adam turns rounding into steps where gradients are small
+    assert off.mean() < 1e-3 and off.max() < 0.2
+
+
+@pytest.mark.parametrize("kind", ["flow", "eps"])
+def test_both_worlds_of_latents_show_what_they_are_told_and_asked(comfy, kind: str):
+    world = LatentWorld(comfy)
+    scene = {"model": world.model(kind), "positive": world.star, "negative": world.nothing,
+             "latent_image": {"samples": torch.zeros(2, 16, 12, 16)}}
+    [terms] = comfy("PPAPGuidanceTerm", guider=world.guider, weight=1.0, start_percent=0.0, end_percent=1.0,
+                    factor_at_start=1.0, factor_at_end=1.0, view="own")
+    free, asked_for = (find(world, scene, each, steps=30) for each in ((), terms))
+    assert world.energy(kind, asked_for).mean() < world.energy(kind, free).mean()
+    assert not torch.equal(free, find(world, {**scene, "positive": world.nothing}, steps=30))
+    through = find(world, scene, terms, steps=30, vae=world.vae)
+    assert through.isfinite().all() and not torch.equal(through, asked_for)
+
+
+def test_a_rate_of_zero_leaves_the_latent_as_it_is_and_other_neutral_values_change_nothing(pixels: World):
+    start = {"samples": 0.3 * torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+    still = find(pixels, of(pixels, latent_image=start), pixels.term(), learning_rate=0.0, start_noise=0.0)
+    assert torch.equal(still, start["samples"])
+    moved = find(pixels, of(pixels, latent_image=start), pixels.term(), start_noise=0.0)
+    assert not torch.equal(moved, still)
+    assert not torch.equal(find(pixels, of(pixels, latent_image=start), pixels.term(), start_noise=0.0, clean_up=0.5), moved)
+
+
+def test_a_mask_says_what_may_change(pixels: World):
+    mask = torch.zeros(1, 32, 32)
+    mask[..., 20:] = 1
+    start = {"samples": 0.3 * torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)), "noise_mask": mask}
+    found = find(pixels, of(pixels, latent_image=start), pixels.term(), clean_up=0.5)
+    assert torch.equal(found[..., :20], start["samples"][..., :20])
+    assert not torch.isclose(found[..., 20:], start["samples"][..., 20:]).all(1).any()
+
+
+def test_of_several_particles_the_best_is_kept_for_each_image(pixels: World):
+    terms = pixels.term(weight=0.3, strength="balanced")
+    three = find(pixels, of(pixels), terms, particles=3)
+    apart = torch.stack([find(pixels, of(pixels), terms, seed=3 + 3 * i) for i in range(3)])
+    energies = torch.stack([pixels.energy(pixels.guider, each) for each in apart])
+    best = apart[energies.argmin(0), torch.arange(3)]
+    assert (three - best).abs().mean() < 1e-3
+
+
+def test_a_video_is_found_as_one(bench: Bench):
+    scene = bench.scene(VIDEO)
+    one = find(bench, asked(scene), bench.terms(1.0), particles=2)
+    both = [find(bench, asked(scene), bench.terms(1.0), seed=seed)
+            for seed in (3, 3 + scene.latent["samples"].shape[0] * scene.latent["samples"].shape[2])]
+    assert min((one - each).abs().mean() for each in both) < 0.02 * one.abs().mean()
+
+
+# What is kept
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=["", "through the model"])
+def test_a_search_that_was_cancelled_goes_on(pixels: World, gradient: dict, monkeypatch: pytest.MonkeyPatch):
+    import comfy.model_management as management
+
+    module = pixels.comfy.pack.nodes.search
+    settings = {"seed": 77, "steps": 9, **gradient}
+    whole = find(pixels, of(pixels), pixels.term(), **settings)
+    for state in pixels.comfy.pack.nodes.folders.output_folder("ppap_prior").glob("*.safetensors"):
+        state.unlink()
+    done: list[int] = []
+
+    def watched(total):
+        def report(step, preview):
+            assert preview.shape == (1, 3, 32, 32)
+            done.append(step)
+            if step == 4 and len(done) == 4:
+                raise management.InterruptProcessingException
+        return report
+    monkeypatch.setattr(module, "progress", watched)
+    with pytest.raises(management.InterruptProcessingException):
+        find(pixels, of(pixels), pixels.term(), **settings)
+    assert torch.equal(find(pixels, of(pixels), pixels.term(), **settings), whole)
+    assert done == list(range(1, 10))
+    assert torch.equal(find(pixels, of(pixels), pixels.term(), **settings), whole)  # it is there already
+    assert done == list(range(1, 10))
+    assert not torch.equal(find(pixels, of(pixels), pixels.term(weight=3.0), **settings), whole)
+    assert len(done) == 18, "another weight is another search"
+
+
+def test_the_model_is_left_as_it_was(bench: Bench):
+    for family in (EPS, FLOW):
+        scene = bench.scene(family)
+        before = bench.plain(family)[0]
+        find(bench, asked(scene), bench.terms(1.0), **THROUGH)
+        assert torch.equal(ksampler(bench, scene), before)
+
+
+def test_guidance_on_the_model_goes_on_working(bench: Bench):
+    scene = bench.scene(EPS)
+    plain, guided = (find(bench, asked(each)) for each in (scene, bench.guide(scene, 2.0)))
+    assert bench.energy(scene, guided).mean() < bench.energy(scene, plain).mean()
+
+
+def test_levels_in_the_wrong_order_are_refused(pixels: World):
+    with says(ValueError, "sigma_to", "0.1", "0.05"):
+        find(pixels, of(pixels), sigma_max=0.05)
+
+
+def test_experts_of_other_latents_are_refused(comfy, pixels: World):
+    world = LatentWorld(comfy)
+    term = pixels.term(replace(world.experts("flow", "denoised")))
+    with says(ValueError, "distilled for"):
+        find(pixels, of(pixels), term)

@@ -28,6 +28,7 @@ from ..ppap_core.experts import ExpertBank, LoraSpec, base_network
 from ..ppap_core.guidance import Term, guidance_shift, needs_model
 from ..ppap_core.guider import Guider
 from ..ppap_core.noise import ExpertSchedule
+from ..ppap_core.optimise import Attempt
 from ..ppap_core.plots import loss_plot
 from ..ppap_core.samples import Recorder, SampleStore, Trajectories
 from ..ppap_core.sampling import seeded_noise
@@ -35,12 +36,12 @@ from ..ppap_core.view import LatentSpace
 from . import bad_model, folders, models
 from .memory import (
     compute_type,
-    differentiable_networks,
     load_to_train,
     make_differentiable,
     patcher_of,
     room_for,
     settle,
+    with_gradients,
 )
 from .models import PURE_NOISE, Patcher
 from .types import GuidanceTerm, Report, Samples
@@ -98,6 +99,7 @@ class Run:
     def __init__(self, terms: list[Term], sigma_data: float, compute: torch.dtype):
         self.terms, self.sigma_data, self.compute = terms, sigma_data, compute
         self.readings, self.levels, self.samples = [], set(), None
+        self.attempt: Attempt | None = None  # how passes with gradients are done, once there were any
 
     def terms_at(self, sigma: float) -> list[Term]:
         """Where all is noise the prediction hardly depends on it, and a gradient through the model is rounding."""
@@ -176,9 +178,11 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
         sigma = models.ve_level(executor.class_obj.inner_model.model_sampling, timestep[0])
         if not needs_model(runs[-1].terms_at(sigma), sigma):
             return executor(x, timestep, *args, **kwargs)
-        with autograd(), differentiable_networks():
+        with autograd():
             point = x if x.requires_grad else x.clone().requires_grad_(True)  # a guidance below may have begun already
-            return executor(point, timestep.clone(), *args, **kwargs).detach()
+            attempt = runs[-1].attempt or with_gradients(executor.class_obj.inner_model)
+            runs[-1].attempt = attempt
+            return attempt(lambda: executor(point, timestep.clone(), *args, **kwargs).detach())
 
     def guide(args: dict) -> Tensor:
         denoised, run, sampling = args["denoised"], runs[-1], args["model"].model_sampling

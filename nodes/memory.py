@@ -13,6 +13,7 @@ import torch
 from ..ppap_core.guidance import part_of
 from ..ppap_core.guider import Guider
 from ..ppap_core.memory import gradient_bytes
+from ..ppap_core.optimise import Attempt
 
 log = logging.getLogger(__name__)
 SPARE = 1.5  # of what autograd keeps: the backward pass needs room of its own
@@ -76,7 +77,7 @@ def _controls(conds: dict) -> Iterator[comfy.controlnet.ControlBase]:
 
 @contextmanager
 def differentiable_networks():
-    """Let ComfyUI's networks take the way that they take in training, where it has one, and work in place as they do.
+    """Let ComfyUI's networks take the way that they take in training, where it has one.
 
     ValueError for a network that has no such way.
     """
@@ -84,8 +85,7 @@ def differentiable_networks():
     before = getattr(management, "in_training", None)  # older versions have no second way, and need none
     try:
         management.in_training = True
-        with torch.autograd.graph.allow_mutation_on_saved_tensors():
-            yield
+        yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NO_WAY_BACK):
             raise
@@ -94,6 +94,44 @@ def differentiable_networks():
                          "choose 'in the prediction' as gradient") from error
     finally:
         management.in_training = before
+
+
+def with_gradients(net: torch.nn.Module) -> Attempt:
+    """How passes with gradients through a network are done: as ComfyUI does them in training. From the first time on that
+    memory runs out, what is kept for the gradient goes to main memory, which is slower.
+    """
+    lean = False
+
+    def attempt(passes: Callable[[], torch.Tensor]) -> torch.Tensor:
+        nonlocal lean
+        if not lean:
+            try:
+                with differentiable_networks(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+                    return passes()
+            except torch.OutOfMemoryError:
+                log.info("memory runs out with a gradient through the model: going on with main memory, and more slowly")
+        lean = True  # only here is the error gone, and with it the half-built graph that its frames hold
+        comfy.model_management.soft_empty_cache()
+        with differentiable_networks(), kept_in_main_memory(net):
+            return passes()
+    return attempt
+
+
+@contextmanager
+def kept_in_main_memory(net: torch.nn.Module):
+    """What a pass keeps for its gradient waits in main memory, as copies that work in place cannot change.
+
+    Unlike computing again, this is exact for every network: many of ComfyUI's blocks change what they were given. Weights
+    stay where they are.
+    """
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+
+    def keep(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        stays = tensor.untyped_storage().data_ptr() in weights
+        return tensor.device, tensor if stays else tensor.detach().to("cpu", copy=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept[1].to(kept[0])):
+        yield
 
 
 def _normal(tensor: torch.Tensor) -> torch.Tensor:

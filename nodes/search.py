@@ -1,7 +1,6 @@
 """The search for images under a MODEL's prior, as a sampler: ComfyUI loads the model and prepares its conditioning as for
 any other."""
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..ppap_core.prior import PriorConfig, find_images
 from ..ppap_core.sampling import Denoiser
 from . import folders, models
 from .bridge import about_model, asked, autograd, cfg_guider, core_term, eyes_for, progress
-from .memory import differentiable_networks, make_differentiable, patcher_of, room_for, settle
+from .memory import make_differentiable, patcher_of, room_for, settle, with_gradients
 from .models import Patcher
 from .types import GuidanceTerm
 
@@ -55,7 +54,7 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
             images, losses = find_images(
                 denoise, core, start, config, seeds, mask=None if mask is None else models.mask_for(mask, start.shape),
                 particles=particles, frames=len(start) // len(known), sigma_data=models.sigma_data_of(model), about=about,
-                state_file=state, around=differentiable_networks if config.jacobian else nullcontext,
+                state_file=state, attempt=with_gradients(guider.inner_model) if config.jacobian else None,
                 on_step=lambda step, _, points: report(step + 1, space.colours(points[:1]) if space else points[:1]), **how)
             found.append((models.images_as_frames(images, known), losses))
         return noise

@@ -16,7 +16,7 @@ from ..ppap_core.plots import loss_plot
 from . import folders, models
 from .bad_model import INSIDE
 from .bridge import about_model, autograd, cfg_guider, progress
-from .memory import differentiable_networks, make_differentiable, room_for
+from .memory import make_differentiable, room_for, with_gradients
 from .models import Patcher
 
 KEY = "ppap_tune"
@@ -54,7 +54,7 @@ def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: 
 
         with autograd():
             found.append(fine_tune(net, predict, images.to(noise), config, about, models.sigma_data_of(model), state,
-                                   on_step, differentiable_networks))
+                                   on_step, with_gradients(net)))
         return noise
 
     guider = cfg_guider(tuned, positive, positive, 1.0)

@@ -1,7 +1,6 @@
 """Low-rank fine-tuning of a diffusion model on images: with few steps and a low rank it makes a bad sibling, with more of
 both a good one."""
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from .lowrank import Changes, LowRank, beside
 from .noise import expand, seeded
-from .optimise import optimise
+from .optimise import Attempt, optimise
 
 Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images (B, C, H, W), noise like them, share of the noise schedule (B,)) -> (denoised prediction, noise level (B,))"""
@@ -45,12 +44,12 @@ def fresh_changes(net: nn.Module, rank: int, seed: int) -> dict[str, LowRank]:
 
 def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune, about: dict, sigma_data: float = 1.0,
               state_file: Path | None = None, on_step: Callable[[int, float, Changes], None] | None = None,
-              around: Callable[[], AbstractContextManager] = nullcontext) -> tuple[dict[str, LowRank], list[float]]:
+              attempt: Attempt | None = None) -> tuple[dict[str, LowRank], list[float]]:
     """Low-rank changes of `net`, the network inside `predict`, that make it better on images (n, C, H, W), and the losses.
 
     The loss is EDM's (Karras et al. 2022, eq. 8), which is that of noise prediction at low noise and of velocity at high.
     The weights of the network stay as they are. Resumes and stops as `optimise` does, and does its passes
-    in `around`; on_step(step, loss, changes).
+    in `attempt`; on_step(step, loss, changes).
     """
     with torch.inference_mode(False):
         changes = fresh_changes(net, config.rank, config.seed)
@@ -71,7 +70,7 @@ def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune
                           about | {"config": {key: value for key, value in asdict(config).items() if key != "save_every"},
                                    "images": list(images.shape)},
                           state_file, config.save_every, on_step and (lambda step, value: on_step(step, value, changes)),
-                          around)
+                          attempt)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return changes, losses

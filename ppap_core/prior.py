@@ -5,7 +5,6 @@ take it for what they are aimed at. The point may be anything that an image can 
 """
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from .guidance import (
 )
 from .guider import clean
 from .noise import expand, seeded
-from .optimise import Losses, optimise
+from .optimise import Attempt, Losses, optimise
 from .sampling import Denoiser, karras_sigmas, sample_euler, seeded_noise
 
 Render = Callable[[Tensor], Tensor]
@@ -68,7 +67,7 @@ def annealed(config: PriorConfig) -> list[float]:
 def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
                    render: Render | None = None, sigma_data: float = 0.5, about: dict | None = None,
                    state_file: Path | None = None, on_step: OnFound | None = None,
-                   around: Callable[[], AbstractContextManager] = nullcontext) -> tuple[Tensor, Losses]:
+                   attempt: Attempt | None = None) -> tuple[Tensor, Losses]:
     """The points (B, ...) found from `start`, and of every step the two things that were lowered, as means of the batch.
 
     Lowered are the error of the noise, |D(x) - image|^2 / sigma^2 with x = image + sigma noise, and the energies of the
@@ -78,7 +77,7 @@ def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, conf
     at in guidance: as_seen(x), or the prediction D(x), whose gradient goes through the model where config says so, whatever
     the term says; windows and ramps mean the noise level of the step.
 
-    Point i depends on start[i], what the terms hold for it, and seeds[i] only. about, state_file, around: of `optimise`,
+    Point i depends on start[i], what the terms hold for it, and seeds[i] only. about, state_file, attempt: of `optimise`,
     which goes on where a run was stopped. ValueError for another number of seeds and where gradients do not pass.
     """
     if len(seeds) != len(start):
@@ -99,7 +98,7 @@ def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, conf
 
     losses = optimise({"point": point}, loss, config.steps, config.lr * sigma_data, "the prior",
                       {**(about or {}), "prior": asdict(config), "seeds": list(seeds)}, state_file,
-                      on_step=on_step and (lambda step, parts: on_step(step, parts, point.detach())), around=around)
+                      on_step=on_step and (lambda step, parts: on_step(step, parts, point.detach())), attempt=attempt)
     return point.detach(), losses
 
 

@@ -46,6 +46,26 @@ def load_sibling(told: bool = False) -> TinyDenoiser:
     return load_weights(net, "conditional_sibling" if told else "sibling")
 
 
+def label_map_denoiser() -> TinyDenoiser:
+    """A small denoiser of label maps, before its training."""
+    return TinyDenoiser(width=32, blocks=2, channels=len(TASKS["segmentation"][0]))
+
+
+def load_label_prior() -> TinyDenoiser:
+    """The trained denoiser of label maps, (B, 9, 32, 32) as `labelmaps.as_points` writes them; it never saw an image."""
+    return load_weights(label_map_denoiser(), "labelmaps")
+
+
+def tour_denoiser() -> TinyDenoiser:
+    """A small denoiser of pictures of tours, before its training."""
+    return TinyDenoiser(width=32, blocks=2, channels=1)
+
+
+def load_tour_prior() -> TinyDenoiser:
+    """The trained denoiser of pictures of short tours, (B, 1, 64, 64) as `tours.picture` draws them."""
+    return load_weights(tour_denoiser(), "tours")
+
+
 def _network(make, role: str, task: str) -> Guider:
     labels, dense = TASKS[task]
     net = load_weights(make(max(len(labels), 1), dense), f"{role}_{task}")

@@ -19,10 +19,11 @@ from ..files import load_tensors, optimizer_tensors, restore_optimizer, save_ten
 from ..noise import as_seen, expand
 from ..sampling import Denoiser
 from ..tasks import cross_entropy, pixel_cross_entropy
-from . import CONDITIONS, TASKS, WEIGHTS, condition, load_denoiser
+from . import CONDITIONS, TASKS, WEIGHTS, condition, label_map_denoiser, load_denoiser, tour_denoiser
 from .autoencoder import TinyAutoencoder
 from .denoiser import SIGMA_DATA, TinyDenoiser
 from .flow import TinyControl, TinyFlow, to_diffusers
+from .labelmaps import as_points
 from .latent import (
     SCALE,
     SHRINK,
@@ -38,7 +39,9 @@ from .latent import (
     load_flow,
 )
 from .networks import TinyTransformer, augment, tiny_convnext, tiny_resnet
+from .salesman import solve
 from .scenes import Scenes, draw
+from .tours import solved_tours
 
 TRAINING_SEEDS = 10_000_000  # scenes below this number are never trained on
 
@@ -55,6 +58,7 @@ class Recipe:
     seed: int = 0
     latents: int = 0       # so many scenes of 128 pixels are encoded and used again and again; 0: fresh scenes, as pixels
     half: bool = False     # saved as float16
+    tours: int = 0         # instead of scenes, so many tours, solved once and used again and again
 
 
 def conditional_denoiser() -> TinyDenoiser:
@@ -72,14 +76,19 @@ def conditional_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator)
     return denoiser_loss(lambda x, sigma: net(x, sigma, given), scenes, generator)
 
 
-def denoiser_loss(net: Denoiser, scenes: Scenes, generator: torch.Generator) -> Tensor:
+def denoiser_loss(net: Denoiser, scenes: Scenes, generator: torch.Generator, middle: float = -0.5) -> Tensor:
     """EDM's loss (Karras et al. 2022, eq. 8) with more weight where a scene's shape is decided, (B,)."""
     image = scenes.image
-    sigma = (torch.randn(len(image), generator=generator) * 1.2 - 0.5).exp().to(image.device)
+    sigma = (torch.randn(len(image), generator=generator) * 1.2 + middle).exp().to(image.device)
     noise = torch.randn(image.shape, generator=generator).to(image.device)
     error = net(image + sigma[:, None, None, None] * noise, sigma).float() - image
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
     return weight * error.square().mean(dim=(1, 2, 3))
+
+
+def label_map_loss(net: Denoiser, scenes: Scenes, generator: torch.Generator) -> Tensor:
+    """The same of label maps without their images; which shape it is, is decided at more noise, (B,)."""
+    return denoiser_loss(net, scenes._replace(image=as_points(scenes.segmentation)), generator, middle=0.9)
 
 
 def class_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
@@ -247,6 +256,8 @@ def fit(name: str, net: nn.Module, loss: Callable, recipe: Recipe, folder: Path,
     average = {key: value.detach().clone() for key, value in net.state_dict().items()}
     first = resume(state_file, net, average, optimizer)
     source = encoded_scenes(folder, recipe.latents) if recipe.latents else draw
+    if recipe.tours:
+        source = solved_tours(folder, recipe.tours, TRAINING_SEEDS * 300, solve)
     started, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
         losses.append(train_step(net, loss, optimizer, recipe, step, source, device))
@@ -274,12 +285,15 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     "sibling": (partial(TinyDenoiser, width=32), denoiser_loss, Recipe(steps=690, ema=0.99, half=True)),
     "conditional_sibling": (partial(TinyDenoiser, width=32, conditions=CONDITIONS), conditional_loss,
                             Recipe(steps=840, ema=0.99, half=True)),
+    "labelmaps": (label_map_denoiser, label_map_loss, Recipe(steps=2400, batch=32, ema=0.998, seed=9, half=True)),
     "vae/tinyworld_vae": (TinyAutoencoder, autoencoder_loss, Recipe(steps=2000, batch=16, size=SIZE, seed=3, half=True)),
     "diffusion_models/tinyworld_flow": (TinyFlow, flow_loss, Recipe(steps=12_000, batch=128, ema=0.9995, seed=4,
                                                                     latents=16_384, half=True)),
     "controlnet/tinyworld_depth": (Controlled, control_loss, Recipe(steps=2500, ema=0.998, seed=6, latents=4096,
                                                                     half=True)),
     "tinyworld_eps": (TinyEps, eps_loss, Recipe(steps=5000, ema=0.999, seed=5, latents=16_384, half=True)),
+    "tours": (tour_denoiser, partial(denoiser_loss, middle=0.0),
+              Recipe(steps=6000, batch=16, size=64, ema=0.998, seed=10, half=True, tours=4096)),
     **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), loss, Recipe(steps=3000, seed=1))
        for task, loss in LOSSES.items()},
     **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), loss, Recipe(steps=2000, seed=2))

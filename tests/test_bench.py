@@ -10,17 +10,19 @@ from helpers import images, level, randn, says
 from ppap_core.autoguidance import autoguided
 from ppap_core.cli import main
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.guidance import Term
 from ppap_core.guider import Guider, clean
 from ppap_core.noise import ExpertSchedule
+from ppap_core.prior import PriorConfig, find_images
 from ppap_core.samples import SampleStore
 from ppap_core.tinyworld import bench as module
-from ppap_core.tinyworld import load_denoiser, load_guider, original, siblings
+from ppap_core.tinyworld import load_denoiser, load_guider, load_sibling, original, rules_bench, siblings
 from ppap_core.tinyworld.bench import Row, bench, in_half, interval, read_table, sampler, told
 from ppap_core.tinyworld.scenes import draw
-from ppap_core.tinyworld.siblings import KINDS, TRAINED, bad_version
+from ppap_core.tinyworld.siblings import DAMAGED, KINDS, TUNED, bad_version
 from ppap_core.tinyworld.training import Training, changes, make_guider
 from ppap_core.tinyworld.variants import VARIANTS, JointOverMarginal, Smooth
-from ppap_core.tinyworld.world import load_world
+from ppap_core.tinyworld.world import NOISE, load_world
 from ppap_core.training_free import METHODS
 
 EDGES = [0.05, 1.0, 10.0]
@@ -143,12 +145,15 @@ def test_a_bundled_table_can_be_read_and_names_only_what_there_is(file, monkeypa
     names = [row.row for row in table.rows]
     assert len(set(names)) == len(names) and (not table.reference or table.reference in names)
     for row in table.rows:
-        assert row.way in {"nothing", "guidance", "told", "autoguidance", *METHODS}
+        assert row.way in {"nothing", "guidance", "told", "autoguidance", "prior", *METHODS}
         assert row.variant in {"", *VARIANTS} and row.points
         if row.training.edges:
             assert ExpertSchedule(tuple(row.training.edges))
         if row.way == "autoguidance":
             assert row.settings["bad"] in KINDS and isinstance(row.settings["told"], bool)
+            assert row.settings.get("good", TUNED) == TUNED
+        if row.way == "prior":
+            assert PriorConfig(**{key: value for key, value in row.settings.items() if key != "level"})
         if row.way in METHODS:
             for point in row.points:
                 replace(METHODS[row.way], **row.settings, **point)
@@ -179,7 +184,7 @@ def test_told_with_weight_one_is_the_told_model_alone_and_more_goes_away_from_th
     assert torch.equal(outside, one)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in TRAINED])
+@pytest.mark.parametrize("kind", DAMAGED)
 @pytest.mark.parametrize("given", [[], [torch.eye(16)[:2]]], ids=["untold", "told"])
 def test_a_damaged_denoiser_is_worse_in_the_same_way_each_time(kind, given, tmp_path):
     world, scenes = load_world(), draw(range(2))
@@ -211,8 +216,35 @@ def test_other_siblings_are_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(siblings, "FULL", {False: 32, True: 32})
     once, again = (bad_version(KINDS[1], False, tmp_path, torch.device("cpu")) for _ in range(2))
     files = [file.name for file in tmp_path.iterdir()]
-    assert files == ["denoiser_64_0.0625.safetensors"]
+    assert files == ["denoiser_32_0.25.safetensors"]
     assert all(torch.equal(*each) for each in zip(once.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_fine_tune_and_weaker_versions_of_it_are_made_in_one_training(tmp_path, monkeypatch):
+    """Those of less strength are beside the same file; without it they are the model that was tuned, bit for bit."""
+    small = {TUNED: (4, 12, 12, 1.0), "early": (4, 12, 3, 1.0), "half": (4, 12, 12, 0.5), "none": (4, 12, 12, 0.0)}
+    monkeypatch.setattr(siblings, "MADE", small)
+    device, scenes = torch.device("cpu"), draw(range(16))
+    x, sigma = scenes.image + randn(16, 3, 32, 32), torch.ones(16)
+    with torch.no_grad():
+        found = {kind: bad_version(kind, False, tmp_path, device)(x, sigma) for kind in small}
+        plain = load_sibling()(x, sigma)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lora_4_12_12.safetensors", "lora_4_12_3.safetensors"]
+    assert torch.equal(found["none"], plain)
+    off = {kind: (each - plain).abs().mean() for kind, each in found.items()}
+    assert 0 < off["early"] < off[TUNED] and 0 < off["half"] < off[TUNED]
+
+
+def test_a_way_of_the_table_of_priors_is_a_search_from_the_noise_of_the_scene():
+    world, scenes = load_world(), draw(range(2))
+    row = Row("prior", "prior", settings={"steps": 3})
+    found = sampler(world, row, world.guider, {"weight": 1.0, "balanced": True}, 16)([0, 1], scenes)
+    aimed = world.guider.aim(scenes.label)
+    expected, _ = find_images(world.denoise, [Term(aimed, 1.0, balanced=True)], torch.zeros(2, 3, 32, 32), PriorConfig(3),
+                              [NOISE, NOISE + 1])
+    assert torch.equal(found, expected)
+    tidy = replace(row, settings={"steps": 3, "level": 0.5})
+    assert not torch.equal(sampler(world, tidy, world.guider, {"weight": 1.0, "balanced": True}, 16)([0, 1], scenes), found)
 
 
 # Trainings
@@ -341,3 +373,16 @@ def test_the_bundled_denoiser_lets_gradients_through_only_where_they_are_asked_f
     world = replace(load_world(), denoiser=load_denoiser())
     x, sigma = randn(1, 3, 32, 32), torch.ones(1)
     assert not world.denoise(x, sigma).requires_grad and world.denoise(x.requires_grad_(True), sigma).requires_grad
+
+
+# Rules
+
+def test_each_rule_is_obeyed_better_under_the_prior_than_without_guidance(monkeypatch):
+    monkeypatch.setattr(rules_bench, "TARGETS", {"symmetry left-right": None, "brightness": 0.75})
+    config = rules_bench.RulesBench(images=4, scenes=256, prior=PriorConfig(steps=40))
+    rows = rules_bench.rules_bench(config, lambda line: None)
+    assert [row["way"] for row in rows] == 2 * ["sampling", "guided sampling", "prior"]
+    for free, guided, found in (rows[:3], rows[3:]):
+        assert guided["off"] < free["off"] and found["off"] < free["off"]
+        assert found["frechet"] > 0 and found["seconds"] > 0
+    assert rules_bench.table(rows).count("\n") == 2 + len(rows)

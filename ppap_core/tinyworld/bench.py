@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..guidance import Term, guided
 from ..guider import Guider
 from ..noise import NoiseInterval, as_seen, expand
 from ..plots import line_plot, save_picture
+from ..prior import PriorConfig, find_images
 from ..sampling import Denoiser, sample_euler
 from ..tasks import TASKS
 from ..training_free import METHODS, sample_training_free
@@ -38,10 +40,12 @@ class Row:
     """One way to guide, and the settings among which the best is searched."""
 
     row: str
-    way: str = "guidance"  # or "nothing"; "told": classifier-free guidance; "autoguidance"; or a training-free method
+    way: str = "guidance"  # or "nothing"; "prior": plug-and-play; "told": classifier-free guidance; "autoguidance"; or a
+    #                        training-free method
     training: Training = Training()
     variant: str = ""      # a change of the guider, a key of VARIANTS
-    settings: dict = field(default_factory=dict)   # what is not searched: of a training-free method; "told", "bad"
+    settings: dict = field(default_factory=dict)   # what is not searched: of a training-free method or PriorConfig; "told",
+    #                                                "good", "bad", "level" of a clean-up
     points: tuple[dict, ...] = ({},)               # of a Term; weight, low and high of "told" and "autoguidance"; rho and mu
 
 
@@ -59,6 +63,13 @@ class Table:
     scenes: int = 20_000    # real scenes that Frechet distances are taken to
     reference: str = ""     # the row that answers are compared with, noise level by noise level
     choose: str = "score"   # the measure by which the best setting is chosen, or "frechet"
+
+
+class Pair(NamedTuple):
+    """The models of autoguidance; the good one is the world's own where none is given."""
+
+    good: Model | None
+    bad: Model
 
 
 def read_table(name: str) -> Table:
@@ -96,12 +107,13 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
     """One row: the search, and what is measured at the setting it finds."""
     of_row = {"task": table.task, "steps": table.steps, "scenes": table.scenes, "way": row.way, "variant": row.variant,
               "settings": row.settings, "training": changes(row.training)}
-    made: list[tuple[Guider | Model, dict]] = []
+    made: list[tuple[Guider | Pair, dict]] = []
 
-    def guider() -> tuple[Guider | Model, dict]:
+    def guider() -> tuple[Guider | Pair, dict]:
         if not made and row.way == "autoguidance":
-            bad = bad_version(row.settings["bad"], row.settings["told"], folder / "siblings", world.device)
-            made.append((bad, dict.fromkeys(COSTS, 0)))
+            of = partial(bad_version, told=row.settings["told"], folder=folder / "siblings", device=world.device)
+            good = of(row.settings["good"]) if "good" in row.settings else None
+            made.append((Pair(good, of(row.settings["bad"])), dict.fromkeys(COSTS, 0)))
         if not made:
             plain, cost = make_guider(world, row.training, table.steps, folder, report)
             made.append((VARIANTS[row.variant](plain) if row.variant else plain, cost))
@@ -145,7 +157,7 @@ def kept(file: Path, make: Callable[[], dict]) -> dict:
     return read_json(file)
 
 
-def sampler(world: World, row: Row, guider: Guider | Model, setting: dict, steps: int,
+def sampler(world: World, row: Row, guider: Guider | Pair, setting: dict, steps: int,
             schedule: str = "karras") -> Callable[[Sequence[int], Scenes], Tensor]:
     """How a row makes images for scenes: (their numbers, the scenes) -> (B, 3, 32, 32)."""
     def sample(numbers: Sequence[int], scenes: Scenes) -> Tensor:
@@ -159,9 +171,13 @@ def sampler(world: World, row: Row, guider: Guider | Model, setting: dict, steps
             return sample_euler(autoguided(of_class, of_any, interval(**setting)), x, sigmas)
         if row.way == "autoguidance":
             given = [condition(scenes.label)] if row.settings["told"] else []
-            good = told(world, *given) if given else world.denoise
-            return sample_euler(autoguided(good, in_half(world, guider, *given), interval(**setting)), x, sigmas)
+            good = in_half(world, guider.good) if guider.good else told(world, *given) if given else world.denoise
+            return sample_euler(autoguided(good, in_half(world, guider.bad, *given), interval(**setting)), x, sigmas)
         aimed = guider.aim(truth(scenes, guider.task))
+        if row.way == "prior":
+            level, config = row.settings.get("level", 0.0), {k: v for k, v in row.settings.items() if k != "level"}
+            return find_images(world.denoise, [Term(aimed, **setting)], torch.zeros_like(x), PriorConfig(**config), seeds,
+                               level=level)[0]
         if row.way in METHODS:
             method = replace(METHODS[row.way], **row.settings, **setting)
             return sample_training_free(world.denoise, aimed, x, sigmas, method, seeds)

@@ -1,4 +1,5 @@
-"""Bad versions of the tiny denoisers, to guide with and to compare: true siblings, and the same network damaged."""
+"""Bad versions of the tiny denoisers, to guide with and to compare: true siblings, the same network damaged, and those that
+users can make of a fine-tune."""
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -7,22 +8,44 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import load_tensors, save_tensors
+from ..finetune import FineTune, fine_tune
+from ..lowrank import LowRank, beside
 from ..noise import expand
-from . import CONDITIONS, TinyDenoiser, load_conditional_denoiser, load_denoiser, load_sibling, load_weights
-from .train import NETWORKS, Recipe, fit
+from ..sampling import karras_sigmas
+from . import (
+    CONDITIONS,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    TinyDenoiser,
+    load_conditional_denoiser,
+    load_denoiser,
+    load_sibling,
+    load_weights,
+)
+from .denoiser import SIGMA_DATA
+from .scenes import draw
+from .train import NETWORKS, TRAINING_SEEDS, Recipe, fit
 
 Model = Callable[..., Tensor]  # (x, sigma) or (x, sigma, what it is told) -> denoised
 BUNDLED = "half the width, a sixteenth of the training"
 TRAINED = {  # name -> (width, share of the training)
-    BUNDLED: (32, 1 / 16), "a sixteenth of the training": (64, 1 / 16), "half the width": (32, 1.0)}
+    BUNDLED: (32, 1 / 16), "half the width, a quarter of the training": (32, 1 / 4)}
 DAMAGED = ("dropout", "noise on the input", "weights of four bits")
-KINDS = (*TRAINED, *DAMAGED)
+TUNED = "a LoRA"
+MADE = {  # name -> (rank, training steps of it, the step at which it was kept, strength)
+    TUNED: (16, 800, 800, 1.0), "the LoRA after a sixteenth of its steps": (16, 800, 50, 1.0),
+    "a LoRA of rank 1, a sixteenth of the steps": (1, 50, 50, 1.0), "half the strength of the LoRA": (16, 800, 800, 0.5),
+    "the model without the LoRA": (16, 800, 800, 0.0)}
+KINDS = (*TRAINED, *DAMAGED, *MADE)
 
 
 def bad_version(kind: str, told: bool, folder: Path, device: torch.device) -> Model:
     """A denoiser of KINDS; what has to be trained is kept in the folder, and gone on with if it was stopped."""
     if kind in TRAINED:
         return _trained(kind, told, folder, device)
+    if kind in MADE:
+        return _made(kind, folder, device)
     good = (load_conditional_denoiser() if told else load_denoiser()).to(device)
     return {"dropout": partial(dropped, good), "noise on the input": partial(noisier, good),
             "weights of four bits": quantised(good)}[kind]
@@ -40,6 +63,35 @@ def _trained(kind: str, told: bool, folder: Path, device: torch.device) -> nn.Mo
         fit(name, net(), NETWORKS[base][1], Recipe(round(FULL[told] * share), ema=0.999 if share == 1 else 0.99, half=True),
             folder, device)
     return load_weights(net(), name, folder).to(device)
+
+
+def _made(kind: str, folder: Path, device: torch.device) -> Model:
+    """A weak denoiser with a LoRA that makes it better, or with less of that."""
+    rank, steps, at, strength = MADE[kind]
+    net, file = load_sibling().to(device), folder / f"lora_{rank}_{steps}_{at}.safetensors"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        sigmas = karras_sigmas(1001, SIGMA_MIN, SIGMA_MAX)[:-1].to(device)
+
+        def predict(images: Tensor, noise: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+            sigma = sigmas[(1000 * share).long().to(device)]
+            return net(images + expand(sigma, images) * noise, sigma), sigma
+
+        def keep(step: int, loss: float, changes: dict[str, LowRank]) -> None:
+            if step + 1 in {each[2] for each in MADE.values() if each[:2] == (rank, steps)}:
+                save_tensors(folder / f"lora_{rank}_{steps}_{step + 1}.safetensors", {
+                    f"{name}.{part}": getattr(change, part).detach() for name, change in changes.items()
+                    for part in ("up", "down")}, {"rank": rank, "step": step + 1})
+        images = draw(range(TRAINING_SEEDS, TRAINING_SEEDS + 4096)).image.to(device)
+        fine_tune(net, predict, images, FineTune(steps, rank, 32), {}, SIGMA_DATA, on_step=keep)
+    tensors = {name: tensor.to(device) for name, tensor in load_tensors(file)[0].items()}
+    names = {name.rpartition(".")[0] for name in tensors}
+    changes = {name: [LowRank(tensors[f"{name}.up"], tensors[f"{name}.down"], strength)] for name in names}
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        with beside(net, changes):
+            return net(x, sigma)
+    return denoise
 
 
 FULL = {False: 11_000, True: 13_500}  # steps of the good denoisers; the one that is told started as the other one

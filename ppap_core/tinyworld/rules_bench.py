@@ -23,7 +23,7 @@ TARGETS = {"symmetry left-right": None, "symmetry half turn": None, "brightness"
 class RulesBench:
     """Everything that a result depends on, besides the weights."""
 
-    images: int = 256
+    images: int = 128
     steps: int = 16            # of the sampler
     scenes: int = 20_000       # real ones that Frechet distances are taken to
     weight: float = 0.5        # balanced, for all
@@ -53,6 +53,12 @@ def off(guider: Guider, images: Tensor) -> Tensor:
     return (read - guider.target.to(read)).square().flatten(1).mean(1).sqrt()
 
 
+def sure(judge: Guider, images: Tensor) -> float:
+    """Share of images of whose class a judge is sure, above 0.9: that show some shape clearly."""
+    with torch.no_grad():
+        return float((judge.predict(images, clean(images)).softmax(1).amax(1) > 0.9).float().mean())
+
+
 def rules_bench(config: RulesBench, report: Report, batch: int = 64) -> list[dict]:
     """A row for each rule and each way."""
     world = load_world()
@@ -67,6 +73,7 @@ def rules_bench(config: RulesBench, report: Report, batch: int = 64) -> list[dic
             seconds = (time.monotonic() - started) / len(seeds)
             seen = features(world.class_judge, images).cpu()
             rows.append({"rule": name, "way": way, "off": float(off(guider, images).mean()), "seconds": seconds,
+                         "sure": sure(world.judges[0], images),
                          "frechet": frechet_distance(FeatureStats(seen.shape[1]).update(seen), real.stats)})
             report(f"{rows[-1]}")
     return rows
@@ -74,6 +81,6 @@ def rules_bench(config: RulesBench, report: Report, batch: int = 64) -> list[dic
 
 def table(rows: list[dict]) -> str:
     """In Markdown."""
-    lines = ["| rule | way | off by | Fréchet | seconds for each |", "|---|---|---:|---:|---:|"]
-    return "\n".join(lines + [f"| {row['rule']} | {row['way']} | {row['off']:.3g} | {row['frechet']:.3g} | "
-                              f"{row['seconds']:.2g} |" for row in rows]) + "\n"
+    lines = ["| rule | way | off by | clear shapes | Fréchet | seconds for each |", "|---|---|---:|---:|---:|---:|"]
+    return "\n".join(lines + [f"| {row['rule']} | {row['way']} | {row['off']:.3g} | {row['sure']:.0%} | "
+                              f"{row['frechet']:.3g} | {row['seconds']:.2g} |" for row in rows]) + "\n"

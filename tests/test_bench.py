@@ -16,7 +16,7 @@ from ppap_core.noise import ExpertSchedule
 from ppap_core.prior import PriorConfig, find_images
 from ppap_core.samples import SampleStore
 from ppap_core.tinyworld import bench as module
-from ppap_core.tinyworld import load_denoiser, load_guider, load_sibling, original, rules_bench, siblings
+from ppap_core.tinyworld import load_denoiser, load_guider, original, rules_bench, siblings
 from ppap_core.tinyworld.bench import Row, bench, in_half, interval, read_table, sampler, told
 from ppap_core.tinyworld.scenes import draw
 from ppap_core.tinyworld.siblings import DAMAGED, KINDS, TUNED, bad_version
@@ -228,7 +228,7 @@ def test_a_fine_tune_and_weaker_versions_of_it_are_made_in_one_training(tmp_path
     x, sigma = scenes.image + randn(16, 3, 32, 32), torch.ones(16)
     with torch.no_grad():
         found = {kind: bad_version(kind, False, tmp_path, device)(x, sigma) for kind in small}
-        plain = load_sibling()(x, sigma)
+        plain = load_denoiser()(x, sigma)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lora_4_12_12.safetensors", "lora_4_12_3.safetensors"]
     assert torch.equal(found["none"], plain)
     off = {kind: (each - plain).abs().mean() for kind, each in found.items()}

@@ -61,6 +61,7 @@ class Table:
     steps: int = 16         # Euler steps
     schedule: str = "karras"  # of their noise levels, or "ddim"
     scenes: int = 20_000    # real scenes that Frechet distances are taken to
+    label: int | None = None  # the class of all scenes; None: each has its own
     reference: str = ""     # the row that answers are compared with, noise level by noise level
     choose: str = "score"   # the measure by which the best setting is chosen, or "frechet"
 
@@ -95,7 +96,7 @@ def bench(table: Table, folder: Path, report: Report, only: Sequence[str] = ()) 
         names = "; ".join(row.row for row in table.rows)
         raise ValueError(f"the table has no row '{min(unknown)}': expected some of {names}")
     world, folder = load_world(table.task), Path(folder)
-    real = reference(world.class_judge, table.scenes, SIZE, world.device)
+    real = reference(world.class_judge, table.scenes, SIZE, world.device, label=table.label)
     rows = []
     for row in table.rows:
         if not only or row.row in only:
@@ -106,7 +107,8 @@ def bench(table: Table, folder: Path, report: Report, only: Sequence[str] = ()) 
 def measured(world: World, table: Table, row: Row, real: Reference, folder: Path, report: Report) -> dict:
     """One row: the search, and what is measured at the setting it finds."""
     of_row = {"task": table.task, "steps": table.steps, "scenes": table.scenes, "way": row.way, "variant": row.variant,
-              "settings": row.settings, "training": changes(row.training)}
+              "settings": row.settings, "training": changes(row.training),
+              **({} if table.label is None else {"label": table.label})}
     made: list[tuple[Guider | Pair, dict]] = []
 
     def guider() -> tuple[Guider | Pair, dict]:
@@ -124,7 +126,8 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
 
     def point(setting: dict, first: int, images: int) -> dict:
         def measure() -> dict:
-            found = judge_all(sample(setting), range(first, first + images), world.judges, world.guider, real, world.device)
+            found = judge_all(sample(setting), range(first, first + images), world.judges, world.guider, real, world.device,
+                              label=table.label)
             report(f"{setting} {found.score:.3f}, Frechet {found.frechet:.1f}, {images} images")
             return {"setting": setting, **asdict(found)}
         return kept(folder / "measured" / f"{name_of(of_row | setting | {'first': first, 'images': images})}.json", measure)

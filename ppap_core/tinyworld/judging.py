@@ -48,9 +48,10 @@ class Reference(NamedTuple):
     features: Tensor  # (n, d) of the first of them, for precision and recall
 
 
-def reference(judge: Guider, count: int, size: int, device: torch.device, kept: int = 5000) -> Reference:
-    """The first `count` scenes as a judge sees them."""
-    found = [features(judge, draw(range(start, min(start + 256, count)), size).image.to(device)).cpu()
+def reference(judge: Guider, count: int, size: int, device: torch.device, kept: int = 5000,
+              label: int | None = None) -> Reference:
+    """The first `count` scenes, of all classes or of one, as a judge sees them."""
+    found = [features(judge, draw(range(start, min(start + 256, count)), size, label).image.to(device)).cpu()
              for start in range(0, count, 256)]
     stats = FeatureStats(found[0].shape[1])
     for part in found:
@@ -73,12 +74,15 @@ class Judgement:
 
 
 def judge_all(sample: Callable[[Sequence[int], Scenes], Tensor], seeds: range, judges: Sequence[Guider], guider: Guider,
-              real: Reference, device: torch.device, batch: int = 64) -> Judgement:
-    """Sample one image for the scene of each seed, and judge them: judges are the judge and the second one."""
+              real: Reference, device: torch.device, batch: int = 64, label: int | None = None) -> Judgement:
+    """Sample one image for the scene of each seed, and judge them: judges are the judge and the second one.
+
+    label: the class of all scenes; None: each has its own.
+    """
     scores, seen = [], []
     for start in range(0, len(seeds), batch):
         part = seeds[start:start + batch]
-        scenes = Scenes(*(each.to(device) for each in draw(part)))
+        scenes = Scenes(*(each.to(device) for each in draw(part, label=label)))
         images = sample(part, scenes)
         with torch.no_grad():
             energy = guider.aim(truth(scenes, guider.task)).energy(images, clean(images))

@@ -24,7 +24,7 @@ from . import (
     load_weights,
 )
 from .denoiser import SIGMA_DATA
-from .scenes import draw
+from .scenes import CLASSES, draw
 from .train import NETWORKS, TRAINING_SEEDS, Recipe, fit
 
 Model = Callable[..., Tensor]  # (x, sigma) or (x, sigma, what it is told) -> denoised
@@ -34,9 +34,10 @@ TRAINED = {  # name -> (width, share of the training)
 DAMAGED = ("dropout", "noise on the input", "weights of four bits")
 TUNED = "a LoRA"
 MADE = {  # name -> (rank, training steps of it, the step at which it was kept, strength)
-    TUNED: (16, 800, 800, 1.0), "the LoRA after a sixteenth of its steps": (16, 800, 50, 1.0),
-    "a LoRA of rank 1, a sixteenth of the steps": (1, 50, 50, 1.0), "half the strength of the LoRA": (16, 800, 800, 0.5),
-    "the model without the LoRA": (16, 800, 800, 0.0)}
+    TUNED: (8, 400, 400, 1.0), "the LoRA after a sixteenth of its steps": (8, 400, 25, 1.0),
+    "a LoRA of rank 1, a sixteenth of the steps": (1, 25, 25, 1.0), "half the strength of the LoRA": (8, 400, 400, 0.5),
+    "the model without the LoRA": (8, 400, 400, 0.0)}
+STAR = CLASSES.index("star")
 KINDS = (*TRAINED, *DAMAGED, *MADE)
 
 
@@ -66,9 +67,9 @@ def _trained(kind: str, told: bool, folder: Path, device: torch.device) -> nn.Mo
 
 
 def _made(kind: str, folder: Path, device: torch.device) -> Model:
-    """A weak denoiser with a LoRA that makes it better, or with less of that."""
+    """The denoiser with a LoRA that makes it one of stars, or with less of that."""
     rank, steps, at, strength = MADE[kind]
-    net, file = load_sibling().to(device), folder / f"lora_{rank}_{steps}_{at}.safetensors"
+    net, file = load_denoiser().to(device), folder / f"lora_{rank}_{steps}_{at}.safetensors"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         sigmas = karras_sigmas(1001, SIGMA_MIN, SIGMA_MAX)[:-1].to(device)
@@ -82,8 +83,8 @@ def _made(kind: str, folder: Path, device: torch.device) -> Model:
                 save_tensors(folder / f"lora_{rank}_{steps}_{step + 1}.safetensors", {
                     f"{name}.{part}": getattr(change, part).detach() for name, change in changes.items()
                     for part in ("up", "down")}, {"rank": rank, "step": step + 1})
-        images = draw(range(TRAINING_SEEDS, TRAINING_SEEDS + 4096)).image.to(device)
-        fine_tune(net, predict, images, FineTune(steps, rank, 32), {}, SIGMA_DATA, on_step=keep)
+        images = draw(range(TRAINING_SEEDS, TRAINING_SEEDS + 1024), label=STAR).image.to(device)
+        fine_tune(net, predict, images, FineTune(steps, rank, 16), {}, SIGMA_DATA, on_step=keep)
     tensors = {name: tensor.to(device) for name, tensor in load_tensors(file)[0].items()}
     names = {name.rpartition(".")[0] for name in tensors}
     changes = {name: [LowRank(tensors[f"{name}.up"], tensors[f"{name}.down"], strength)] for name in names}

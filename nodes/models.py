@@ -219,6 +219,14 @@ def space_of(model: Patcher) -> LatentSpace | None:
     return LatentSpace(space_name(model), factors, bias, shuffle)
 
 
+def preview(model: Patcher, diffused: Tensor) -> Tensor | None:
+    """The image of what is diffused that previews show; None where a model's latents have no known colours."""
+    if is_pixel(model):
+        return diffused
+    known = model.get_model_object("latent_format").latent_rgb_factors is not None
+    return space_of(model).colours(diffused) if known else None
+
+
 class Decoder(torch.nn.Module):
     """A private copy of a VAE that can be differentiated through: what is diffused -> image (B, 3, H, W) in [-1, 1]."""
 

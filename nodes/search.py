@@ -38,7 +38,7 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
              "start": digest([given, how["start_noise"]]),
              "terms": digest([(term, weights_of(term.guider.net)) for term in terms])}
     state = folders.output_folder("ppap_prior", f"{digest([about, asdict(config), seed, particles])}.state.safetensors")
-    space, report = models.space_of(model), progress(config.steps)
+    report = progress(config.steps)
     found: list[tuple[Tensor, Losses]] = []
 
     def look(predict: Any, noise: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: Any) -> Tensor:
@@ -55,7 +55,7 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
                 denoise, core, start, config, seeds, mask=None if mask is None else models.mask_for(mask, start.shape),
                 particles=particles, frames=len(start) // len(known), sigma_data=models.sigma_data_of(model), about=about,
                 state_file=state, attempt=with_gradients(guider.inner_model) if config.jacobian else None,
-                on_step=lambda step, _, points: report(step + 1, space.colours(points[:1]) if space else points[:1]), **how)
+                on_step=lambda step, _, points: report(step + 1, models.preview(model, points[:1])), **how)
             found.append((models.images_as_frames(images, known), losses))
         return noise
 

@@ -151,6 +151,13 @@ def test_a_search_that_was_cancelled_goes_on(pixels: World, gradient: dict, monk
     assert len(done) == 18, "another weight is another search"
 
 
+def test_a_model_whose_latents_have_no_known_colours_is_searched_without_previews(bench: Bench):
+    scene = bench.scene(EPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene.model.model.latent_format, "latent_rgb_factors", None)
+        assert find(bench, asked(scene), seed=91).isfinite().all()
+
+
 def test_the_model_is_left_as_it_was(bench: Bench):
     for family in (EPS, FLOW):
         scene = bench.scene(family)

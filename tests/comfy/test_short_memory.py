@@ -39,8 +39,10 @@ def short(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[in
     return failed
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Cosmos-Predict2" or not fused])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Bench, short: list[int], family: str):
+    if family == "Cosmos-Predict2" and fused():
+        pytest.skip("no gradient passes through Cosmos-Predict2 in this ComfyUI")
     scene = bench.scene(family)
     lean = ksampler(bench, bench.guide(scene, **THROUGH))
     assert short == [0], "memory runs out once, and then it is known"

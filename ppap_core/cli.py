@@ -14,10 +14,10 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where pictures and tables go")
     bench = commands.add_parser("bench", help="measure every way to guide on the tiny world")
     bench.add_argument("table", nargs="?", default="class",
-                       help="class, depth, segmentation, improvements, original, autoguidance, autoguidance_untold, "
-                            "autoguidance_made, prior; rules: symmetry and the like by a prior; labelmaps: label maps "
-                            "found for pictures; tours: the travelling salesman; latent: the latent world; speed: what a "
-                            "guided step costs networks of full size")
+                       help="class, depth, segmentation, strength, improvements, original, autoguidance, "
+                            "autoguidance_untold, autoguidance_made, prior; rules: symmetry and the like by a prior; "
+                            "labelmaps: label maps found for pictures; tours: the travelling salesman; latent: the latent "
+                            "world; speed: what a guided step costs networks of full size")
     bench.add_argument("--quick", action="store_true", help="class guidance in short, within 10 minutes on two cores")
     bench.add_argument("--row", action="append", default=[], help="only this row of the table; may be given again")
     bench.add_argument("--folder", type=Path, default=Path("runs/bench"), help="where finished parts are kept")

@@ -14,7 +14,7 @@ from ppap_core.guidance import Term
 from ppap_core.guider import Guider, clean
 from ppap_core.noise import ExpertSchedule
 from ppap_core.prior import PriorConfig, find_images
-from ppap_core.samples import SampleStore
+from ppap_core.samples import SampleStore, from_uint8
 from ppap_core.tinyworld import bench as module
 from ppap_core.tinyworld import load_denoiser, load_guider, original, rules_bench, siblings
 from ppap_core.tinyworld.bench import Row, bench, in_half, interval, read_table, sampler, told
@@ -22,7 +22,7 @@ from ppap_core.tinyworld.scenes import draw
 from ppap_core.tinyworld.siblings import DAMAGED, KINDS, TUNED, bad_version
 from ppap_core.tinyworld.training import Training, changes, make_guider
 from ppap_core.tinyworld.variants import VARIANTS, JointOverMarginal, Smooth
-from ppap_core.tinyworld.world import NOISE, load_world
+from ppap_core.tinyworld.world import NOISE, generate_store, load_world
 from ppap_core.training_free import METHODS
 
 EDGES = [0.05, 1.0, 10.0]
@@ -35,6 +35,7 @@ SMALL = {
              {"row": "elucd", "variant": "elucd"},
              {"row": "labels", "training": {**TWO, "view": "noisy", "labels": True, "whole": True}},
              {"row": "experts", "training": TWO},
+             {"row": "experts, two steps", "steps": 2, "training": TWO},
              {"row": "dps", "way": "dps", "points": [{"rho": 0.1}]},
              {"row": "mpgd", "way": "mpgd", "points": [{"mu": 0.1}]},
              {"row": "told", "way": "told", "points": [{"weight": 2}]},
@@ -81,10 +82,18 @@ def test_a_search_measures_every_point_and_takes_the_best(finished):
 def test_passes_share_and_images_are_counted(finished):
     rows = by_name(finished[1])
     assert [rows[name]["forwards"] for name in ("unguided", "plain", "dps", "mpgd", "told")] == [4, 4, 4, 4, 8]
+    assert rows["experts, two steps"]["forwards"] == 2
     assert [rows[name]["backwards"] for name in ("unguided", "plain", "dps", "mpgd")] == [0, 0, 4, 0]
     assert rows["plain"]["trainable_share"] == 0 and rows["labels"]["trainable_share"] == 1
     assert 0 < rows["experts"]["trainable_share"] < 0.03, "rank 2 is what the table promises"
     assert rows["experts"]["training_images"] == 64 and rows["labels"]["training_images"] == 2 * 2 * 4
+
+
+def test_a_row_of_fewer_steps_is_guided_by_the_same_experts(finished):
+    folder, rows, _ = finished
+    few, many = (by_name(rows)[name] for name in ("experts, two steps", "experts"))
+    assert few["agreement"] == many["agreement"] and few["frechet"] != many["frechet"]
+    assert len(list(folder.glob("class_*"))) == 2, "experts and labels"
 
 
 def test_agreement_is_nothing_with_the_reference_itself(finished):
@@ -255,7 +264,7 @@ def small_training(**options) -> Training:
 
 
 @pytest.mark.parametrize("options", [{}, {"fresh_noise": True}, {"warm_start": True}, {"view": "noisy", "draws": 2},
-                                     {"features": 1.0}, {"jitter": 0.5},
+                                     {"features": 1.0}, {"jitter": 0.5}, {"rank": 3, "ranks": (3, 1)}, {"guided": 0.5},
                                      {"original": True, "view": "noisy"}, {"labels": True}, {"labels": True, "whole": True}],
                          ids=lambda options: ", ".join(options) or "trajectories")
 def test_every_training_moves_the_guider_and_is_read_again(options, finished, tmp_path):
@@ -269,6 +278,26 @@ def test_every_training_moves_the_guider_and_is_read_again(options, finished, tm
         answers = [each.predict(picture, sigma) for each in (guider, again, world.guider)]
     assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2]) and cost == cost_again
     assert guider.view == options.get("view", "denoised") and all(not each.requires_grad for each in guider.net.parameters())
+
+
+def test_an_expert_keeps_to_its_own_rank_while_it_learns(finished, tmp_path):
+    (tmp_path / "samples_4_64").symlink_to(finished[0] / "samples_4_64")
+    guider, cost = make_guider(load_world(), small_training(rank=3, ranks=(3, 1)), 4, tmp_path, lambda line: None)
+    wide, narrow = ({name: weight.flatten(2).norm(dim=(0, 2)) if ".lora_B" in name else weight.flatten(1).norm(dim=1)
+                     for name, weight in guider.net.weights(index).items()} for index in range(2))
+    assert all((used > 0).all() for used in wide.values())
+    assert all(used[0] > 0 and (used[1:] == 0).all() for used in narrow.values())
+    assert cost["trainable_share"] == pytest.approx(2 / 3 * guider.net.trainable_share())
+
+
+def test_guided_trajectories_end_at_images_of_what_the_guider_was_aimed_at(finished, tmp_path):
+    world = load_world()
+    store = generate_store(world, tmp_path / "samples_4_64", 64, 4, lambda line: None, 0.5)
+    assert [file.name for file in tmp_path.iterdir()] == ["samples_4_64_guided_0.5"]
+    free = SampleStore(finished[0] / "samples_4_64", {name: store.recipe[name] for name in store.recipe if name != "guided"})
+    wanted = draw([NOISE + store.recipe["seed"] + index for index in range(64)]).label
+    right = [(world.answer(from_uint8(each.images)).argmax(1) == wanted).float().mean() for each in (free, store)]
+    assert right[1] > right[0] + 0.1
 
 
 def test_a_warm_expert_starts_as_its_neighbour(finished, tmp_path):

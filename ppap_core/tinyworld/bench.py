@@ -47,6 +47,7 @@ class Row:
     settings: dict = field(default_factory=dict)   # what is not searched: of a training-free method or PriorConfig; "told",
     #                                                "good", "bad", "level" of a clean-up
     points: tuple[dict, ...] = ({},)               # of a Term; weight, low and high of "told" and "autoguidance"; rho and mu
+    steps: int = 0                                 # of the sampler; 0: the table's, which experts learn from in any case
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
     """One row: the search, and what is measured at the setting it finds."""
     of_row = {"task": table.task, "steps": table.steps, "scenes": table.scenes, "way": row.way, "variant": row.variant,
               "settings": row.settings, "training": changes(row.training),
-              **({} if table.label is None else {"label": table.label})}
+              **({} if table.label is None else {"label": table.label}), **({"own_steps": row.steps} if row.steps else {})}
     made: list[tuple[Guider | Pair, dict]] = []
 
     def guider() -> tuple[Guider | Pair, dict]:
@@ -122,7 +123,7 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
         return made[0]
 
     def sample(setting: dict) -> Callable[[Sequence[int], Scenes], Tensor]:
-        return sampler(world, row, guider()[0], setting, table.steps, table.schedule)
+        return sampler(world, row, guider()[0], setting, row.steps or table.steps, table.schedule)
 
     def point(setting: dict, first: int, images: int) -> dict:
         def measure() -> dict:

@@ -2,7 +2,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
@@ -45,9 +45,11 @@ class Training:
     labels: bool = False           # of fresh scenes; else the plain network's answers on the model's own images
     whole: bool = False            # all weights, one network for each interval; else LoRA on one frozen network
     rank: int = 2
+    ranks: tuple[int, ...] = ()    # of each expert where they differ, none above `rank`
     targets: tuple[str, ...] = ()  # names of the adapted layers; none: the default of LoraSpec
     images: int = 4096             # generated images to distil from
     fresh_noise: bool = False      # the paper's pairs; else the trajectories of the images
+    guided: float = 0.0            # balanced weight of the plain guider, aimed at any class, while they are generated
     steps: int = 1000              # for each interval
     batch: int = 64
     lr: float = 2e-3
@@ -83,10 +85,12 @@ def make_guider(world: World, training: Training, steps: int, folder: Path, repo
         LoraSpec(training.rank, training.rank, tuple(training.targets))
     net = Networks(base_network(world.guider), schedule) if training.whole else \
         ExpertBank(base_network(world.guider), schedule, lora, "noisy" if training.original else training.view)
+    if training.ranks:
+        narrow(net, training.ranks)
     net.to(world.device)
     about, on_step = folder / "about.json", progress(schedule, training, report)
     store = None if training.labels else generate_store(
-        world, folder.parent / f"samples_{steps}_{training.images}", training.images, steps, report)
+        world, folder.parent / f"samples_{steps}_{training.images}", training.images, steps, report, training.guided)
     started = time.monotonic()
     if store is None:
         learn(net, training, folder, partial(label_loss, world, net, training), on_step)
@@ -94,10 +98,21 @@ def make_guider(world: World, training: Training, steps: int, folder: Path, repo
         distil(world, net, training, store, folder, on_step)
     if not about.exists():
         share = 1.0 if training.whole else net.trainable_share()
+        share *= sum(training.ranks) / len(training.ranks) / training.rank if training.ranks else 1
         images = len(store) if store else training.steps * training.batch * len(schedule)
         write_json(about, dict(zip(COSTS, (share, images, (time.monotonic() - started) / 60), strict=True)))
     guider = replace(world.guider, net=net, view=training.view) if training.whole else with_experts(world.guider, net)
     return guider, read_json(about)
+
+
+def narrow(bank: ExpertBank, ranks: Sequence[int]) -> None:
+    """Leave each expert only so much of its rank: rows that start at zero on both sides of an adapter never learn."""
+    for index, rank in enumerate(ranks):
+        weights = {name: weight.clone() for name, weight in bank.weights(index).items()}
+        for name, weight in weights.items():
+            if ".lora_A" in name:
+                weight[rank:] = 0
+        bank.load(index, weights)
 
 
 def distil(world: World, bank: ExpertBank, training: Training, store: SampleStore, folder: Path,

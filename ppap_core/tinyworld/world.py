@@ -1,7 +1,8 @@
 """The tiny world as one value: what the demo and the benchmark sample, guide and judge with."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..samples import Recorder, SampleStore, Trajectories
 from ..sampling import karras_sigmas, sample_euler, seeded_noise
 from . import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider, load_judge, load_second_judge
 from .original import ddim_sigmas
+from .scenes import draw, truth
 
 SCHEDULES = {"karras": partial(karras_sigmas, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX), "ddim": ddim_sigmas}
 NOISE = 200_000_000  # the noise for a scene is that of its number + this: one generator must not draw both
@@ -47,10 +49,10 @@ class World:
         """Images of the given seeds after so many Euler steps, (len(seeds), 3, 32, 32)."""
         return sample_euler(guided(self.denoise, terms), *self.start(seeds, steps))
 
-    def sample_recorded(self, seeds: Sequence[int], steps: int) -> tuple[Tensor, Trajectories]:
-        """Unguided images and how they came about, for a store."""
+    def sample_recorded(self, seeds: Sequence[int], steps: int, terms: Sequence[Term] = ()) -> tuple[Tensor, Trajectories]:
+        """Images and how they came about, for a store."""
         recorder = Recorder()
-        images = sample_euler(recorder.listen(self.denoise), *self.start(seeds, steps))
+        images = sample_euler(guided(recorder.listen(self.denoise), terms), *self.start(seeds, steps))
         return images, recorder.trajectories(seeds)
 
 
@@ -64,9 +66,24 @@ def load_world(task: str = "class") -> World:
     return world
 
 
-def generate_store(world: World, folder, count: int, steps: int, report) -> SampleStore:
-    """At least `count` images of the world's own model, for distillation."""
-    store = SampleStore(folder, {"model": "tinyworld", "sampler": "euler", "steps": steps, "seed": 50_000_000})
-    store.fill(count, lambda seeds: world.sample_recorded(seeds, steps),
-               lambda have, _: report(f"samples: {have} of {count}"))
+def generate_store(world: World, folder: Path, count: int, steps: int, report: Callable[[str], None],
+                   weight: float = 0.0) -> SampleStore:
+    """At least `count` images of the world's own model, for distillation.
+
+    weight: balanced, of the plain guider in the view of the prediction, aimed at other scenes; they are then kept in another
+    folder.
+    """
+    recipe = {"model": "tinyworld", "sampler": "euler", "steps": steps, "seed": 50_000_000}
+    if weight:
+        folder, recipe = folder.with_name(f"{folder.name}_guided_{weight:g}"), recipe | {"guided": weight}
+
+    def generate(seeds: Sequence[int]) -> tuple[Tensor, Trajectories]:
+        if not weight:
+            return world.sample_recorded(seeds, steps)
+        scenes = draw([NOISE + seed for seed in seeds])
+        aimed = world.guider.aim(truth(scenes, world.guider.task).to(world.device))
+        return world.sample_recorded(seeds, steps, [Term(aimed, weight, balanced=True)])
+
+    store = SampleStore(folder, recipe)
+    store.fill(count, generate, lambda have, _: report(f"samples: {have} of {count}"))
     return store

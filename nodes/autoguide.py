@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..ppap_core.finetune import FineTune
 from ..ppap_core.plots import loss_plot
 from ..ppap_core.tinyworld import toy2d
-from . import bridge, folders
+from . import bridge, folders, guidance
 from .bad_model import apply_autoguidance
 from .models import Patcher
 from .tune import train_lora
@@ -69,7 +69,7 @@ class PPAPAutoguidanceGuider(io.ComfyNode):
     def execute(cls, model, bad_model, weight, start_percent, end_percent, factor_at_start, factor_at_end, positive,
                 negative, cfg):
         guided = guided_model(model, bad_model, weight, start_percent, end_percent, factor_at_start, factor_at_end)
-        return io.NodeOutput(bridge.cfg_guider(guided, positive, negative, cfg))
+        return io.NodeOutput(guidance.cfg_guider(guided, positive, negative, cfg))
 
 
 class PPAPTrainLora(io.ComfyNode):

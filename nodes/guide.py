@@ -15,7 +15,7 @@ from ..ppap_core.targets import (
     palette,
     with_cutouts,
 )
-from . import bridge, folders
+from . import bridge, folders, guidance
 from .types import GuidanceTerm, PPAPGuider, PPAPReport, PPAPTerms
 
 CATEGORY = "PPAP/guide"
@@ -272,7 +272,7 @@ class PPAPApplyGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, terms, max_rms, vae=None):
-        return io.NodeOutput(bridge.apply_guidance(model, terms, max_rms, vae))
+        return io.NodeOutput(guidance.apply_guidance(model, terms, max_rms, vae))
 
 
 class PPAPGuidedKSampler(io.ComfyNode):
@@ -303,7 +303,7 @@ class PPAPGuidedKSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, terms, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
                 max_rms, vae=None):
-        return io.NodeOutput(*bridge.sample_guided(model, terms, max_rms, vae, seed, steps, cfg, sampler_name, scheduler,
+        return io.NodeOutput(*guidance.sample_guided(model, terms, max_rms, vae, seed, steps, cfg, sampler_name, scheduler,
                                                    positive, negative, latent_image, denoise=denoise))
 
 

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..ppap_core.pictures import look_through
 from ..ppap_core.plots import guidance_plot, loss_plot
 from ..ppap_core.readout import readout
-from . import bridge
+from . import bridge, guidance
 from .types import PPAPGuider, PPAPLosses, PPAPReport
 
 CATEGORY = "PPAP/report"
@@ -68,7 +68,7 @@ class PPAPGuidanceReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent):
-        return io.NodeOutput(bridge.report_of(model, latent))
+        return io.NodeOutput(guidance.report_of(model, latent))
 
 
 class PPAPLookThrough(io.ComfyNode):

@@ -16,7 +16,8 @@ from ..ppap_core.optimise import Losses
 from ..ppap_core.prior import PriorConfig, find_images
 from ..ppap_core.sampling import Denoiser
 from . import folders, models
-from .bridge import about_model, asked, autograd, cfg_guider, core_term, eyes_for, progress
+from .bridge import autograd, progress
+from .guidance import about_model, asked, cfg_guider, core_term, eyes_for
 from .memory import make_differentiable, patcher_of, room_for, settle, with_gradients
 from .models import Patcher
 from .types import GuidanceTerm

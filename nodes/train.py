@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..ppap_core.distill import DistillConfig
 from ..ppap_core.experts import VIEWS, LoraSpec, with_experts
 from ..ppap_core.samples import KEPT, from_uint8
-from . import bridge, folders
+from . import bridge, distill, folders, guidance
 from .types import PPAPGuider, PPAPLosses, PPAPSamples, Samples
 
 CATEGORY = "PPAP/train"
@@ -51,13 +51,13 @@ class PPAPGenerateSamples(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent_image, name, count, steps, cfg, sampler_name, scheduler, seed, negative=None,
                 vae=None):
-        space = bridge.space_to_distil(model, vae)
+        space = distill.space_to_distil(model, vae)
         negative = negative or positive
-        recipe = {**bridge.about_model(model, positive, negative), "shape": list(latent_image["samples"].shape), "cfg": cfg,
-                  "steps": steps, "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
-        samples = Samples(bridge.open_store(name, recipe), space)
-        bridge.generate_samples(samples, count, latent_image, model, vae, steps, cfg, sampler_name, scheduler, positive,
-                                negative)
+        recipe = {**guidance.about_model(model, positive, negative), "shape": list(latent_image["samples"].shape),
+                  "cfg": cfg, "steps": steps, "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
+        samples = Samples(distill.open_store(name, recipe), space)
+        distill.generate_samples(samples, count, latent_image, model, vae, steps, cfg, sampler_name, scheduler, positive,
+                                 negative)
         return io.NodeOutput(samples, bridge.image_to_comfy(from_uint8(samples.store.images[:SHOWN])))
 
 
@@ -103,10 +103,10 @@ class PPAPDistilExperts(io.ComfyNode):
     @classmethod
     def execute(cls, samples, guider, view, experts, sigma_min, sigma_max, steps, batch_size, learning_rate, rank, alpha,
                 seed, temperature=1.0):
-        schedule = bridge.schedule_for(samples, experts, sigma_min, sigma_max)
-        bank = bridge.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
+        schedule = distill.schedule_for(samples, experts, sigma_min, sigma_max)
+        bank = distill.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature)
-        losses = bridge.distil(samples, guider, bank, config)
+        losses = distill.distil(samples, guider, bank, config)
         return io.NodeOutput(with_experts(guider, bank), losses)
 
 

@@ -15,7 +15,8 @@ from ..ppap_core.lowrank import Changes
 from ..ppap_core.plots import loss_plot
 from . import folders, models
 from .bad_model import INSIDE
-from .bridge import about_model, autograd, cfg_guider, progress
+from .bridge import autograd, progress
+from .guidance import about_model, cfg_guider
 from .memory import make_differentiable, room_for, with_gradients
 from .models import Patcher
 

@@ -65,7 +65,7 @@ found = [name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("PPAP")]
 pack = sys.modules[nodes.NODE_CLASS_MAPPINGS["PPAPRule"].__module__.rsplit(".nodes", 1)[0]]
 said = []
 for action in (lambda: pack.ppap_core.loaders.load_guider({str(tmp_path)!r}),
-               lambda: pack.nodes.bridge.new_bank(pack.nodes.bridge.load_guider("tinyworld/class"),
+               lambda: pack.nodes.distill.new_bank(pack.nodes.bridge.load_guider("tinyworld/class"),
                                                   pack.ppap_core.noise.ExpertSchedule((0.1, 1.0)),
                                                   pack.ppap_core.experts.LoraSpec(), "noisy", 0, None)):
     try:

@@ -110,7 +110,7 @@ def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
 
 def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
     model = world.model
-    terms = [comfy.pack.nodes.bridge.core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
+    terms = [comfy.pack.nodes.guidance.core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
              for a, b in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))]
     edge = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
     for sigma in (80.0, 1e9, edge, 1.0, 0.02, 0.0):
@@ -118,7 +118,7 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
 
 
 def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: World):
-    term = comfy.pack.nodes.bridge.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
+    term = comfy.pack.nodes.guidance.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
                                              (1, 3, 32, 32), None)
     assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
 
@@ -384,7 +384,7 @@ def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: 
 
 
 def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
-    about = comfy.pack.nodes.bridge.about_model
+    about = comfy.pack.nodes.guidance.about_model
     again = World(comfy)
     assert about(world.model, world.conditioning) == about(again.model, again.conditioning)
     [strong], [weak] = (comfy("PPAPApplyGuidance", model=world.model, terms=world.term(weight=weight), max_rms=0.0)

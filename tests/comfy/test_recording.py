@@ -114,7 +114,7 @@ def test_distillation_never_asks_the_diffusion_model(comfy, pixels: World, laten
 
 
 def test_experts_reach_as_far_as_the_samples_but_not_to_pure_noise(comfy, pixels: World, latents: LatentWorld):
-    schedule_for = comfy.pack.nodes.bridge.schedule_for
+    schedule_for = comfy.pack.nodes.distill.schedule_for
     samples = pixels.samples(name="reach", steps=4)
     lowest, highest = (float(value) for value in samples.store.sigmas.aminmax())
     assert schedule_for(samples, 3, 0.0, 0.0).edges[::3] == (lowest, highest) == pytest.approx((0.02, 80.0))

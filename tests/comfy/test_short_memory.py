@@ -34,7 +34,7 @@ def short(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[in
                 return found
             return attempt(first)
         return once
-    for module in (bench.comfy.pack.nodes.bridge, bench.comfy.pack.nodes.search, bench.comfy.pack.nodes.tune):
+    for module in (bench.comfy.pack.nodes.guidance, bench.comfy.pack.nodes.search, bench.comfy.pack.nodes.tune):
         monkeypatch.setattr(module, "with_gradients", runs_out)
     return failed
 
@@ -47,7 +47,7 @@ def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Bench, short
     lean = ksampler(bench, bench.guide(scene, **THROUGH))
     assert short == [0], "memory runs out once, and then it is known"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.comfy.pack.nodes.bridge, "with_gradients", bench.comfy.pack.nodes.memory.with_gradients)
+        patch.setattr(bench.comfy.pack.nodes.guidance, "with_gradients", bench.comfy.pack.nodes.memory.with_gradients)
         whole = ksampler(bench, bench.guide(scene, **THROUGH))
     torch.testing.assert_close(lean, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
     assert not torch.equal(whole, bench.plain(family)[0])
@@ -92,7 +92,7 @@ def test_a_lora_is_trained_to_the_same_and_a_bad_model_beside_the_good_one_is_co
     assert short == [0, 1]
     shutil.rmtree(bench.comfy.pack.nodes.folders.output_folder("ppap_training"))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("bridge", "tune"):
+        for name in ("guidance", "tune"):
             module = getattr(bench.comfy.pack.nodes, name)
             patch.setattr(module, "with_gradients", bench.comfy.pack.nodes.memory.with_gradients)
         whole = ksampler(bench, replace(scene, model=tuned(bench, scene, "lean", steps=6)[0]))

@@ -31,6 +31,7 @@ SMALL = {
     "title": "small", "task": "class", "images": 12, "search": 8, "steps": 4, "scenes": 256, "reference": "labels",
     "points": [{"weight": 4, "balanced": False}, {"weight": 0.5, "balanced": True}],
     "rows": [{"row": "unguided", "way": "nothing"},
+             {"row": "unguided, other scenes", "way": "nothing", "scenes_from": 5000},
              {"row": "plain"},
              {"row": "elucd", "variant": "elucd"},
              {"row": "labels", "training": {**TWO, "view": "noisy", "labels": True, "whole": True}},
@@ -89,6 +90,11 @@ def test_passes_share_and_images_are_counted(finished):
     assert rows["experts"]["training_images"] == 64 and rows["labels"]["training_images"] == 2 * 2 * 4
 
 
+def test_other_scenes_show_the_spread(finished):
+    rows = by_name(finished[1])
+    assert rows["unguided"]["frechet"] != rows["unguided, other scenes"]["frechet"]
+
+
 def test_a_row_of_fewer_steps_is_guided_by_the_same_experts(finished):
     folder, rows, _ = finished
     few, many = (by_name(rows)[name] for name in ("experts, two steps", "experts"))
@@ -120,7 +126,7 @@ def test_the_command_writes_table_plot_and_rows(finished, capsys, tmp_path):
     folder, rows, _ = finished
     main(["bench", "small", "--folder", str(folder), "--out", str(tmp_path / "evidence")])
     written = json.loads((tmp_path / "evidence.json").read_text())
-    assert written["rows"] == rows and written["table"]["rows"][4]["row"] == "experts"
+    assert written["rows"] == rows and written["table"]["rows"][5]["row"] == "experts"
     text = (tmp_path / "evidence.md").read_text()
     assert text in capsys.readouterr().out and text.count("\n") == 2 + len(rows) and "| mu 0.1 |" in text
     assert (tmp_path / "evidence.png").stat().st_size > 1000

@@ -31,7 +31,7 @@ from .variants import VARIANTS
 from .world import NOISE, World, load_world
 
 TABLES = Path(__file__).parent / "tables"
-SEARCHED, MEASURED = 1000, 100_000   # first scenes whose truth is asked for, in the search and at the setting it finds
+SEARCHED, MEASURED = 1000, 100_000  # the first scene whose truth is asked for, in the search and at the setting it finds
 LEVELS = tuple(0.05 * 2**i for i in range(9))  # noise levels at which answers are compared
 
 
@@ -48,6 +48,7 @@ class Row:
     #                                                "good", "bad", "level" of a clean-up
     points: tuple[dict, ...] = ({},)               # of a Term; weight, low and high of "told" and "autoguidance"; rho and mu
     steps: int = 0                                 # of the sampler; 0: the table's, which experts learn from in any case
+    scenes_from: int = MEASURED                    # the first scene that is measured: others show the spread
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
     costs = kept(folder / "costs" / f"{name_of(of_row | best)}.json",
                  lambda: guider()[1] | cost_of(world, sample(best), table.steps))
     return {"row": row.row, "way": row.way, "training": changes(row.training), **costs,
-            **point(best, MEASURED, table.images), "searched": searched}
+            **point(best, row.scenes_from, table.images), "searched": searched}
 
 
 def with_agreement(world: World, table: Table, rows: list[dict], folder: Path, report: Report) -> list[dict]:

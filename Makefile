@@ -11,7 +11,7 @@ COMFYUI_PATH ?= $(or $(and $(wildcard ../../custom_nodes),$(AROUND)),$(patsubst 
 export COMFYUI_PATH
 NAME := $(notdir $(CURDIR))
 
-.PHONY: demo test comfyui bench
+.PHONY: demo test comfyui bench pictures
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -21,6 +21,9 @@ bench: .venv/ready
 
 test: .venv/ready .venv/comfyui
 	$(BIN)/python -m pytest
+
+pictures: .venv/ready .venv/comfyui
+	$(BIN)/python -m pytest tests/comfy/full_workflows.py
 
 comfyui: .venv/ready .venv/comfyui
 	@test -n "$(COMFYUI_PATH)" || { echo "No ComfyUI found: pip install comfy-cli && comfy install, or set COMFYUI_PATH to yours."; exit 1; }

@@ -74,14 +74,13 @@ def open_store(name: str, recipe: dict) -> SampleStore:
 
 
 def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:
-    """Noise ranges, equal in the logarithm. 0: from the lowest or to the highest of the steps that led to the samples."""
-    sigmas = samples.store.sigmas
-    levels = sigmas[(sigmas > 0) & (sigmas <= PURE_NOISE)].tolist()
+    """Noise ranges, each with an equal share of the steps that led to the samples. 0: from the lowest or to the highest."""
+    levels = [sigma for sigma in samples.store.sigmas.unique().tolist() if 0 < sigma <= PURE_NOISE]
     lowest, highest = sigma_min or min(levels, default=0.0), sigma_max or max(levels, default=0.0)
     if not 0 < lowest < highest:
         raise ValueError(f"the experts would reach from sigma {lowest:.4g} to {highest:.4g}, and expected is a range that "
                          "goes up: generate samples with more steps, or set other values of sigma_min and sigma_max")
-    return ExpertSchedule.log_spaced(experts, lowest, highest)
+    return ExpertSchedule.equal_shares(experts, lowest, highest, levels)
 
 
 def distil(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:

@@ -76,7 +76,7 @@ class PPAPDistilExperts(io.ComfyNode):
                                    tooltip="What the experts look at: the model's denoised prediction (stronger), or the "
                                            "noisy image itself (as in the paper)."),
                     io.Int.Input("experts", default=5, min=1, max=64,
-                                 tooltip="Number of noise ranges, equal in the logarithm."),
+                                 tooltip="Number of noise ranges; each gets an equal share of the samples' steps."),
                     io.Float.Input("sigma_min", default=0.0, min=0.0, max=1e4, step=0.001,
                                    tooltip="Lowest noise level of the experts. Neutral: 0, the lowest of the samples' "
                                            "steps."),

@@ -84,6 +84,20 @@ class ExpertSchedule:
         return cls(tuple(sigma_min * ratio ** (i / n) for i in range(n)) + (sigma_max,))
 
     @classmethod
+    def equal_shares(cls, n: int, sigma_min: float, sigma_max: float, sigmas: Sequence[float]) -> "ExpertSchedule":
+        """N intervals with equal shares of the steps that a sampler takes between two noise levels.
+
+        sigmas: of its steps, each as often as it likes. Edges lie between two of them, so that no rounding sends a step to
+        the neighbour. ValueError for fewer steps than experts.
+        """
+        levels = sorted({float(sigma) for sigma in sigmas if sigma_min <= sigma <= sigma_max})
+        if not 1 <= n <= len(levels):
+            raise ValueError(f"cannot split the {len(levels)} noise levels of the steps among {n} experts: expected fewer "
+                             "experts, or samples of more steps")
+        inner = (i * len(levels) // n for i in range(1, n))
+        return cls((sigma_min, *((levels[i - 1] * levels[i]) ** 0.5 for i in inner), sigma_max))
+
+    @classmethod
     def from_timesteps(cls, n: int, sigmas: Sequence[float] | Tensor) -> "ExpertSchedule":
         """The paper's split: equal shares of the timesteps of a discrete schedule; sigmas ascending, (T,)."""
         values = [float(sigma) for sigma in sigmas]

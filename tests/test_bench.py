@@ -139,7 +139,7 @@ def test_an_unknown_table_is_one_sentence_and_no_traceback(tables, tmp_path, cap
 
 
 def test_an_unknown_row_is_refused_before_anything_is_done(tables, tmp_path):
-    with says(ValueError, "'mpdg'", "unguided; plain"):
+    with says(ValueError, "'mpdg'", "unguided; unguided, other scenes; plain"):
         bench(read_table("small"), tmp_path / "bench", lambda line: None, ["mpgd", "mpdg"])
     assert not (tmp_path / "bench").exists()
 

@@ -107,6 +107,8 @@ def test_log_spaced_intervals_have_equal_ratios_and_the_exact_ends():
 
 
 @pytest.mark.parametrize("make", [lambda: ExpertSchedule.log_spaced(0, 0.1, 1.0),
+                                  lambda: ExpertSchedule.equal_shares(0, 0.1, 1.0, [0.1, 1.0]),
+                                  lambda: ExpertSchedule.equal_shares(2, 0.2, 1.0, [0.1, 1.0, 1.0]),
                                   lambda: ExpertSchedule.from_timesteps(0, [0.1, 1.0]),
                                   lambda: ExpertSchedule.from_timesteps(3, [0.1, 0.2, 1.0])])
 def test_a_number_of_experts_that_is_impossible_is_refused(make):
@@ -122,6 +124,18 @@ def test_the_papers_split_gives_every_expert_an_equal_share_of_the_timesteps(tim
     for sigma in sigmas.tolist():
         shares[schedule.index(sigma)] += 1
     assert len(schedule) == experts and max(shares) - min(shares) <= (1 if timesteps % experts else 0)
+
+
+@pytest.mark.parametrize("steps, experts", [(16, 5), (25, 5), (11, 11), (7, 2), (3, 1)])
+def test_equal_shares_are_of_the_steps_whatever_their_spacing_and_order(steps, experts):
+    sigmas = (torch.linspace(0, 1, steps, dtype=torch.float64) ** 3 * 80 + 0.02).tolist()
+    schedule = ExpertSchedule.equal_shares(experts, sigmas[0], 90.0, [*reversed(sigmas), *sigmas, 0.001, 100.0])
+    shares = [0] * experts
+    for sigma in sigmas:
+        assert schedule.index(sigma * (1 - 1e-6)) == schedule.index(sigma * (1 + 1e-6)), "no step lies on an edge"
+        shares[schedule.index(sigma)] += 1
+    assert (schedule.edges[0], schedule.edges[-1]) == (sigmas[0], 90.0)
+    assert min(shares) >= 1 and max(shares) - min(shares) <= 1
 
 
 def test_noise_levels_multiply_each_image_of_a_batch():

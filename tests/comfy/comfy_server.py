@@ -42,9 +42,9 @@ class Server:
             time.sleep(0.05)
         return history[prompt]
 
-    def run(self, graph: dict) -> dict:
+    def run(self, graph: dict, seconds: float = 120) -> dict:
         """Run an API graph to its end; its outputs by node id."""
-        history = self.wait(self.queue(graph))
+        history = self.wait(self.queue(graph), seconds)
         failed = [(each["node_type"], each["exception_message"]) for each in messages(history, "execution_error")]
         assert history["status"]["status_str"] == "success", failed
         return history["outputs"]

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
+WORKFLOW_NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 WORLD = {"1": {"class_type": "PPAPTinyWorld", "inputs": {"batch_size": 2}}}
 MODEL, CONDITIONING, LATENT, VAE = (["1", slot] for slot in range(4))
 QUICK = {"KSampler": {"steps": 4}, "PPAPGuidedKSampler": {"steps": 4}, "PPAPGenerateSamples": {"count": 64, "steps": 8},
@@ -49,6 +50,11 @@ def distilling(name: str, **changes) -> dict:
 def page_of(name: str) -> dict:
     """A workflow file."""
     return json.loads((WORKFLOWS / f"{name}.json").read_text())
+
+
+def titled(name: str) -> dict[str, str]:
+    """The nodes of a workflow file by their titles."""
+    return {each["title"]: str(each["id"]) for each in page_of(name)["nodes"] if "title" in each}
 
 
 def workflow(name: str, info: dict) -> dict:

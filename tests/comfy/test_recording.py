@@ -1,6 +1,7 @@
 """What Generate Samples notes while a model samples, and what Distil Experts makes of it."""
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -117,7 +118,10 @@ def test_experts_reach_as_far_as_the_samples_but_not_to_pure_noise(comfy, pixels
     schedule_for = comfy.pack.nodes.distill.schedule_for
     samples = pixels.samples(name="reach", steps=4)
     lowest, highest = (float(value) for value in samples.store.sigmas.aminmax())
-    assert schedule_for(samples, 3, 0.0, 0.0).edges[::3] == (lowest, highest) == pytest.approx((0.02, 80.0))
+    edges = schedule_for(samples, 3, 0.0, 0.0).edges
+    assert edges[::3] == (lowest, highest) == pytest.approx((0.02, 80.0))
+    levels = samples.store.sigmas.unique().tolist()
+    assert [sum(low < level < high for level in levels[1:-1]) for low, high in pairwise(edges)] == [0, 1, 1], "equal shares"
     assert schedule_for(samples, 1, 0.5, 0.0).edges == (0.5, highest)
     assert schedule_for(samples, 1, 0.0, 7.0).edges == (lowest, 7.0)
     flow = comfy("PPAPGenerateSamples", name="reach flow", count=64, steps=4, cfg=1.0, sampler_name="euler", seed=0,
@@ -137,7 +141,7 @@ def test_ranges_without_steps_are_refused_before_the_training(comfy, pixels: Wor
         comfy("PPAPDistilExperts", samples=one, experts=1, **settings | {"sigma_min": 100.0})
     folder = comfy.pack.nodes.folders.output_folder("ppap_distillation", "x").parent
     before = set(folder.iterdir()) if folder.exists() else set()
-    with says(ValueError, "no step", "expert 1", "fewer experts"):
+    with says(ValueError, "2 noise levels", "3 experts", "fewer experts"):
         comfy("PPAPDistilExperts", samples=pixels.samples(name="two steps"), experts=3, **settings)
     assert (set(folder.iterdir()) if folder.exists() else set()) == before
 

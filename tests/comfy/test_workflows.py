@@ -6,7 +6,22 @@ from statistics import correlation, mean
 
 import pytest
 from comfy_server import Server, messages
-from graphs import MODEL, VAE, WORKFLOWS, WORLD, distilling, node, page_of, posted, quick, sampling, weighing, workflow
+from graphs import (
+    MODEL,
+    VAE,
+    WORKFLOW_NAMES,
+    WORKFLOWS,
+    WORLD,
+    distilling,
+    node,
+    page_of,
+    posted,
+    quick,
+    sampling,
+    titled,
+    weighing,
+    workflow,
+)
 from PIL import ImageChops, ImageColor, ImageStat
 
 NODES = {"PPAPTinyWorld", "PPAPTinyLatentWorld", "PPAPClassConditioning", "PPAPLoadGuider", "PPAPDownloadGuider", "PPAPRule",
@@ -16,7 +31,6 @@ NODES = {"PPAPTinyWorld", "PPAPTinyLatentWorld", "PPAPClassConditioning", "PPAPL
          "PPAPPlugAndPlayPrior",
          "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance", "PPAPReadGuidance",
          "PPAPGuidanceReport", "PPAPLookThrough"}
-WORKFLOW_NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 GUIDED = WORLD | {
     "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),
     "3": node("PPAPAimAtClass", guider=["2", 0], classes="star"),
@@ -55,11 +69,6 @@ def drawn(graph: dict) -> dict[str, int]:
                     source = graph[source["inputs"]["latent_image"][0]]
                 found[key] = source["inputs"]["batch_size"]
     return found
-
-
-def titled(name: str) -> dict[str, str]:
-    """The nodes of a workflow file by their titles."""
-    return {each["title"]: str(each["id"]) for each in page_of(name)["nodes"] if "title" in each}
 
 
 def test_the_shipped_workflows_are_these():

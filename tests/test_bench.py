@@ -129,7 +129,7 @@ def test_the_command_writes_table_plot_and_rows(finished, capsys, tmp_path):
     assert written["rows"] == rows and written["table"]["rows"][5]["row"] == "experts"
     text = (tmp_path / "evidence.md").read_text()
     assert text in capsys.readouterr().out and text.count("\n") == 2 + len(rows) and "| mu 0.1 |" in text
-    assert (tmp_path / "evidence.png").stat().st_size > 1000
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("evidence.png", "evidence_agreement.png"))
 
 
 def test_an_unknown_table_is_one_sentence_and_no_traceback(tables, tmp_path, capsys):

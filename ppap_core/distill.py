@@ -1,8 +1,8 @@
 """Data-free distillation: the untouched network answers on a generated image, an expert learns to give that answer while
 the image is still noise.
 
-Knowledge transfer of PPAP (Go et al. 2023), with experts that do not depend on one another. The paper puts fresh noise on
-finished images; here an expert sees the steps that the model took on its way to the image, and so learns where a way leads.
+Knowledge transfer of PPAP (Go et al. 2023). The paper puts fresh noise on finished images; here an expert sees the steps
+that the model took on its way to the image, and so learns where a way leads.
 """
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,6 +32,7 @@ class DistillConfig:
     save_every: int = 100  # steps between states on disk
     temperature: float = 1.0  # of the teacher's classes; 1 changes nothing, below it sharpens (the paper: 0.25)
     fresh_noise: bool = False  # images under noise that is drawn anew, as in the paper; else steps that led to them
+    warm_start: bool = False   # an expert starts as its neighbour of less noise ended; else as the plain network
 
 
 def distill_loss(guider: Guider, bank: ExpertBank, pairs: Pairs, temperature: float = 1.0) -> Tensor:
@@ -82,15 +83,18 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
 def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: DistillConfig = DistillConfig(),
             folder: Path | None = None, on_step: Callable[[int, int, float], None] | None = None,
             denoise: Denoiser | None = None) -> list[list[float]]:
-    """Train every expert of a bank, from the cleanest to the noisiest, each from its own start; returns their losses.
+    """Train every expert of a bank, from the cleanest to the noisiest; returns their losses.
 
     ValueError, before any is trained, if one has nothing to learn from.
     """
     for index in range(0 if config.fresh_noise else len(bank.schedule)):
         draw_pairs(bank, index, store, 0, config)
-    losses = [distill_expert(guider, bank, index, store, config,
-                             folder and Path(folder) / f"expert_{index}.state.safetensors", on_step, denoise)
-              for index in range(len(bank.schedule))]
+    losses = []
+    for index in range(len(bank.schedule)):
+        if config.warm_start and index:
+            bank.load(index, bank.weights(index - 1))
+        state_file = folder and Path(folder) / f"expert_{index}.state.safetensors"
+        losses.append(distill_expert(guider, bank, index, store, config, state_file, on_step, denoise))
     bank.recipe = {"samples": store.recipe, "images": len(store), **asdict(config),
                    "final_losses": [each[-1] for each in losses if each]}
     return losses
@@ -121,4 +125,5 @@ def _about(guider: Guider, bank: ExpertBank, index: int, store: SampleStore, con
             "view": bank.view, "space": bank.space_name,
             "lora": {**asdict(bank.lora), "targets": list(bank.lora.targets)},
             "store": store.recipe, "images": len(store),
-            "config": {key: value for key, value in asdict(config).items() if key != "save_every"}}
+            "config": {key: value for key, value in asdict(config).items() if key not in ("save_every", "warm_start")},
+            **({"start": "neighbour"} if config.warm_start and index else {})}

@@ -1,4 +1,4 @@
-"""Distillation without data: resumable to the bit, experts independent of one another, the base untouched, and it learns."""
+"""Distillation without data: resumable to the bit, the base untouched, and it learns."""
 import math
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ from ppap_core.tasks import TASKS
 from ppap_core.tinyworld import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider
 
 CONFIG = DistillConfig(steps=10, batch=3, lr=1e-2, seed=4, save_every=3)
-FRESH = replace(CONFIG, fresh_noise=True)
+FRESH, WARM = replace(CONFIG, fresh_noise=True), replace(CONFIG, warm_start=True)
 KINDS = pytest.mark.parametrize("config", [CONFIG, FRESH], ids=["trajectories", "fresh noise"])
 EDGES = (0.1, 0.5, 2.0, 10.0)
 TASK_VIEWS = [(task, view) for task in TASKS for view in VIEWS]
@@ -231,7 +231,24 @@ def test_a_finished_training_is_loaded_and_not_gone_on_with(store, tmp_path):
     assert same(first.weights(0), second.weights(0))
 
 
-def test_an_expert_does_not_depend_on_whether_others_were_trained_before_it(store):
+def test_an_expert_starts_as_its_neighbour_ended_and_goes_on_from_there_after_a_stop(store, tmp_path):
+    guider, still = small_guider(), make_bank(small_guider())
+    first = distill_expert(guider, still, 0, store, CONFIG)
+    still.load(1, still.weights(0))
+    second = distill_expert(guider, still, 1, store, CONFIG)
+    bank, again = make_bank(guider), make_bank(guider)
+    losses = distill(guider, bank, store, WARM)
+    assert losses[:2] == [first, second] and same(bank.weights(1), still.weights(1))
+    def on_step(index, step, loss):
+        if (index, step) == (1, 4):
+            raise Stop
+    with pytest.raises(Stop):
+        distill(guider, make_bank(guider), store, WARM, tmp_path / "states", on_step)
+    assert distill(guider, again, store, WARM, tmp_path / "states") == losses
+    assert all(same(again.weights(index), bank.weights(index)) for index in range(3))
+
+
+def test_experts_that_start_for_themselves_do_not_depend_on_one_another(store):
     guider = small_guider()
     alone, after = make_bank(guider), make_bank(guider)
     expected = distill_expert(guider, alone, 2, store, CONFIG)
@@ -417,6 +434,13 @@ def test_a_state_of_the_other_kind_of_pairs_is_refused_and_left_alone(store, tmp
     with says(ValueError, "state.safetensors", "config is", f"'fresh_noise': {other.fresh_noise}", "delete"):
         distill_expert(guider, make_bank(guider), 1, store, other, state, denoise=shrink)
     assert state.read_bytes() == kept
+
+
+def test_the_state_of_another_start_is_refused(store, tmp_path):
+    guider, state = small_guider(), tmp_path / "state.safetensors"
+    distill_expert(guider, make_bank(guider), 1, store, WARM, state)
+    with says(ValueError, "state.safetensors", "start is neighbour, expected None", "delete"):
+        distill_expert(guider, make_bank(guider), 1, store, CONFIG, state)
 
 
 def test_a_truncated_state_is_refused(store, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..distill import DistillConfig, distill_expert, distill_loss
+from ..distill import DistillConfig, distill, distill_loss
 from ..experts import ExpertBank, LoraSpec, base_network, with_experts
 from ..files import load_tensors, read_json, save_tensors, write_json
 from ..guider import Guider
@@ -127,12 +127,8 @@ def distil(world: World, bank: ExpertBank, training: Training, store: SampleStor
         loss = features_loss if training.features else jitter_loss if training.jitter else draws_loss
         return learn(bank, training, folder, partial(loss, world, bank, training, store), on_step)
     config = DistillConfig(training.steps, training.batch, training.lr, temperature=training.temperature,
-                           fresh_noise=training.fresh_noise)
-    for index in range(len(bank.schedule)):
-        if training.warm_start and index:
-            bank.load(index, bank.weights(index - 1))
-        state = folder / f"expert_{index}.state.safetensors"
-        distill_expert(world.guider, bank, index, store, config, state, on_step, world.denoise)
+                           fresh_noise=training.fresh_noise, warm_start=training.warm_start)
+    distill(world.guider, bank, store, config, folder, on_step, world.denoise)
 
 
 def learn(net: nn.Module, training: Training, folder: Path, loss: Callable[[int, int], Tensor],

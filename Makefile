@@ -1,7 +1,9 @@
-# Three commands; each sets up all it needs in .venv, once.
+# Each command sets up all it needs in .venv, once.
 #   make demo      distil five experts on the bundled world and guide with them (no ComfyUI needed)
 #   make test      all tests; those of the nodes run where a ComfyUI is at hand
 #   make comfyui   start ComfyUI with this pack in it
+#   make bench     the short table of the benchmark
+#   make pictures  run every workflow at its full settings in ComfyUI, and make the README's pictures of them
 # A ComfyUI is looked for at COMFYUI_PATH, then around this folder (ComfyUI/custom_nodes/<pack>), then in comfy-cli's default.
 
 PYTHON ?= python3

@@ -9,6 +9,7 @@ from torch import Tensor
 
 INK, PAPER, GRID = (40, 40, 46), (255, 255, 255), (225, 225, 230)
 Points = Sequence[tuple[float, float]]
+INSIDE = 6  # names of lines that find room among the lines; more stand beside the plot
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -47,16 +48,22 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str, *, log_x: bool = False,
               log_y: bool = False, size: tuple[int, int] = (420, 720)) -> Tensor:
-    """Lines with a legend; size is (height, width) in pixels. Points that a logarithmic axis cannot show are left out."""
+    """Lines with a legend; size is (height, width) in pixels. Points that a logarithmic axis cannot show are left out.
+
+    Many lines have their names beside the plot; many single points are numbered there.
+    """
     from PIL import Image, ImageDraw
 
     height, width = size
-    left, right, top, bottom = 70, width - 20, 44, height - 52
     picture = Image.new("RGB", (width, height), PAPER)
     draw, small = ImageDraw.Draw(picture), _font(12)
-    draw.text((left, 14), title, INK, _font(16))
     shown = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)
                     and (x > 0 or not log_x) and (y > 0 or not log_y)] for name, points in series.items()}
+    beside, numbered = len(shown) > INSIDE, len(shown) > INSIDE and all(len(line) == 1 for line in shown.values())
+    labels = [f"{index}  {name}" if numbered else name for index, name in enumerate(shown, 1)]
+    widest = int(max(map(small.getlength, labels), default=0))
+    left, right, top, bottom = 70, width - 20 - (widest + 38 if beside else 0), 44, height - 52
+    draw.text((left, 14), title, INK, _font(16))
     points = [point for line in shown.values() for point in line]
     if not points:
         draw.text((left, height // 2), "nothing to show: no finite value", INK, small)
@@ -82,14 +89,17 @@ def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str,
     draw.rectangle([left, top, right, bottom], outline=INK)
     draw.text(((left + right) / 2, height - 22), x_label, INK, small, anchor="mm")
     draw.text((8, top - 16), y_label, INK, small)
-    legend = right - 12 - max(small.getlength(name) for name in shown)
-    for index, (name, line) in enumerate(shown.items()):
+    legend = right + 38 if beside else right - 12 - widest
+    for index, (label, line) in enumerate(zip(labels, shown.values(), strict=True)):
         path = [(place_x(x), place_y(y)) for x, y in line]
         if len(path) == 1:
-            draw.ellipse([path[0][0] - 3, path[0][1] - 3, path[0][0] + 3, path[0][1] + 3], fill=colour(index))
+            x, y = path[0]
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour(index))
+            if numbered:
+                draw.text((x + 5, y), str(index + 1), INK, small, anchor="lm")
         draw.line(path, colour(index), 2)
         draw.line([(legend - 26, top + 14 + 16 * index), (legend - 6, top + 14 + 16 * index)], colour(index), 3)
-        draw.text((legend, top + 14 + 16 * index), name, INK, small, anchor="lm")
+        draw.text((legend, top + 14 + 16 * index), label, INK, small, anchor="lm")
     return _image(picture)
 
 

@@ -263,17 +263,16 @@ def markdown(table: Table, rows: list[dict]) -> str:
 
 
 def write_table(table: Table, rows: list[dict], path: Path) -> None:
-    """The rows as JSON, as a Markdown table, and as a plot of every setting that was searched; where guiders were compared
-    with the reference, a plot of that too."""
+    """The rows as JSON, as a Markdown table and as a plot, and a plot of agreements where guiders were compared."""
     write_json(path.with_suffix(".json"), {"table": json.loads(json.dumps(asdict(table))), "rows": rows})
     write_bytes(path.with_suffix(".md"), markdown(table, rows).encode())
-    series = {found["row"]: sorted((each["frechet"], each["score"]) for each in found["searched"] or [found])
-              for found in rows}
-    save_picture(line_plot(series, table.title, "Frechet distance, less is better", MEASURES[table.task], log_x=True,
-                           size=(640, 960)), path.with_suffix(".png"))
-    agreements = {found["row"]: [(float(level), value) for level, value in found["agreement"].items()]
-                  for found in rows if "agreement" in found and found["row"] != table.reference}
-    if agreements:
-        save_picture(line_plot(agreements, f"{table.title}: distance from the answers of '{table.reference}'",
-                               "noise level sigma", "less is better", log_x=True, size=(640, 960)),
+    size, best = (640, 1240), {found["row"]: [(found["frechet"], found["score"])] for found in rows}
+    save_picture(line_plot(best, table.title, "Frechet distance, less is better", MEASURES[table.task], log_x=True,
+                           size=size), path.with_suffix(".png"))
+    agreements = {json.dumps(found["training"]): (found["row"], [*found["agreement"].items()])
+                  for found in reversed(rows) if "agreement" in found and found["row"] != table.reference}
+    if agreements:  # one line for all rows of the same guider
+        lines = {name: [(float(level), off) for level, off in line] for name, line in reversed(agreements.values())}
+        save_picture(line_plot(lines, f"{table.title}: distance from the answers of '{table.reference}'",
+                               "noise level sigma", "less is better", log_x=True, size=size),
                      path.with_name(f"{path.stem}_agreement.png"))

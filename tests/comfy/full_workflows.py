@@ -1,6 +1,6 @@
 """Every shipped workflow at its full settings in a ComfyUI, and the README's picture of it: `make pictures`.
 
-Not part of the suite, which runs them with few steps: about ten minutes on two cores.
+Not part of the suite, which runs them with few steps: about five minutes on two cores.
 """
 import pytest
 import torch

@@ -15,7 +15,8 @@ ROWS = ["unguided", "plain guider, noisy view", "five experts, noisy view", "pla
 @pytest.fixture(scope="module")
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("SAMPLES", 64), ("STEPS", 6), ("IMAGES", 8), ("TRAINING", DistillConfig(2, 4))):
+        for name, value in (("SAMPLES", 64), ("STEPS", 6), ("IMAGES", 8), ("TRAINING", DistillConfig(2, 4)),
+                            ("THROUGH", module.WEIGHT)):  # so that only the way through the model tells the last two apart
             patch.setattr(module, name, value)
         yield
 

@@ -66,8 +66,8 @@ pack = sys.modules[nodes.NODE_CLASS_MAPPINGS["PPAPRule"].__module__.rsplit(".nod
 said = []
 for action in (lambda: pack.ppap_core.loaders.load_guider({str(tmp_path)!r}),
                lambda: pack.nodes.distill.new_bank(pack.nodes.bridge.load_guider("tinyworld/class"),
-                                                  pack.ppap_core.noise.ExpertSchedule((0.1, 1.0)),
-                                                  pack.ppap_core.experts.LoraSpec(), "noisy", 0, None)):
+                                                   pack.ppap_core.noise.ExpertSchedule((0.1, 1.0)),
+                                                   pack.ppap_core.experts.LoraSpec(), "noisy", 0, None)):
     try:
         action()
     except ImportError as error:

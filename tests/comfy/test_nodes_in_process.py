@@ -119,7 +119,7 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
 
 def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: World):
     term = comfy.pack.nodes.guidance.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
-                                             (1, 3, 32, 32), None)
+                                               (1, 3, 32, 32), None)
     assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
 
 

@@ -1,4 +1,5 @@
 """Networks of timm from a local folder: what class an image is of, or its style, its structure, its embedding."""
+import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -116,7 +117,12 @@ def _load(folder: Path) -> tuple[nn.Module, dict]:
     if not timm.is_model(architecture or ""):
         raise ValueError(f"timm {timm.__version__} knows no architecture {architecture!r} (from {folder.name}/config.json): "
                          "expected one of timm.list_models(); a newer timm may have it")
-    net = timm.create_model(architecture, **{"num_classes": config.get("num_classes", 1000)} | config.get("model_args", {}))
+    args = {"num_classes": config.get("num_classes", 1000)} | config.get("model_args", {})
+    loading = [name for name in inspect.signature(timm.create_model).parameters if name in args]
+    if loading:  # checkpoint_path may be a pickle, pretrained downloads
+        raise ValueError(f"model_args in {folder.name}/config.json holds {loading[0]}, which says where weights come from: "
+                         "expected settings of the network alone; take it out, weights are those of model.safetensors")
+    net = timm.create_model(architecture, pretrained=False, **args)
     weights = {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file)[0].items()}
     own = net.state_dict()
     wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]

@@ -110,6 +110,15 @@ def spoil(folder, how: str):
         config.write_text(json.dumps({"model_type": "resnet", "hidden_sizes": [8]}))
     elif how == "unknown architecture":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"architecture": "resnet_of_tomorrow"}))
+    elif how.startswith("model_args"):
+        torch.save({"a": torch.zeros(3)}, folder / "vocab.txt")
+        name = how.split()[-1]
+        value = str(folder / "vocab.txt") if name == "checkpoint_path" else True
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_args": {name: value}}))
+    elif how == "weight index without files":
+        (folder / "model.safetensors.index.json").write_text("{}")
+    elif how == "weight index of numbers":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
     elif how == "no weights":
         weights.unlink()
     elif how == "truncated weights":
@@ -132,6 +141,10 @@ def spoil(folder, how: str):
     ("config is binary", ValueError, ["config.json", "JSON"]),
     ("config of another library", ValueError, ["model_type", "architecture", "timm"]),
     ("unknown architecture", ValueError, ["resnet_of_tomorrow", "timm"]),
+    ("model_args that load a pickle: checkpoint_path", ValueError, ["model_args", "checkpoint_path"]),
+    ("model_args that download: pretrained", ValueError, ["model_args", "pretrained"]),
+    ("weight index without files", ValueError, ["model.safetensors.index.json"]),
+    ("weight index of numbers", ValueError, ["model.safetensors.index.json"]),
     ("no weights", FileNotFoundError, ["model.safetensors"]),
     ("truncated weights", ValueError, ["model.safetensors", "cannot be read"]),
     ("pickle in place of weights", ValueError, ["model.safetensors", "cannot be read"]),

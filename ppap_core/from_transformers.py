@@ -51,8 +51,10 @@ def class_times_mask(model: nn.Module, image: Tensor, **task: Tensor) -> Tensor:
     What `post_process_semantic_segmentation` does (Cheng et al. 2021, semantic inference), with a gradient.
     """
     found = model(pixel_values=image, **task)
-    classes, masks = found.class_queries_logits.softmax(-1)[..., :-1], found.masks_queries_logits.sigmoid()
-    return torch.einsum("bqk,bqhw->bkhw", classes, masks).clamp_min(1e-6).log()
+    with torch.autocast(image.device.type, enabled=False):  # the gradient of a small share is more than float16 can hold
+        classes = found.class_queries_logits.float().softmax(-1)[..., :-1]
+        masks = found.masks_queries_logits.float().sigmoid()
+        return torch.einsum("bqk,bqhw->bkhw", classes, masks).clamp_min(1e-6).log()
 
 
 def class_times_mask_of_task(tokens: Tensor, model: nn.Module, image: Tensor) -> Tensor:

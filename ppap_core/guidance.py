@@ -224,18 +224,23 @@ def _gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
               compute: torch.dtype | None) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.enable_grad():
         point = (x if guider.view == "noisy" else denoised).detach().clone().requires_grad_(True)
-        energy = energy_at(guider, point, sigma.detach().clone(), compute)
-        scale = _loss_scale(guider, point, compute)
+        energy, values = _energy_at(guider, point, sigma.detach().clone(), compute)
+        scale = _loss_scale(guider, values, compute)
         gradient = torch.autograd.grad(energy.sum() * scale, point)[0] / scale
         return energy.detach(), gradient
 
 
 def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype | None = None) -> Tensor:
     """Energy (B,), at least float32, of the points that the guider looks at, with its network in a type to compute in."""
+    return _energy_at(guider, point, sigma, compute)[0]
+
+
+def _energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype | None) -> tuple[Tensor, int]:
+    """The same, and how many values an image has that the network sees."""
     with _computing_in(compute, guider, point.device.type):
         image = guider.look(as_seen(point, sigma) if guider.view == "noisy" else point, sigma)
         energy = guider.energy(_full(image), sigma)  # a picture is resized in full precision
-    return _full(energy)
+    return _full(energy), image[0].numel()
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -249,11 +254,11 @@ def _computing_in(compute: torch.dtype | None, guider: Guider, device: str) -> A
     return torch.autocast(device, dtype=compute)
 
 
-def _loss_scale(guider: Guider, point: Tensor, compute: torch.dtype | None) -> float:
+def _loss_scale(guider: Guider, values: int, compute: torch.dtype | None) -> float:
     """Factor of the energy that keeps small gradients from vanishing in float16, whose smallest number is 6e-8."""
     if compute != torch.float16:
         return 1.0
-    counted = point[0].numel() if TASKS[guider.task].per_value else 1  # such an energy is that many times larger
+    counted = values if TASKS[guider.task].per_value else 1  # such an energy is that many times larger
     return 2.0 ** (10 - round(math.log2(counted)))
 
 

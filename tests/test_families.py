@@ -1,6 +1,7 @@
 """Every kind of network that can guide, on the real architecture at small size: what docs/guiders.md says of it."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ppap_core.bank_file import load_bank, save_bank
 from ppap_core.distill import distill_loss
 from ppap_core.experts import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.from_transformers import class_times_mask
 from ppap_core.guider import Guider, clean
 from ppap_core.loaders import load_guider
 from ppap_core.noise import ExpertSchedule, as_seen
@@ -315,6 +317,22 @@ def test_classes_times_masks_are_the_library_s_own_semantic_answer(name: str, gu
         maps = processor().post_process_semantic_segmentation(found, target_sizes=[(64, 64)] * 2)
         mine = torch.nn.functional.interpolate(ours, (64, 64), mode="nearest").argmax(1)
         assert (torch.stack(maps) == mine).float().mean() > 0.9
+
+
+def test_a_class_that_is_hardly_there_yet_has_a_gradient_in_float16():
+    scale = torch.full((1, 1), 1.0)
+
+    def model(pixel_values: Tensor) -> SimpleNamespace:
+        masks = (pixel_values.movedim(1, -1) @ scale.expand(3, 2)).movedim(-1, 1)  # in half, as autocast has it
+        classes = masks.new_tensor([[[-5.0, 0, 0], [-5, 0, 0]]])
+        return SimpleNamespace(masks_queries_logits=masks, class_queries_logits=classes)
+
+    image = torch.full((1, 3, 20, 20), -2.0, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        found = class_times_mask(model, image)[:, 0]
+    assert found.dtype == torch.float32 and -12 < found.mean() < -9
+    [gradient] = torch.autograd.grad(1024 * found.mean(), image)
+    assert gradient.isfinite().all() and gradient.abs().min() > 0
 
 
 @pytest.mark.parametrize("name", ["DINOv2", "timm ViT, structure"])

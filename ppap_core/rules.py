@@ -66,15 +66,22 @@ def layout(image: Tensor, cells: int = 8) -> Tensor:
 
     Each cell fades into its neighbours, so that no grid is drawn into what it steers.
     """
-    return F.interpolate(image, (cells, cells), mode="bilinear", antialias=True)
+    return shrink(image, cells)
 
 
 def edges(image: Tensor, size: int = 64) -> Tensor:
     """How strong the edges are in each place, (B, 1, 64, 64)."""
-    small = F.interpolate(grey(image), (size, size), mode="bilinear", antialias=True)
+    small = shrink(grey(image), size)
     across = image.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])[None, None] / 2
     padded = F.pad(small, (1, 1, 1, 1), mode="replicate")
     return (F.conv2d(padded, across).square() + F.conv2d(padded, across.mT).square() + 1e-6).sqrt()
+
+
+def shrink(image: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, size, size), smoothly. On CUDA torch reaches across at most 94 pixels for one: what is larger
+    is averaged down first."""
+    sides = tuple(min(side, 64 * size) for side in image.shape[-2:])
+    return F.interpolate(F.adaptive_avg_pool2d(image, sides), (size, size), mode="bilinear", antialias=True)
 
 
 def left_right(image: Tensor) -> Tensor:

@@ -223,6 +223,15 @@ def test_layout_is_the_image_in_cells_that_fade_into_one_another():
     assert steps.diff(dim=3).abs().max() < 0.2 * steps.abs().max()  # no edges of cells
 
 
+def test_large_images_are_shrunk_in_two_steps_that_look_alike():
+    """On CUDA torch refuses to shrink by more than 94 at once."""
+    photo = torch.nn.functional.interpolate(images(2, seed=3), (1100, 700), mode="bicubic")
+    at_once = torch.nn.functional.interpolate(photo, (8, 8), mode="bilinear", antialias=True)
+    assert 0 < (rules.layout(photo) - at_once).abs().max() < 0.02
+    small = photo[..., :512, :500]
+    assert torch.equal(rules.layout(small), torch.nn.functional.interpolate(small, (8, 8), mode="bilinear", antialias=True))
+
+
 def test_edges_are_where_brightness_changes_whatever_its_sign():
     image = flat(-0.5)
     image[..., W // 2:] = 0.5

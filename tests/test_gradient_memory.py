@@ -100,6 +100,42 @@ def test_what_hangs_on_the_network_is_left_alone():
     assert gradient_bytes(guider, (B, 3, H, W), without=(guider.net.hung,)) > 0
 
 
+class Eye(torch.nn.Module):
+    """A decoder, whose weights are none of the guider's network."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.SiLU(),
+                                        torch.nn.Conv2d(8, 3, 1))
+
+    def forward(self, diffused: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return self.body(diffused)
+
+
+class Experts(torch.nn.Module):
+    """A network with an eye of its own, as a bank for latents has one."""
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__()
+        self.net, self.eye = net, Eye()
+
+    def forward(self, image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return self.net(image, sigma)
+
+    def see(self, diffused: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return self.eye(diffused, sigma)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["decoder", "of the experts"])
+def test_what_a_guider_looks_through_may_be_on_another_device(own: bool):
+    net = Experts(small_guider().net)
+    guider = replace(small_guider(), net=net, see=net.see if own else net.eye)
+    here = gradient_bytes(guider, (B, 3, H, W))
+    assert here > gradient_bytes(replace(guider, see=None), (B, 3, H, W))
+    net.eye.to("meta")
+    assert gradient_bytes(guider, (B, 3, H, W)) == here
+
+
 def test_a_rule_needs_memory_too():
     guider = rule_guider("edges").aim(randn(1, 1, 64, 64))
     assert gradient_bytes(guider, (B, 3, H, W)) > 0

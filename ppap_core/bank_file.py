@@ -60,7 +60,8 @@ def _space(tensors: dict[str, Tensor], about: dict) -> LatentSpace | None:
     name = str(about["space"])
     if name == PIXELS:
         return None
-    factors, bias, shuffle = tensors["space.factors"], tensors["space.bias"], int(about["shuffle"])
+    factors, bias = (tensors[f"space.{part}"].clone() for part in ("factors", "bias"))  # else the file stays open
+    shuffle = int(about["shuffle"])
     if factors.shape[1:] != (3,) or bias.shape != (3,) or not 1 <= shuffle <= 8:
         raise ValueError(f"the colours of its latents have the shapes {tuple(factors.shape)} and {tuple(bias.shape)}")
     return LatentSpace(name, factors, bias, shuffle)

@@ -76,7 +76,10 @@ def _opened(path: Path | str) -> Iterator:
 def weight_files(folder: Path) -> list[Path]:
     """The whole safetensors files of a folder, by its index if it has one. FileNotFoundError or ValueError in words."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    parts = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+        raise ValueError(f"{folder.name}/{index.name} names no files of weights: copy it again from the network's own page")
+    names = sorted(set(parts.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             pickle = next((f", only {file.name}, a pickle, which can hold code" for file in folder.glob("*.bin")), "")
@@ -141,5 +144,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        state.setdefault(int(index), {})[name] = tensor.clone()  # a tensor of a file keeps it open, and Windows its name
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .lowrank import Changes, LowRank, beside
+from .lowrank import Changes, LowRank, beside, fits
 from .noise import expand, seeded
 from .optimise import Attempt, optimise
 
@@ -28,11 +28,11 @@ class FineTune:
 
 
 def fresh_changes(net: nn.Module, rank: int, seed: int) -> dict[str, LowRank]:
-    """For every Linear and ungrouped Conv2d a change that is nothing yet; as LoRA starts, up is zero and down is random."""
+    """For every layer that can have one a change that is nothing yet; as LoRA starts, up is zero and down is random."""
     changes = {}
     for name, layer in net.named_modules():
-        weight = getattr(layer, "weight", None)
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
+        if fits(layer):
+            weight = layer.weight
             down = torch.empty(rank, *weight.shape[1:])
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=seeded(seed, len(changes)))
             up = torch.zeros(weight.shape[0], rank)

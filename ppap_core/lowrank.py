@@ -34,9 +34,9 @@ def beside(net: nn.Module, changes: Changes) -> Iterator[None]:
     """In here the layers of a network behave as if their weights had these changes. ValueError for what is no such layer."""
     layers = dict(net.named_modules())
     for name in changes:
-        if not _fits(layers.get(name)):
-            raise ValueError(f"a low-rank change is for Linear and ungrouped Conv2d layers, and {name} is "
-                             f"{type(layers[name]).__name__ if name in layers else 'no layer of the network'}")
+        if not fits(layers.get(name)):
+            raise ValueError("a low-rank change is for Linear layers and for Conv2d layers that are ungrouped and padded by "
+                             f"zeros, and {name} is {layers.get(name, 'no layer of the network')}")
     hooks = [layers[name].register_forward_hook(partial(_add, parts)) for name, parts in changes.items()]
     try:
         yield
@@ -45,7 +45,8 @@ def beside(net: nn.Module, changes: Changes) -> Iterator[None]:
             hook.remove()
 
 
-def _fits(layer: nn.Module | None) -> bool:
+def fits(layer: nn.Module | None) -> bool:
+    """Whether a layer can have a low-rank change."""
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
     return isinstance(layer, nn.Linear) or plain
 

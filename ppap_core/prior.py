@@ -80,8 +80,7 @@ def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, conf
     Point i depends on start[i], what the terms hold for it, and seeds[i] only. about, state_file, attempt: of `optimise`,
     which goes on where a run was stopped. ValueError for another number of seeds and where gradients do not pass.
     """
-    if len(seeds) != len(start):
-        raise ValueError(f"there are {len(seeds)} seeds for {len(start)} images: give one for each")
+    _require_seeds(seeds, start)
     levels = annealed(config)
     with torch.inference_mode(False):
         point = start.detach().clone().requires_grad_(True)
@@ -100,6 +99,11 @@ def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, conf
                       {**(about or {}), "prior": asdict(config), "seeds": list(seeds)}, state_file,
                       on_step=on_step and (lambda step, parts: on_step(step, parts, point.detach())), attempt=attempt)
     return point.detach(), losses
+
+
+def _require_seeds(seeds: Sequence[int], start: Tensor) -> None:
+    if len(seeds) != len(start):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(start)} images: give one for each")
 
 
 def _pull(denoise: Denoiser, terms: Sequence[Term], image: Tensor, noise: Tensor, sigma: Tensor, jacobian: bool,
@@ -156,6 +160,7 @@ def find_images(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config:
     level, steps: of `clean_up`. run: what else `optimise_prior` takes.
     """
     start = start.repeat(particles, 1, 1, 1)
+    _require_seeds(seeds, start)
     terms = [several(term, particles) for term in terms]
     free = None if mask is None else mask_for(_again(mask, particles), start)
     render = None if free is None else lambda point: start + free * (point - start)

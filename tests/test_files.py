@@ -2,6 +2,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +195,19 @@ def test_an_optimiser_put_back_goes_on_as_if_it_had_never_stopped():
         step(straight, first, seed)
         step(stopped, third, seed)
     assert torch.equal(straight, stopped)
+
+
+def test_an_optimiser_that_was_put_back_leaves_its_file_free(tmp_path: Path):
+    """A mapped file cannot be replaced on Windows, and the next state is written under the same name."""
+    parameter = torch.nn.Parameter(randn(4, 3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter.grad = randn(4, 3)
+    optimizer.step()
+    save_tensors(tmp_path / "state.safetensors", optimizer_tensors(optimizer), {})
+    kept = load_tensors(tmp_path / "state.safetensors")[0]
+    restore_optimizer(optimizer, kept)
+    own = {tensor.data_ptr() for row in optimizer.state.values() for tensor in row.values()}
+    assert not own & {tensor.data_ptr() for tensor in kept.values()}
 
 
 # Banks

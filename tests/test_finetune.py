@@ -7,7 +7,7 @@ from helpers import images, says
 from torch import nn
 
 from ppap_core.files import load_tensors, save_tensors
-from ppap_core.finetune import FineTune, as_lora, fine_tune
+from ppap_core.finetune import FineTune, as_lora, fine_tune, fresh_changes
 from ppap_core.lowrank import LowRank, beside
 from ppap_core.noise import expand
 
@@ -127,6 +127,15 @@ def test_the_file_has_the_names_and_shapes_of_a_lora():
     assert found == {"net.a.b.lora_up.weight": (5, 2), "net.a.b.lora_down.weight": (2, 3), "net.a.b.alpha": (),
                      "net.c.lora_up.weight": (5, 4, 1, 1), "net.c.lora_down.weight": (4, 3, 3, 3), "net.c.alpha": ()}
     assert as_lora(changes, "net.")["net.c.alpha"] == 4
+
+
+def test_layers_that_cannot_be_changed_are_left_out():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, groups=4),
+                        nn.Linear(5, 6))
+    changes = fresh_changes(net, 2, 0)
+    assert [*changes] == ["2"]
+    with beside(net, {name: [change] for name, change in changes.items()}):
+        net(torch.zeros(1, 3, 7, 7))
 
 
 def test_a_network_without_layers_to_tune_is_refused():

@@ -10,7 +10,18 @@ from torch import Tensor
 from ppap_core.guidance import Term
 from ppap_core.guider import Guider, IgnoreSigma
 from ppap_core.noise import EVERYWHERE, NoiseInterval
-from ppap_core.prior import PriorConfig, _constraint, _pull, annealed, best_of, clean_up, energy_of, optimise_prior, several
+from ppap_core.prior import (
+    PriorConfig,
+    _constraint,
+    _pull,
+    annealed,
+    best_of,
+    clean_up,
+    energy_of,
+    find_images,
+    optimise_prior,
+    several,
+)
 from ppap_core.rules import rule_guider
 from ppap_core.tinyworld.gaussian import GaussianMixture
 
@@ -255,6 +266,11 @@ def test_wrong_noise_levels_are_refused(wrong):
 def test_a_wrong_number_of_seeds_is_refused(mixture):
     with says(ValueError, "3 seeds", "2 images"):
         optimise_prior(mixture, [], starts(2), SHORT, [1, 2, 3])
+
+
+def test_a_wrong_number_of_seeds_for_a_whole_search_is_refused():
+    with says(ValueError, "3 seeds", "4 images"):
+        find_images(lambda x, sigma: x, [], torch.zeros(2, 1, 1, 2), PriorConfig(2), [1, 2, 3], particles=2)
 
 
 def test_a_model_without_a_way_back_is_refused_only_where_one_is_asked_for():

@@ -33,8 +33,10 @@ def score(guider: Guider, scenes: Scenes, sigma: float) -> float:
 @torch.no_grad()
 def latent_lines() -> list[str]:
     """What the networks of the latent world do, in words."""
-    world, labels = LatentWorld(), torch.arange(LATENTS) % len(CLASSES)
-    scenes, eps = draw(range(64), latent.SIZE).image, partial(latent.denoise_by_eps, latent.load_eps())
+    world = LatentWorld()
+    labels = torch.arange(LATENTS, device=world.device) % len(CLASSES)
+    scenes = draw(range(64), latent.SIZE).image.to(world.device)
+    eps = partial(latent.denoise_by_eps, latent.load_eps().to(world.device))
     error = (world.decode(latent.diffused(world.autoencoder.encode(scenes))) - scenes).abs().mean()
     lines = [f"The autoencoder gives scenes back with a mean error of {error:.3f}, where they span -1 to 1."]
     for name, denoise, sigmas in (("flow", world.denoise, flow_sigmas(STEPS)), ("noise-predicting", eps, eps_sigmas(STEPS))):

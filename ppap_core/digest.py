@@ -1,45 +1,60 @@
-"""A short name for a value, the same in every process: what a recipe says about a model that is too big to hash whole."""
+"""A short name for a value, the same in every process: what a recipe says about what it was made from."""
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 
 import torch
 from torch import Tensor
 
-SAMPLED = 1024  # values of each tensor that count, evenly spread
+SAMPLED = 1024  # values of each tensor of a model that count, evenly spread
+SCALARS = (str, bytes, int, float, torch.dtype, type(None))
 
 
-def digest(value: object) -> str:
-    """16 hex digits of any nest of mappings, dataclasses, sequences, scalars and tensors; of all else the type counts."""
+def digest(value: object, sampled: bool = False) -> str:
+    """16 hex digits of any nest of mappings, dataclasses, sequences, scalars and tensors.
+
+    Of a function its name counts and what scalars and tensors it closes over, of all else the type.
+    sampled: for weights, which are too big to hash whole: of each tensor some values count. They would miss what is
+    painted into a mask.
+    """
     hashed = hashlib.sha256()
-    _feed(hashed, value)
+    _feed(hashed, value, sampled)
     return hashed.hexdigest()[:16]
 
 
-def _feed(hashed, value: object) -> None:
+def _feed(hashed, value: object, sampled: bool) -> None:
     if isinstance(value, Tensor):
         hashed.update(f"{tuple(value.shape)} {value.dtype}".encode())
-        hashed.update(_spread(value).cpu().contiguous().view(torch.uint8).numpy())
+        flat = value.detach().reshape(-1)
+        counted = flat[:: max(1, len(flat) // SAMPLED)] if sampled else flat
+        hashed.update(counted.cpu().contiguous().view(torch.uint8).numpy())
     elif is_dataclass(value) and not isinstance(value, type):
-        _feed(hashed, vars(value))
+        _feed(hashed, vars(value), sampled)
     elif isinstance(value, Mapping):
         hashed.update(f"{{{len(value)}".encode())
         for key in sorted(value, key=str):
             hashed.update(f"{key}:".encode())
-            _feed(hashed, value[key])
+            _feed(hashed, value[key], sampled)
     elif isinstance(value, (list, tuple)):
         hashed.update(f"[{len(value)}".encode())
         for part in value:
-            _feed(hashed, part)
+            _feed(hashed, part, sampled)
     elif isinstance(value, (set, frozenset)):
-        _feed(hashed, sorted(map(digest, value)))
-    elif value is None or isinstance(value, (str, int, float)):
+        _feed(hashed, sorted(digest(part, sampled) for part in value), sampled)
+    elif isinstance(value, SCALARS):
         hashed.update(f"{value!r};".encode())
     else:
         hashed.update(getattr(value, "__qualname__", type(value).__qualname__).encode())
-        _feed(hashed, getattr(value, "weights", None))  # adapters of a LoRA keep their tensors there
+        for part in _inside(value):
+            _feed(hashed, part, sampled)
 
 
-def _spread(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // SAMPLED)]
+def _inside(value: object) -> Iterator[object]:
+    """What tells objects of a type apart: the tensors of a LoRA's adapter, the settings of a patch that is a function."""
+    yield getattr(value, "weights", None)
+    held = [*(getattr(value, "__defaults__", None) or ())]
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):  # a cell that is empty yet
+            held.append(cell.cell_contents)
+    yield from (part for part in held if isinstance(part, (*SCALARS, Tensor)))

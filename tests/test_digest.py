@@ -12,6 +12,10 @@ from ppap_core.digest import digest
 VALUE = {"model": "tiny", "steps": 4, "cfg": 7.5, "tags": {"b", "a", "c"}, "none": None, "shape": (3, [32, 32])}
 
 
+def scaled(scale):
+    return lambda x: scale * x  # as the patches of a model are
+
+
 def test_the_order_of_keys_does_not_matter():
     assert digest(VALUE) == digest(dict(reversed(VALUE.items()))) and len(digest(VALUE)) == 16
 
@@ -24,10 +28,33 @@ def test_the_order_of_keys_does_not_matter():
     ({"a": {"b": 1}, "c": 2}, {"a": {"b": 1, "c": 2}}),
     ({"a": 1}, {"a": 2}), ({"a": 1}, {"b": 1}),
     (randn(3, 5), randn(5, 3)), (torch.zeros(3), torch.zeros(3).half()), (torch.tensor(1), torch.tensor(2)),
-    (randn(100, 100), randn(100, 100, seed=1)),
+    (randn(100, 100), randn(100, 100, seed=1)), (torch.float16, torch.float32), (b"a", b"b"),
+    (scaled(1.0), scaled(2.0)), (scaled(randn(3)), scaled(randn(3, seed=1))), (lambda x, by=1: x, lambda x, by=2: x),
 ], ids=str)
 def test_another_value_has_another_name(a, b):
     assert digest(a) == digest(a) and digest(a) != digest(b)
+
+
+@pytest.mark.parametrize("side", [512, 832, 1024])
+def test_what_is_painted_into_a_mask_counts(side):
+    empty, here, there = (torch.zeros(1, side, side) for _ in range(3))
+    here[:, 100:180, 301:377], there[:, 201:280, 301:377] = 1, 1
+    assert len({digest({"mask": mask}) for mask in (empty, here, there)}) == 3
+
+
+def test_of_weights_some_values_count():
+    weights = {"a": randn(300, 300), "b": randn(7)}
+    assert digest(weights, sampled=True) == digest({**weights}, sampled=True) != digest(weights)
+    assert digest(weights, sampled=True) != digest({**weights, "a": weights["a"] + 1}, sampled=True)
+
+
+def test_a_function_that_waits_for_a_value_has_a_name():
+    def recursive():
+        return later()
+    assert digest(recursive)
+
+    def later():
+        return 1
 
 
 def test_a_value_has_the_same_name_in_another_process():

@@ -84,7 +84,9 @@ class PPAPTrainLora(io.ComfyNode):
             inputs=[io.Model.Input("model", tooltip="What is fine-tuned."),
                     io.Conditioning.Input("positive", tooltip="What the images show."),
                     io.Latent.Input("latent", tooltip="The images, encoded by the model's VAE, as one batch."),
-                    io.String.Input("name", default="sibling", tooltip="Name of the file in models/loras."),
+                    io.String.Input("name", default="sibling",
+                                    tooltip="Name of the file in models/loras. What this node made under the same name "
+                                            "is replaced, any other LoRA stays."),
                     io.Int.Input("steps", default=400, min=1, max=1_000_000, tooltip="Training steps."),
                     io.Int.Input("rank", default=4, min=1, max=512, tooltip="Size of the LoRA."),
                     io.Int.Input("batch_size", default=4, min=1, max=4096, tooltip="Images in each training step."),
@@ -97,7 +99,7 @@ class PPAPTrainLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        return folders.verdict(folders.file_name, name)
+        return folders.verdict(folders.new_lora_file, name)
 
     @classmethod
     def execute(cls, model, positive, latent, name, steps, rank, batch_size, learning_rate, seed):

@@ -29,7 +29,7 @@ def generate_samples(samples: Samples, count: int, latent: dict, model: Patcher,
 
     settings: cfg, sampler name, scheduler, positive, negative.
     """
-    shape, done = comfy.sample.fix_empty_latent_channels(model, latent["samples"]).shape, len(samples.store)
+    shape, done = models.fitting(model, latent).shape, len(samples.store)
     report, space, listening, recorder = progress(count * steps), samples.space, model.clone(), Recorder()
 
     def note(args: dict) -> Tensor:

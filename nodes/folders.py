@@ -7,6 +7,7 @@ from typing import Any
 import folder_paths
 
 from ..ppap_core.download import folder_name
+from ..ppap_core.files import read_header
 from ..ppap_core.tinyworld import WEIGHTS
 
 
@@ -62,8 +63,11 @@ def new_expert_file(name: str) -> Path:
 
 
 def new_lora_file(name: str) -> Path:
-    """Where a LoRA of a name is saved."""
-    return Path(folder_paths.get_folder_paths("loras")[0]) / f"{file_name(name)}.safetensors"
+    """Where a LoRA of a name is saved. ValueError for a name that belongs to a LoRA which this pack did not make."""
+    file = Path(folder_paths.get_folder_paths("loras")[0]) / f"{file_name(name)}.safetensors"
+    if file.exists() and "ppap" not in read_header(file)[1]:
+        raise ValueError(f"there is a LoRA '{name}' already, which was not made here and would be lost: choose another name")
+    return file
 
 
 def expert_state(name: str) -> list[str]:

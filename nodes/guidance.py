@@ -12,14 +12,13 @@ from torch import Tensor
 
 from nodes import common_ksampler
 
-from ..ppap_core.digest import digest
 from ..ppap_core.experts import ExpertBank
 from ..ppap_core.guidance import Term, guidance_shift, needs_model
 from ..ppap_core.guider import Guider
 from ..ppap_core.optimise import Attempt
-from . import bad_model, models
+from . import models
 from .bridge import autograd
-from .memory import compute_type, make_differentiable, patcher_of, room_for, settle, with_gradients
+from .memory import compute_type, for_gradients, make_differentiable, patcher_of, room_for, settle, with_gradients
 from .models import PURE_NOISE, Patcher
 from .types import GuidanceTerm, Report
 
@@ -66,13 +65,17 @@ def eyes_for(terms: Sequence[GuidanceTerm], model: Patcher,
     ValueError for experts of other latents.
     """
     pixels = models.is_pixel(model)
-    decoder = None if vae is None or pixels else models.Decoder(vae, model)
+
+    def may_look_through(guider: Guider) -> bool:
+        return vae is not None and not pixels and guider.see is None and guider.view == "denoised"
+
+    decoder = models.Decoder(vae, model) if any(may_look_through(term.guider) for term in terms) else None
 
     def eye(guider: Guider) -> See | None:
         require_same_space(guider, model)
         if pixels or guider.see:
             return guider.see
-        return decoder if decoder is not None and guider.view == "denoised" else models.space_of(model).colours
+        return decoder if may_look_through(guider) else models.space_of(model).colours
 
     networks = {id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}
     return [eye(term.guider) for term in terms], list(networks.values())
@@ -90,8 +93,8 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     vae: what guiders of the denoised view look through at latents; without it they see the latents' colours.
     """
     models.require_supported(model)
-    guided, runs = model.clone(), deque(maxlen=4)
-    through = any(term.through and term.weight for term in terms)
+    through, runs = any(term.through and term.weight for term in terms), deque(maxlen=4)
+    guided = for_gradients(model) if through else model.clone()
     eyes, networks = eyes_for(terms, model, vae)
 
     def start_run(executor, noise, *args, **kwargs):
@@ -169,7 +172,9 @@ def report_of(model: Patcher, latent: dict) -> Report:
 
 
 def _same(samples: Tensor | None, latent: Tensor) -> bool:
-    return samples is not None and samples.shape == latent.shape and torch.equal(samples.to(latent), latent)
+    """Whether a latent is what was sampled, also where that is not a number."""
+    return samples is not None and samples.shape == latent.shape and torch.equal(samples.to(latent).nan_to_num(),
+                                                                                latent.nan_to_num())
 
 
 def cfg_guider(model: Patcher, positive: list, negative: list, cfg: float) -> comfy.samplers.CFGGuider:
@@ -182,17 +187,7 @@ def cfg_guider(model: Patcher, positive: list, negative: list, cfg: float) -> co
 
 def sample_guided(model, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, *settings: Any,
                   **more: Any) -> tuple[dict, Report]:
-    """The stock KSampler on a guided model: its LATENT and the report."""
+    """The stock KSampler on a guided model: its LATENT and the report; denoise 0 samples nothing."""
     guided = apply_guidance(model, terms, max_rms, vae)
-    latent = common_ksampler(guided, *settings, **more)[0]
-    return latent, report_of(guided, latent)
-
-
-def about_model(model, *conditioning: list) -> dict:
-    """What tells one model and its conditioning from another, for recipes."""
-    sampling = model.get_model_object("model_sampling")
-    guidance = [(*settings, vae is not None) for *settings, vae, _ in applied(model)]
-    bad = [(*settings, each.get_key_patches()) for *settings, each in bad_model.applied(model)]
-    return {"model": digest([model.get_key_patches(), model.model_options, type(sampling).__mro__[1:3], sampling.sigmas,
-                             guidance, *bad]),
-            "conditioning": digest(conditioning)}
+    latent, runs = common_ksampler(guided, *settings, **more)[0], applied(guided)[-1][-1]
+    return latent, report_of(guided, latent) if runs else Report((), (), 0)

@@ -1,4 +1,5 @@
 """Networks under ComfyUI's memory management: loaded, differentiable, and with room for their gradients."""
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 SPARE = 1.5  # of what autograd keeps: the backward pass needs room of its own
 THROUGH = 2.0  # of that share for a gradient through the model; what it keeps depends on its kind and is not known before
 NO_WAY_BACK = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
+ONCE_MORE = ("and it cannot be loaded in another way: start ComfyUI with --disable-dynamic-vram, or choose 'in the "
+             "prediction' as gradient")
 SHARE = 1 / 4  # of the device's memory that a gradient may ask for; what needs more is done in parts of the batch
 
 
@@ -48,12 +51,50 @@ def settle(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
                     tensor.data = tensor.data.to(device, copy=True)
 
 
+def private_copy(net: torch.nn.Module) -> torch.nn.Module:
+    """A copy in main memory of a network that ComfyUI has. What dynamic VRAM hangs on its layers stands for memory of the
+    original, which the end of a copied handle would free.
+    """
+    own = {id(value): None for part in net.modules() for name, value in vars(part).items()
+           if _is_handle(name) and not isinstance(value, (int, float, str, type(None)))}  # one 3 is every 3
+    found = copy.deepcopy(net, own).to("cpu")
+    for part in found.modules():
+        for name in filter(_is_handle, list(vars(part))):
+            delattr(part, name)
+    return found
+
+
+def _is_handle(name: str) -> bool:
+    return name.startswith(("dynamic_", "_v_", "_pin")) or name in ("_v", "_prefetch")
+
+
+def for_gradients(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a MODEL that gradients can pass. With dynamic VRAM weights come and go while a model is at work, and a
+    gradient needs them later: then it is loaded once more, in the older way, as ComfyUI itself does for hooks.
+    """
+    if not is_dynamic(model):
+        return model.clone()
+    if model.cached_patcher_init is None:
+        raise ValueError(f"gradients cannot pass this model under dynamic VRAM, {ONCE_MORE}")
+    return model.get_non_dynamic_delegate()
+
+
+def is_dynamic(model: comfy.model_patcher.ModelPatcher) -> bool:
+    """Whether dynamic VRAM moves the weights of a model; older versions have none."""
+    return hasattr(model, "is_dynamic") and model.is_dynamic()
+
+
 def make_differentiable(guider: Any) -> None:
     """Let gradients pass through a model that is loaded for a sampling, and through the ControlNets beside it.
 
     guider: ComfyUI's, of that sampling. Loaders make weights in inference mode, which autograd refuses for ever: they are
-    exchanged for copies that stay where they were, bit for bit.
+    exchanged for copies that stay where they were, bit for bit. ValueError under dynamic VRAM.
     """
+    for each in (guider.model_patcher, *guider.loaded_models):
+        if is_dynamic(each):
+            raise ValueError(f"gradients cannot pass {type(each.model).__name__} under dynamic VRAM, {ONCE_MORE}")
+        if hasattr(each, "unpin_all_weights"):
+            each.unpin_all_weights()
     beside = [guider.inner_model, *(getattr(each, "model", None) for each in guider.loaded_models)]
     beside += [each for control in _controls(guider.conds) for each in vars(control).values()]
     copies: dict[int, torch.Tensor] = {}  # weights that layers share stay shared
@@ -77,14 +118,16 @@ def _controls(conds: dict) -> Iterator[comfy.controlnet.ControlBase]:
 
 @contextmanager
 def differentiable_networks():
-    """Let ComfyUI's networks take the way that they take in training, where it has one.
+    """Let ComfyUI's networks take the way that they take in training, where it has one, and let none of their weights pass
+    through memory that the next one takes, as those do that wait in main memory.
 
     ValueError for a network that has no such way.
     """
     management = comfy.model_management
     before = getattr(management, "in_training", None)  # older versions have no second way, and need none
+    streams = management.NUM_STREAMS
     try:
-        management.in_training = True
+        management.in_training, management.NUM_STREAMS = True, 0
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NO_WAY_BACK):
@@ -93,7 +136,7 @@ def differentiable_networks():
                          f"({str(error).splitlines()[0]}): it cannot be trained, and elsewhere "
                          "choose 'in the prediction' as gradient") from error
     finally:
-        management.in_training = before
+        management.in_training, management.NUM_STREAMS = before, streams
 
 
 def with_gradients(net: torch.nn.Module) -> Attempt:
@@ -207,5 +250,6 @@ def _memory_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, lim
 
 
 def _hung_on(guider: Guider) -> tuple:
-    """What this pack keeps on a network that is not part of it."""
-    return tuple(value for name, value in vars(guider.net).items() if name in ("comfy_patcher", "loaded_as"))
+    """What this pack keeps on networks that is not part of them."""
+    networks = [each for each in (guider.net, guider.see) if isinstance(each, torch.nn.Module)]
+    return tuple(value for net in networks for name, value in vars(net).items() if name in ("comfy_patcher", "loaded_as"))

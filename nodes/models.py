@@ -1,5 +1,4 @@
 """A MODEL of ComfyUI in the core's terms: its noise levels, what it diffuses, and what can be seen of that."""
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +6,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.sample
 import comfy.sd
 import comfy.supported_models_base
 import torch
@@ -21,9 +21,10 @@ from ..ppap_core.noise import NoiseInterval, expand, flow_to_ve
 from ..ppap_core.tinyworld import latent as tinylatent
 from ..ppap_core.tinyworld.denoiser import SIGMA_DATA
 from ..ppap_core.view import LatentSpace
-from .memory import patcher
+from .memory import patcher, private_copy
 
 Patcher = comfy.model_patcher.ModelPatcher
+SIZES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # how an empty LATENT says which size is meant
 PURE_NOISE = 100.0  # above this noise level nothing can be seen; a flow starts there, at t = 1
 
 
@@ -93,9 +94,11 @@ def tinyworld_eps_model() -> Patcher:
     return patcher(model)
 
 
-def tinyworld_flow_model() -> Patcher:
-    """The tiny flow model as the stock loader gives it."""
-    return comfy.sd.load_diffusion_model_state_dict(tinylatent.load_flow().state_dict())
+def tinyworld_flow_model(**how: Any) -> Patcher:
+    """The tiny flow model as the stock loader gives it; how: as that loader has it."""
+    model = comfy.sd.load_diffusion_model_state_dict(tinylatent.load_flow().state_dict(), **how)
+    model.cached_patcher_init = (tinyworld_flow_model, ())  # where ComfyUI wants the same weights once more
+    return model
 
 
 TINY_DENOISERS = {"denoiser": tinyworld.load_denoiser, "bad sibling": tinyworld.load_sibling}
@@ -209,8 +212,8 @@ def space_of(model: Patcher) -> LatentSpace | None:
         return None
     latent = model.get_model_object("latent_format")
     if latent.latent_rgb_factors is None:
-        raise ValueError(f"ComfyUI knows no colours of the latents of this model, {type(latent).__name__}: connect the VAE "
-                         "to Apply Guidance, or use another model")
+        raise ValueError(f"ComfyUI knows no colours of the latents of this model, {type(latent).__name__}: expected a plain "
+                         "guider of the denoised view with the VAE connected where it guides, or another model")
     with torch.inference_mode(False):
         factors = torch.tensor(latent.latent_rgb_factors)
         bias = torch.tensor(latent.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
@@ -236,8 +239,8 @@ class Decoder(torch.nn.Module):
             raise ValueError("this VAE decodes videos, and a guider looks through it at one image at a time: disconnect it, "
                              "and the guiders will look at the colours of the latents")
         with torch.inference_mode(False):
-            self.net = copy.deepcopy(vae.first_stage_model).eval().requires_grad_(False)
-        self.process_out = model.model.process_latent_out
+            self.net = private_copy(vae.first_stage_model).eval().requires_grad_(False)
+        self.process_out = model.get_model_object("latent_format").process_out
         self.halves = vae.process_output(torch.zeros(1)).item()  # a VAE answers in [-1, 1], or in [0, 1] already
 
     def forward(self, diffused: Tensor, sigma: Tensor) -> Tensor:
@@ -247,11 +250,22 @@ class Decoder(torch.nn.Module):
 
 
 def mask_for(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A MASK (B|1, H, W) on the grid of what is diffused, (B|1, 1, h, w)."""
-    mask = mask[:, None].float()
+    """A MASK (B|1, H, W), or the noise mask of a LATENT (B|1, 1, H, W), on the grid of what is diffused, (B|1, 1, h, w)."""
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
     if mask.shape[-2:] == shape[-2:]:
         return mask
     return F.interpolate(mask, shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def fitting(model: Patcher, latent: dict) -> Tensor:
+    """The samples of a LATENT as a model diffuses them: an empty one takes on its channels and its size."""
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **{key: latent[key] for key in SIZES
+                                                                               if key in latent})
+
+
+def without_sizes(latent: dict) -> dict:
+    """A LATENT that no longer says of which size an empty one would be."""
+    return {key: value for key, value in latent.items() if key not in SIZES}
 
 
 def frames_as_images(x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import comfy.sample
 import comfy.samplers
 import comfy.sd
 import torch
@@ -17,9 +16,10 @@ from ..ppap_core.prior import PriorConfig, find_images
 from ..ppap_core.sampling import Denoiser
 from . import folders, models
 from .bridge import autograd, progress
-from .guidance import about_model, asked, cfg_guider, core_term, eyes_for
-from .memory import make_differentiable, patcher_of, room_for, settle, with_gradients
+from .guidance import asked, cfg_guider, core_term, eyes_for
+from .memory import for_gradients, make_differentiable, patcher_of, room_for, settle, with_gradients
 from .models import Patcher
+from .recipe import about_model, about_terms, about_vae
 from .types import GuidanceTerm
 
 KEY = "ppap_prior"
@@ -30,14 +30,13 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
     """The LATENT that was found, and of every step the error of the noise and the energy. how: see `find_images`."""
     models.require_supported(model)
     eyes, networks = eyes_for(terms, model, vae)
-    searched = model.clone()
+    searched = for_gradients(model) if config.jacobian else model.clone()
     searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(asked(terms, eyes), config.jacobian, KEY))
     searched.set_additional_models(KEY, searched.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
-    given = {**latent, "samples": comfy.sample.fix_empty_latent_channels(model, latent["samples"])}
+    given = {**models.without_sizes(latent), "samples": models.fitting(model, latent)}
     known = model.model.process_latent_in(given["samples"])
-    about = {**about_model(model, positive, negative), "cfg": cfg, "vae": vae is not None,
-             "start": digest([given, how["start_noise"]]),
-             "terms": digest([(term, weights_of(term.guider.net)) for term in terms])}
+    about = {**about_model(model, positive, negative), "cfg": cfg, "vae": about_vae(vae), "terms": about_terms(terms),
+             "start": digest([given, how["start_noise"]])}
     state = folders.output_folder("ppap_prior", f"{digest([about, asdict(config), seed, particles])}.state.safetensors")
     report = progress(config.steps)
     found: list[tuple[Tensor, Losses]] = []
@@ -64,7 +63,7 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
     empty = torch.zeros(particles * len(known), *known.shape[1:])
     guider.sample(empty, empty, comfy.samplers.KSAMPLER(look), torch.tensor([1.0, 0.0]), seed=seed)
     [(images, losses)] = found
-    return {**latent, "samples": model.model.process_latent_out(images.cpu())}, losses
+    return {**given, "samples": model.model.process_latent_out(images.cpu())}, losses
 
 
 def denoiser(sampling: Any, predict: Any, extra_args: dict, like: Tensor, differentiable: bool) -> Denoiser:
@@ -78,8 +77,3 @@ def denoiser(sampling: Any, predict: Any, extra_args: dict, like: Tensor, differ
             found = denoise(x.clone(), sigma.clone())
         return found.clone()
     return denoise if differentiable else alone
-
-
-def weights_of(net: Any) -> dict[str, Tensor]:
-    """What tells networks of one kind apart; a rule has none."""
-    return net.state_dict() if isinstance(net, torch.nn.Module) else {}

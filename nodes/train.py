@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..ppap_core.distill import DistillConfig
 from ..ppap_core.experts import VIEWS, LoraSpec, with_experts
 from ..ppap_core.samples import KEPT, from_uint8
-from . import bridge, distill, folders, guidance
+from . import bridge, distill, folders, models, recipe
 from .types import PPAPGuider, PPAPLosses, PPAPSamples, Samples
 
 CATEGORY = "PPAP/train"
@@ -53,9 +53,10 @@ class PPAPGenerateSamples(io.ComfyNode):
                 vae=None):
         space = distill.space_to_distil(model, vae)
         negative = negative or positive
-        recipe = {**guidance.about_model(model, positive, negative), "shape": list(latent_image["samples"].shape),
-                  "cfg": cfg, "steps": steps, "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
-        samples = Samples(distill.open_store(name, recipe), space)
+        about = {**recipe.about_model(model, positive, negative), "vae": recipe.about_vae(vae),
+                 "shape": list(models.fitting(model, latent_image).shape), "cfg": cfg, "steps": steps,
+                 "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
+        samples = Samples(distill.open_store(name, about), space)
         distill.generate_samples(samples, count, latent_image, model, vae, steps, cfg, sampler_name, scheduler, positive,
                                  negative)
         return io.NodeOutput(samples, bridge.image_to_comfy(from_uint8(samples.store.images[:SHOWN])))

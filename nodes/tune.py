@@ -16,9 +16,10 @@ from ..ppap_core.plots import loss_plot
 from . import folders, models
 from .bad_model import INSIDE
 from .bridge import autograd, progress
-from .guidance import about_model, cfg_guider
-from .memory import make_differentiable, room_for, with_gradients
+from .guidance import cfg_guider
+from .memory import for_gradients, make_differentiable, room_for, with_gradients
 from .models import Patcher
+from .recipe import about_model
 
 KEY = "ppap_tune"
 EARLY = (16, 4)  # what is kept on the way: after a sixteenth and a quarter of the steps
@@ -27,7 +28,10 @@ EARLY = (16, 4)  # what is kept on the way: after a sixteenth and a quarter of t
 def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: FineTune) -> tuple[Patcher, list[float]]:
     """The MODEL with a LoRA that was trained on images, and the losses. The LoRA, and early states of it, are saved."""
     models.require_supported(model)
-    tuned, images = model.clone(), model.model.process_latent_in(latent["samples"])
+    early = {config.steps // share for share in EARLY}
+    for each in (name, *(early_name(name, step) for step in early)):
+        folders.new_lora_file(each)
+    tuned, images = for_gradients(model), model.model.process_latent_in(latent["samples"])
     tuned.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for([], True, KEY))
     about = {**about_model(model, positive), "data": digest(images)}
     state = folders.output_folder("ppap_training", f"{digest([about, name, vars(config)])}.state.safetensors")
@@ -37,8 +41,8 @@ def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: 
     def on_step(step: int, loss: float, changes: Changes) -> None:
         nonlocal shown
         values.append(loss)
-        if step + 1 in {config.steps // share for share in EARLY}:
-            save_lora(f"{name}_{step + 1}", changes)
+        if step + 1 in early:
+            save_lora(early_name(name, step + 1), changes)
         fresh = time.monotonic() - shown > 1
         shown = time.monotonic() if fresh else shown
         report(step + 1, loss_plot({"loss": values}) if fresh else None)
@@ -69,3 +73,8 @@ def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: 
 def save_lora(name: str, changes: Changes) -> None:
     """Write a LoRA where the stock loaders look for it."""
     save_tensors(folders.new_lora_file(name), as_lora(changes, INSIDE), {"made_by": "ComfyUI-PPAP"})
+
+
+def early_name(name: str, step: int) -> str:
+    """The name of the LoRA as it was after so many steps."""
+    return f"{name}_{step}"

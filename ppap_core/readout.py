@@ -8,6 +8,8 @@ def readout(names: Sequence[str], readings: Sequence, levels: int) -> str:
 
     names: of the terms; readings: of all terms, in the order of sampling (`ppap_core.guidance.Reading`).
     """
+    if not levels:
+        return "nothing was sampled"
     return "\n".join(_line(name, [each for each in readings if each.term == term], levels)
                      for term, name in enumerate(names))
 

@@ -45,7 +45,7 @@ EVERY = [pytest.param(node, id=node.name) for name in NODE_FILES for node in cla
 
 @pytest.mark.parametrize("name", TREES)
 def test_no_node_file_knows_torch_or_comfyui_and_only_the_folders_its_folders(name: str):
-    inside = ("models.py", "memory.py", "bad_model.py", "distill.py", "tune.py", "search.py")
+    inside = ("models.py", "memory.py", "bad_model.py", "recipe.py", "distill.py", "tune.py", "search.py")
     known = {"bridge.py": {"comfy", "torch", "latent_preview"}, "guidance.py": {"comfy", "torch", "nodes"},
              "folders.py": {"folder_paths"}, **dict.fromkeys(inside, {"comfy", "torch"})}
     assert not imported(TREES[name]) & (OUTSIDE - known.get(name, set()))

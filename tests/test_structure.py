@@ -53,8 +53,8 @@ def test_the_core_never_knows_comfyui_and_loads_heavy_libraries_late(file: Path)
 
 
 def test_the_nodes_import_from_the_core_and_the_core_nothing_from_them():
-    order = ["types", "folders", "memory", "models", "bad_model", "bridge", "guidance", {"distill", "tune", "search"},
-             {"load", "guide", "autoguide", "train", "report"}, "prior"]
+    order = ["types", "folders", "memory", "models", "bad_model", "bridge", "guidance", "recipe",
+             {"distill", "tune", "search"}, {"load", "guide", "autoguide", "train", "report"}, "prior"]
     below: set[str] = set()
     for level in order:
         names = {level} if isinstance(level, str) else level

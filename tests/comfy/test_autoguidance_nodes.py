@@ -1,11 +1,13 @@
 """Autoguidance with ComfyUI's own kinds of models: the formula, bad models of every make, memory, and company."""
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import says
+from safetensors.torch import save_file
 from small_models import FAMILIES, lora, small
 from test_compatibility import EPS, FEATURES, FLOW, MIXING, VIDEO, Bench, Scene, bench, ksampler, with_guider, with_lora
 from torch import Tensor
@@ -170,7 +172,7 @@ def test_what_is_no_bad_model_is_said_in_words(bench: Bench):
 
 
 def test_samples_of_a_guided_model_are_not_taken_for_those_of_another(bench: Bench):
-    scene, about = bench.scene(FLOW), bench.comfy.pack.nodes.guidance.about_model
+    scene, about = bench.scene(FLOW), bench.comfy.pack.nodes.recipe.about_model
     weak, weaker = with_strength(scene, 0.5), with_strength(scene, 0.2)
     models = [scene.model, *(guided(bench, scene, bad, weight, **place).model for bad, weight, place in (
         (weak, 2.0, {}), (weak, 2.5, {}), (weak, 2.0, {"end_percent": 0.5}), (weaker, 2.0, {}), (sibling(FLOW), 2.0, {})))]
@@ -239,6 +241,22 @@ def test_a_training_that_was_cancelled_goes_on(bench: Bench, monkeypatch: pytest
 def test_a_lora_s_name_stays_in_its_folder(bench: Bench):
     node = bench.comfy.registered["PPAPTrainLora"]
     assert node.validate_inputs(name="fine") is True and "cannot name a file" in node.validate_inputs(name="../out")
+
+
+@pytest.mark.parametrize("name", ["bought", "bought_2"])
+def test_a_lora_of_another_origin_is_not_lost(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    file = tmp_path / f"{name}.safetensors"
+    save_file({"a": torch.ones(2)}, file)
+    before, scene = file.read_bytes(), bench.scene(EPS)
+    with says(ValueError, f"'{name}'", "another name"):
+        tuned(bench, scene, "bought", steps=8)
+    assert file.read_bytes() == before
+    assert "another name" in bench.comfy.registered["PPAPTrainLora"].validate_inputs(name=name)
+    tuned(bench, scene, "own", steps=8)
+    tuned(bench, scene, "own", steps=8, seed=1)  # its own are replaced
 
 
 def test_the_toy_is_a_picture(bench: Bench):

@@ -343,7 +343,7 @@ def test_samples_of_a_model_that_is_guided_through_a_vae_have_a_recipe_of_their_
                     factor_at_start=1.0, factor_at_end=1.0, view="own")
     models = [comfy("PPAPApplyGuidance", model=world.model("flow"), terms=terms, max_rms=0.0, vae=vae)[0]
               for vae in (None, world.vae)]
-    recipes = [comfy.pack.nodes.guidance.about_model(model)["model"] for model in models]
+    recipes = [comfy.pack.nodes.recipe.about_model(model)["model"] for model in models]
     assert recipes[0] != recipes[1]
 
 

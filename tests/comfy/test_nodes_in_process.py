@@ -384,7 +384,7 @@ def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: 
 
 
 def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
-    about = comfy.pack.nodes.guidance.about_model
+    about = comfy.pack.nodes.recipe.about_model
     again = World(comfy)
     assert about(world.model, world.conditioning) == about(again.model, again.conditioning)
     [strong], [weak] = (comfy("PPAPApplyGuidance", model=world.model, terms=world.term(weight=weight), max_rms=0.0)
@@ -392,6 +392,42 @@ def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
     assert len({about(model)["model"] for model in (world.model, strong, weak)}) == 3
     again.model.add_patches({"diffusion_model.net.stem.bias": (torch.ones(64),)})
     assert about(world.model, world.conditioning) != about(again.model, again.conditioning)
+
+
+def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_of_its_patches(comfy, world: World):
+    """A search or a store that was made with other settings must not be taken for this one."""
+    from comfy.controlnet import T2IAdapter
+
+    about = comfy.pack.nodes.recipe.about_model
+
+    def controlled(hint: float, strength: float, weights: float = 0.0, end: float = 1.0) -> list:
+        control = T2IAdapter(torch.nn.Conv2d(3, 4, 1), 4, 8, None)
+        with torch.no_grad():
+            control.t2i_model.weight.fill_(weights), control.t2i_model.bias.zero_()
+        control.set_cond_hint(torch.full((1, 3, 32, 32), hint), strength, (0.0, end))
+        [[tensor, more]] = world.conditioning
+        return [[tensor, {**more, "control": control}]]
+
+    kinds = [(0.5, 1.0), (0.6, 1.0), (0.5, 0.9), (0.5, 1.0, 0.1), (0.5, 1.0, 0.0, 0.8)]
+    assert len({about(world.model, controlled(*kind))["conditioning"] for kind in kinds}) == len(kinds)
+    assert about(world.model, controlled(*kinds[0])) == about(world.model, controlled(*kinds[0]))
+    patched = [world.model.clone() for _ in range(3)]
+    for model, scale in zip(patched, (1.0, 3.0, 3.0), strict=True):
+        model.set_model_sampler_post_cfg_function(lambda args, scale=scale: scale * args["denoised"])
+    one, three, again = (about(model)["model"] for model in patched)
+    assert one != three == again
+
+
+def test_a_guided_ksampler_gives_back_what_it_need_not_sample_or_cannot(comfy, world: World):
+    def run(**changes: Any) -> tuple:
+        return comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.0, **world.settings(**changes))
+
+    start = {"samples": torch.full((3, 3, 32, 32), 0.3)}
+    latent, report = run(latent_image=start, denoise=0.0)
+    assert torch.equal(latent["samples"], start["samples"]) and report.levels == 0
+    assert comfy("PPAPPlotGuidance", report=report)[0].ndim == 4 and comfy("PPAPReadGuidance", report=report)
+    nothing, report = run(latent_image={"samples": torch.full((3, 3, 32, 32), torch.nan)}, denoise=0.5)
+    assert nothing["samples"].isnan().any() and report.levels > 0
 
 
 def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):

@@ -97,10 +97,33 @@ def test_a_rate_of_zero_leaves_the_latent_as_it_is_and_other_neutral_values_chan
 def test_a_mask_says_what_may_change(pixels: World):
     mask = torch.zeros(1, 32, 32)
     mask[..., 20:] = 1
-    start = {"samples": 0.3 * torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2)), "noise_mask": mask}
+    start = {"samples": 0.3 * torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+    [start] = pixels.comfy("SetLatentNoiseMask", samples=start, mask=mask)
     found = find(pixels, of(pixels, latent_image=start), pixels.term(), clean_up=0.5)
     assert torch.equal(found[..., :20], start["samples"][..., :20])
     assert not torch.isclose(found[..., 20:], start["samples"][..., 20:]).all(1).any()
+
+
+@pytest.mark.parametrize("side", [128, 160])
+def test_a_painted_mask_of_any_size_is_taken_and_another_one_is_another_search(pixels: World, side: int):
+    start, found = {"samples": torch.full((1, 3, 32, 32), 0.1)}, []
+    for place in (20, 90):
+        mask = torch.zeros(1, side, side)
+        mask[:, place:place + 30, 11:51] = 1
+        [painted] = pixels.comfy("SetLatentNoiseMask", samples=start, mask=mask)
+        found.append(find(pixels, of(pixels, latent_image=painted)))
+    changed = [(each != 0.1).any(1) for each in found]
+    assert all(each.any() for each in changed) and not (changed[0] & changed[1]).any()
+
+
+def test_an_empty_latent_takes_on_the_size_that_the_model_means(pixels: World):
+    """Newer versions say of which scale an empty latent is; 8 pixels for a place are 8 places of a model of pixels."""
+    empty = {"samples": torch.zeros(1, 4, 4, 5), "downscale_ratio_spacial": 8}
+    if "downscale_ratio_spacial" not in pixels.comfy("EmptyLatentImage", width=64, height=64, batch_size=1)[0]:
+        pytest.skip("this ComfyUI does not say of which scale an empty latent is")
+    stock = pixels.sample(latent_image=empty)
+    assert find(pixels, of(pixels, latent_image=empty)).shape == stock.shape == (1, 3, 32, 40)
+    assert pixels.samples(name="of a size", latent_image=empty, count=64).store.images.shape[-2:] == (32, 40)
 
 
 def test_of_several_particles_the_best_is_kept_for_each_image(pixels: World):

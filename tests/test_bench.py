@@ -116,6 +116,17 @@ def test_what_is_finished_is_not_done_again(finished):
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
 
 
+def test_other_noise_levels_are_measured_anew(finished, tmp_path):
+    folder, rows, _ = finished
+    table = read_table("small")
+    (tmp_path / "measured").mkdir()
+    for file in (folder / "measured").iterdir():
+        (tmp_path / "measured" / file.name).write_bytes(file.read_bytes())
+    first = table.rows[0]
+    [other] = bench(replace(table, rows=(first,), schedule="ddim", reference=""), tmp_path, lambda line: None)
+    assert other["frechet"] != by_name(rows)[first.row]["frechet"]
+
+
 def test_a_row_alone_is_the_row_of_the_whole_table(finished):
     folder, rows, _ = finished
     alone, = bench(read_table("small"), folder, lambda line: None, ["mpgd"])

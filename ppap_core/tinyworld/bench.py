@@ -110,7 +110,8 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
     """One row: the search, and what is measured at the setting it finds."""
     of_row = {"task": table.task, "steps": table.steps, "scenes": table.scenes, "way": row.way, "variant": row.variant,
               "settings": row.settings, "training": changes(row.training),
-              **({} if table.label is None else {"label": table.label}), **({"own_steps": row.steps} if row.steps else {})}
+              **({} if table.label is None else {"label": table.label}), **({"own_steps": row.steps} if row.steps else {}),
+              **({} if table.schedule == "karras" else {"schedule": table.schedule})}
     made: list[tuple[Guider | Pair, dict]] = []
 
     def guider() -> tuple[Guider | Pair, dict]:

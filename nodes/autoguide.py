@@ -16,8 +16,8 @@ def guidance_inputs() -> list[io.Input]:
     return [io.Model.Input("model", tooltip="The good model."),
             io.Model.Input("bad_model",
                            tooltip="A weaker version of it: less trained or smaller, by the same data. An earlier "
-                                   "checkpoint, a smaller sibling, or the same model with an earlier or weaker LoRA; that "
-                                   "costs no memory."),
+                                   "checkpoint, a smaller sibling, or the same model with an earlier or weaker LoRA, "
+                                   "which costs the memory of the LoRAs only."),
             io.Float.Input("weight", default=2.0, min=0.0, max=100.0, step=0.05,
                            tooltip="How far away from the bad model; 1.5 to 3 is usual. Neutral: 1, the bad model is not "
                                    "even asked."),
@@ -26,9 +26,9 @@ def guidance_inputs() -> list[io.Input]:
             io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
                            tooltip="Share of the noise schedule at which it ends. Neutral: 1, to the end."),
             io.Float.Input("factor_at_start", default=1.0, min=0.0, max=100.0, step=0.05,
-                           tooltip="Factor of what the weight has above 1, where it begins. Neutral: 1."),
+                           tooltip="Multiplies what the weight has above 1 at start_percent. Neutral: 1."),
             io.Float.Input("factor_at_end", default=1.0, min=0.0, max=100.0, step=0.05,
-                           tooltip="Factor of that where it ends, in between it changes evenly. Neutral: 1.")]
+                           tooltip="The same at end_percent; in between it changes evenly. Neutral: 1.")]
 
 
 def guided_model(model: Patcher, bad_model: Patcher, weight: float, *place: float) -> Patcher:
@@ -41,8 +41,8 @@ class PPAPAutoguidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAutoguidance", display_name="Autoguidance", category=CATEGORY,
-            description="A model that is guided away from a bad version of itself: better images, and as many kinds of "
-                        "them. For every sampler; cfg goes on working beside it. Put it after nodes that change CFG.",
+            description="A model that is guided away from a bad version of itself: better images, and hardly fewer kinds "
+                        "of them. For every sampler; cfg goes on working beside it. Put it after nodes that change CFG.",
             inputs=guidance_inputs(),
             outputs=[io.Model.Output(tooltip="The guided model; the ones that came in stay as they were.")])
 

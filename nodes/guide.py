@@ -33,7 +33,7 @@ def vae_input() -> io.Vae.Input:
     return io.Vae.Input("vae", optional=True,
                         tooltip="For models of latents: guiders of the denoised view then look at the decoded image, which "
                                 "is exact and costs more. Without it they look at the latent's colours. Guiders with "
-                                "experts have eyes of their own.")
+                                "experts use the small decoder they were trained with instead.")
 
 
 def aimed_output() -> io.Output:

@@ -69,7 +69,7 @@ class PPAPDistilExperts(io.ComfyNode):
             node_id="PPAPDistilExperts", display_name="Distil Experts", category=CATEGORY,
             description="Teach a network that has only seen clean images to read noisy ones: one small adapter for each "
                         "range of noise, each learning to say while the image is still noise what the untouched network "
-                        "says about the finished one. The model is not asked. No labels, no data set. Cancel loses "
+                        "says about the finished one. The diffusion model is not run. No labels, no data set. Cancel loses "
                         "nothing: queue it again and it goes on.",
             inputs=[PPAPSamples.Input("samples", tooltip="Generated images, from Generate Samples."),
                     PPAPGuider.Input("guider", tooltip="A plain guider; a target is not needed and is kept."),

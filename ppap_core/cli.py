@@ -53,48 +53,44 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from .files import write_bytes, write_json
+
     name = "quick" if options.quick else options.table
     out = options.out or options.folder / name
     if name == "speed":
         from .speed import speed, table
 
-        columns = speed(_clock())
-        _write(columns, table(columns), out)
+        rows = speed(_clock())
     elif name == "latent":
         from .tinyworld.latent_bench import LatentBench, latent_bench, table
 
         rows = latent_bench(LatentBench(), options.folder / "latent", _clock())
-        _write(rows, table(rows), out)
     elif name == "tours":
         from .tinyworld.tours_bench import TourBench, table, tour_bench
 
         rows = tour_bench(TourBench(), _clock())
-        _write(rows, table(rows), out)
     elif name == "labelmaps":
         from .tinyworld.labelmaps_bench import LabelBench, label_bench, table
 
         rows = label_bench(LabelBench(), _clock())
-        _write(rows, table(rows), out)
     elif name == "rules":
         from .tinyworld.rules_bench import RulesBench, rules_bench, table
 
         rows = rules_bench(RulesBench(), _clock())
-        _write(rows, table(rows), out)
     else:
-        from .tinyworld.bench import bench, markdown, read_table, write_table
-
-        table = read_table(name)
-        rows = bench(table, options.folder, _clock(), options.row)
-        write_table(table, rows, out)
-        print(markdown(table, rows))
-
-
-def _write(rows: list, text: str, out: Path) -> None:
-    from .files import write_bytes, write_json
-
+        return _bench_table(name, options, out)
     write_json(out.with_suffix(".json"), rows)
-    write_bytes(out.with_suffix(".md"), text.encode())
-    print(text)
+    write_bytes(out.with_suffix(".md"), table(rows).encode())
+    print(table(rows))
+
+
+def _bench_table(name: str, options: argparse.Namespace, out: Path) -> None:
+    from .tinyworld.bench import bench, markdown, read_table, write_table
+
+    about = read_table(name)
+    rows = bench(about, options.folder, _clock(), options.row)
+    write_table(about, rows, out)
+    print(markdown(about, rows))
 
 
 def _toy(options: argparse.Namespace) -> None:

@@ -10,25 +10,23 @@ from .experts import ExpertBank, LoraSpec
 from .noise import ExpertSchedule
 
 
+def once(call: Callable[[], object]) -> float:
+    """Seconds of a call, with what it leaves a GPU to do."""
+    started = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def seconds(function: Callable[[], object], repeats: int) -> float:
     """Median time of a call, after one that does not count."""
     function()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median(once(function) for _ in range(repeats))
 
 
 def ratio_in_turn(function: Callable[[], object], other: Callable[[], object], repeats: int) -> float:
     """Seconds of a call over seconds of another, taken in turn: the median, after one of the first that does not count."""
-    def once(call: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
     once(function)
     return statistics.median(once(function) / once(other) for _ in range(repeats))
 
@@ -36,7 +34,7 @@ def ratio_in_turn(function: Callable[[], object], other: Callable[[], object], r
 def bytes_of(*nets: nn.Module) -> int:
     """Memory of all weights and buffers; what networks share counts once."""
     tensors = {tensor.data_ptr(): tensor for net in nets for tensor in (*net.parameters(), *net.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def gradient_of(net: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
 
         def loss(step: int) -> Tensor:
             pairs = draw_pairs(bank, index, store, step, config, denoise)
-            return distill_loss(guider, bank, Pairs(*(part.to(device) for part in pairs)), config.temperature).mean()
+            return distill_loss(guider, bank, pairs.to(device), config.temperature).mean()
 
         return optimise(dict(zip(bank.weights(index), parameters, strict=True)), loss, config.steps, config.lr,
                         f"expert {index} of {guider.name}", _about(guider, bank, index, store, config), state_file,
@@ -110,7 +110,7 @@ def disagreement(guider: Guider, other: Guider, store: SampleStore, schedule: Ex
     """
     found = []
     for index in range(len(schedule)):
-        pairs = Pairs(*(part.to(device) for part in trajectory_pairs(store, schedule, index, 0, size, -1, other.view)))
+        pairs = trajectory_pairs(store, schedule, index, 0, size, -1, other.view).to(device)
         teacher, distances = guider.predict(pairs.images, clean(pairs.images)), []
         for level in pairs.sigma.unique():  # an expert answers for one interval at a time, which the schedule may cut
             mine = pairs.sigma == level

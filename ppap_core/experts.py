@@ -60,10 +60,6 @@ def _share_weights(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(tensor): tensor for tensor in tensors})
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _adapted_layers(net: nn.Module) -> list[nn.Module]:
     """The layers that carry adapters, found once because a switch must not walk the whole network."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -134,12 +130,12 @@ class ExpertBank(nn.Module):
         Each needs a second copy of its weight. Small weights come first: they sit where images are large, and there an
         adapter costs most.
         """
-        own = sum(_bytes(parameter) for index in range(len(self.schedule)) for parameter in self._named(index).values())
-        spare = max(SPARE_SHARE * (sum(map(_bytes, self.net.parameters())) - own), SPARE_BYTES) - own
+        own = sum(parameter.nbytes for index in range(len(self.schedule)) for parameter in self._named(index).values())
+        spare = max(SPARE_SHARE * (sum(parameter.nbytes for parameter in self.net.parameters()) - own), SPARE_BYTES) - own
         chosen = []
         for layer in self._layers:
             plain = layer.base_layer.weight
-            spare -= _bytes(plain)
+            spare -= plain.nbytes
             if spare < 0:
                 break
             layer.base_layer.weight = nn.Parameter(plain.detach().clone(), requires_grad=False)

@@ -5,6 +5,7 @@ Written against transformers 4.50 to 5: what the two disagree about is asked of 
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -213,7 +214,7 @@ def linear_head(file: Path) -> nn.Sequential:
         layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
         layers.append(layer)
     sizes = [(layer.in_features, layer.out_features) for layer in layers]
-    if not sizes or sizes[-1][1] != 1 or any(a[1] != b[0] for a, b in zip(sizes, sizes[1:], strict=False)):
+    if not sizes or sizes[-1][1] != 1 or any(a[1] != b[0] for a, b in pairwise(sizes)):
         raise ValueError(f"{file.parent.name}/{file.name} has linear layers of {sizes} inputs and outputs: expected a chain "
                          "that ends in one number")
     return layers

@@ -117,23 +117,30 @@ def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Te
         strength = term.strength(level)
         if strength == 0:
             continue
-        energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
-        if term.balanced:
-            gradient = felt(gradient, energy, reach)
-        if term.needs_model:
-            gradient = pulled(gradient, pull_back)
-        gradient = finite(gradient, term.guider.name, level)
-        mask = None if term.mask is None else mask_for(term.mask, gradient)
-        if term.balanced:
-            part = -strength * reach * direction(gradient, mask)
-        else:
-            in_prediction = term.guider.view == "denoised" and not term.needs_model
-            part = -strength * (reach if in_prediction else level) ** 2 * gradient
-        if mask is not None:
-            part = part * mask
+        energy, gradient = term_gradient(term, x, sigma, denoised, reach, pull_back, compute)
+        in_prediction = term.guider.view == "denoised" and not term.needs_model
+        part = -strength * (reach if term.balanced else (reach if in_prediction else level) ** 2) * gradient
         readings.append(Reading(index, level, energy, rms(part)))
         total = part if total is None else total + part
     return None if total is None else Shift(_limit(total, max_rms), readings)
+
+
+def term_gradient(term: Term, x: Tensor, sigma: Tensor, denoised: Tensor, reach: float, pull_back: PullBack | None = None,
+                  compute: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Energy (B,) of a term and its gradient inside its mask, (B, C, H, W); of a balanced term only the direction.
+
+    reach: how far the image may still move, as `uncertainty` gives it. The rest: as `guidance_shift` has it.
+    """
+    energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
+    if term.balanced:
+        gradient = felt(gradient, energy, reach)
+    if term.needs_model:
+        gradient = pulled(gradient, pull_back)
+    gradient = finite(gradient, term.guider.name, float(sigma[0]))
+    mask = None if term.mask is None else mask_for(term.mask, gradient)
+    if term.balanced:
+        gradient = direction(gradient, mask)
+    return energy, gradient if mask is None else gradient * mask
 
 
 def guided(denoise: Denoiser, terms: Sequence[Term], *, sigma_data: float = 0.5, max_rms: float = math.inf,

@@ -2,7 +2,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from .preprocess import Preprocess, cut_outs
@@ -124,12 +123,3 @@ def has_network(guider: Guider) -> bool:
 def clean(images: Tensor) -> Tensor:
     """The noise level of images without noise: zeros (B,)."""
     return images.new_zeros(len(images))
-
-
-@torch.no_grad()
-def reading(guider: Guider, image: Tensor) -> Tensor:
-    """What the guider reads in clean images, as a target for others to have the same: image (B, 3, H, W) -> target."""
-    output = guider.predict(image, clean(image))
-    if guider.task == "mask":
-        return output.sigmoid()
-    return output.argmax(1) if guider.task in ("class", "segmentation") else output

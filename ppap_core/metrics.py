@@ -19,13 +19,6 @@ class FeatureStats:
         self.outer += features.T @ features
         return self
 
-    def merge(self, other: "FeatureStats") -> "FeatureStats":
-        """Take in all that another has seen."""
-        self.count += other.count
-        self.sum += other.sum
-        self.outer += other.outer
-        return self
-
     @property
     def mean(self) -> Tensor:
         """(d,)"""

@@ -8,6 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class ExpertSchedule:
     edges: tuple[float, ...]
 
     def __post_init__(self):
-        ascending = all(a < b for a, b in zip(self.edges, self.edges[1:], strict=False))
+        ascending = all(a < b for a, b in pairwise(self.edges))
         if len(self.edges) < 2 or not ascending or self.edges[0] <= 0 or math.isinf(self.edges[-1]):
             raise ValueError(f"edges must be at least two ascending, positive, finite noise levels, got {self.edges}")
 

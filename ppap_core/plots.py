@@ -2,7 +2,7 @@
 import colorsys
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,17 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def _axis(values: list[float], log: bool, start: int, end: int) -> tuple[Callable[[float], float], list[float]]:
+    """The pixel of each value between those where the axis starts and ends, and its ticks."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+    scale = math.log if log else float
+    def place(value: float) -> float:
+        return start + (scale(value) - scale(low)) / (scale(high) - scale(low)) * (end - start)
+    return place, _ticks(low, high, log)
+
+
 def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str, *, log_x: bool = False,
               log_y: bool = False, size: tuple[int, int] = (420, 720)) -> Tensor:
     """Lines with a legend; size is (height, width) in pixels. Points that a logarithmic axis cannot show are left out.
@@ -69,17 +80,8 @@ def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str,
         draw.text((left, height // 2), "nothing to show: no finite value", INK, small)
         return _image(picture)
 
-    def axis(values: list[float], log: bool, start: int, end: int):
-        low, high = min(values), max(values)
-        if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
-        scale = math.log if log else float
-        def place(value: float) -> float:
-            return start + (scale(value) - scale(low)) / (scale(high) - scale(low)) * (end - start)
-        return place, _ticks(low, high, log)
-
-    place_x, ticks_x = axis([x for x, _ in points], log_x, left, right)
-    place_y, ticks_y = axis([y for _, y in points], log_y, bottom, top)
+    place_x, ticks_x = _axis([x for x, _ in points], log_x, left, right)
+    place_y, ticks_y = _axis([y for _, y in points], log_y, bottom, top)
     for tick in ticks_x:
         draw.line([(place_x(tick), top), (place_x(tick), bottom)], GRID)
         draw.text((place_x(tick), bottom + 6), f"{tick:.4g}", INK, small, anchor="mt")

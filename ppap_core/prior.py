@@ -12,19 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guidance import (
-    PullBack,
-    Term,
-    differentiable,
-    direction,
-    energy_gradient,
-    felt,
-    finite,
-    mask_for,
-    pulled,
-    rms,
-    uncertainty,
-)
+from .guidance import Term, differentiable, energy_gradient, finite, mask_for, rms, term_gradient, uncertainty
 from .guider import clean
 from .noise import expand, seeded
 from .optimise import Attempt, Losses, optimise
@@ -81,7 +69,7 @@ def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, conf
     which goes on where a run was stopped. ValueError for another number of seeds and where gradients do not pass.
     """
     _require_seeds(seeds, start)
-    levels = annealed(config)
+    levels, terms = annealed(config), [replace(term, through=config.jacobian) for term in terms]
     with torch.inference_mode(False):
         point = start.detach().clone().requires_grad_(True)
 
@@ -119,7 +107,8 @@ def _pull(denoise: Denoiser, terms: Sequence[Term], image: Tensor, noise: Tensor
     for term in terms:
         strength = term.strength(level)
         if strength != 0:
-            energy, pull = _constraint(term, x, sigma, denoised, pull_back, prior, sigma_data)
+            energy, pull = term_gradient(term, x, sigma, denoised, uncertainty(level, sigma_data), pull_back)
+            pull = pull * expand(rms(prior), pull) if term.balanced else pull
             energies, gradient = energies + energy, gradient + strength * pull
     return error, energies, gradient
 
@@ -127,21 +116,6 @@ def _pull(denoise: Denoiser, terms: Sequence[Term], image: Tensor, noise: Tensor
 def _plainly(denoise: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
     with torch.no_grad():
         return denoise(x, sigma)
-
-
-def _constraint(term: Term, x: Tensor, sigma: Tensor, denoised: Tensor, pull_back: PullBack | None, prior: Tensor,
-                sigma_data: float) -> tuple[Tensor, Tensor]:
-    """Energy (B,) and its gradient for a weight of 1, (B, C, H, W)."""
-    energy, gradient = energy_gradient(term.guider, x, sigma, denoised)
-    if term.balanced:
-        gradient = felt(gradient, energy, uncertainty(float(sigma[0]), sigma_data))
-    if pull_back and term.guider.view == "denoised":
-        gradient = pulled(gradient, pull_back)
-    gradient = finite(gradient, term.guider.name, float(sigma[0]))
-    mask = None if term.mask is None else mask_for(term.mask, gradient)
-    if term.balanced:
-        gradient = direction(gradient, mask) * expand(rms(prior), gradient)
-    return energy, gradient if mask is None else gradient * mask
 
 
 def _size(sigma: float, sigma_data: float) -> float:

@@ -59,6 +59,10 @@ class Pairs(NamedTuple):
     seen: Tensor    # (B, C, h, w): what the expert looks at
     sigma: Tensor   # (B,), all of one expert
 
+    def to(self, device: torch.device | str) -> "Pairs":
+        """The same on another device."""
+        return Pairs(*(part.to(device) for part in self))
+
 
 class SampleStore:
     """A folder of generated images: manifest.json (the recipe) and shards of images, uint8 (n, 3, H, W), and of their

@@ -1,5 +1,6 @@
 """Denoisers and the two plain samplers that the sample store, the tests and the benchmark use."""
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -8,9 +9,6 @@ from .noise import expand
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, H, W), sigma (B,)) -> denoised (B, C, H, W)"""
-
-OnStep = Callable[[int, Tensor], None]
-"""(index, denoised) after every step; may raise to stop."""
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
@@ -25,28 +23,23 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed) % 2**64)) for seed in seeds])
 
 
-def sample_euler(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+def sample_euler(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
     """Euler steps along dx/dsigma = (x - D) / sigma. x = noise * sigmas[0]; sigmas descending, ending in 0."""
-    for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+    for sigma, following in pairwise(sigmas.tolist()):
         denoised = denoise(x, x.new_full((len(x),), sigma))
         x = denoised + (x - denoised) * (following / sigma)
-        if on_step:
-            on_step(i, denoised)
     return x
 
 
-def sample_heun(denoise: Denoiser, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+def sample_heun(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
     """Algorithm 1 of Karras et al. (2022), deterministic: two evaluations a step but for the last."""
-    for i, (sigma, following) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
+    for sigma, following in pairwise(sigmas.tolist()):
         batch = x.new_full((len(x),), sigma)
-        denoised = denoise(x, batch)
-        slope = (x - denoised) / expand(batch, x)
+        slope = (x - denoise(x, batch)) / expand(batch, x)
         ahead = x + slope * (following - sigma)
         if following > 0:
             batch = x.new_full((len(x),), following)
             slope = (slope + (ahead - denoise(ahead, batch)) / expand(batch, x)) / 2
             ahead = x + slope * (following - sigma)
         x = ahead
-        if on_step:
-            on_step(i, denoised)
     return x

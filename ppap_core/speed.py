@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .costs import once
 from .guidance import Term, energy_at, energy_gradient, guidance_shift
 from .guider import Guider, IgnoreSigma
 from .noise import as_seen, expand
@@ -120,14 +121,10 @@ def in_turn(functions: dict[str, Callable[[], object]], budget: float, most: int
 
 def seconds_of(function: Callable[[], object]) -> float:
     """Seconds of a call, NaN where it does not fit into memory."""
-    started = time.perf_counter()
     try:
-        function()
+        return once(function)
     except torch.OutOfMemoryError:
         return math.nan
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def steps(name: str, pixels: int, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Step]:

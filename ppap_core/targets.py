@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .guider import Guider, has_network, reading, require_prompt
+from .guider import Guider, clean, has_network, require_prompt
 from .plots import labels_of_picture
 from .tasks import IGNORE
 
@@ -82,9 +82,13 @@ def aim_at_text(guider: Guider, text: str) -> Guider:
     return replace(guider, prompt=words) if guider.task == "mask" else guider.aim(words)
 
 
+@torch.no_grad()
 def image_target(guider: Guider, picture: Tensor) -> Tensor:
     """What the guider reads in pictures (B, 3, H, W) in [-1, 1], for others to have the same."""
-    return reading(guider, picture)
+    output = guider.predict(picture, clean(picture))
+    if guider.task == "mask":
+        return output.sigmoid()
+    return output.argmax(1) if guider.task in ("class", "segmentation") else output
 
 
 def map_target(guider: Guider, picture: Tensor) -> Tensor:

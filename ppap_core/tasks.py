@@ -31,8 +31,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) over dimension 1, mean over pixels where there are any: (B, K, ...) -> (B,)."""
     student, teacher = _full(student).log_softmax(1), _full(teacher).log_softmax(1)
-    return (teacher.exp() * (teacher - student)).sum(1).flatten(1).mean(1) if student.ndim > 2 \
-        else (teacher.exp() * (teacher - student)).sum(1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1, keepdim=True).flatten(1).mean(1)
 
 
 def probability(logits: Tensor, target: Tensor) -> Tensor:

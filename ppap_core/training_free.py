@@ -15,6 +15,7 @@ The plain step is Euler's, which is DDIM with eta 0, whatever sampler a method w
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from .guidance import differentiable, energy_at, finite
 from .guider import Guider, clean
 from .noise import EVERYWHERE, NoiseInterval, expand, seeded
-from .sampling import Denoiser, OnStep
+from .sampling import Denoiser
 
 SURE = 1e-6  # as p -> 1, float32 holds -log p as a rounding or as 0: divided by that, a gradient looks like a fault
 
@@ -101,7 +102,7 @@ METHODS: dict[str, TrainingFree] = {  # a place to start from: every one wants i
 
 
 def sample_training_free(denoise: Denoiser, guider: Guider, x: Tensor, sigmas: Tensor, method: TrainingFree,
-                         seeds: Sequence[int], on_step: OnStep | None = None) -> Tensor:
+                         seeds: Sequence[int]) -> Tensor:
     """Samples (B, C, H, W) guided to the guider's target. x = noise * sigmas[0]; sigmas descending, ending in 0.
 
     Where rho is not 0 the denoiser must let gradients through. Image i depends on x[i], its target and seeds[i] only: the
@@ -122,21 +123,19 @@ def sample_training_free(denoise: Denoiser, guider: Guider, x: Tensor, sigmas: T
                     back = math.sqrt(step.sigma**2 - step.following**2)
                     x = x + back * _noise(seeds, x, i, again, 1)[:, 0]
                 offsets = (std * _noise(seeds, x, i, again, 0, count=method.samples)).unbind(1) if std else [0.0]
-                x, denoised = _step(denoise, guider, x, step, method, offsets)
-            if on_step:
-                on_step(i, denoised)
+                x = _step(denoise, guider, x, step, method, offsets)
     return x
 
 
 def _steps(levels: list[float]) -> list[Step]:
-    pairs = list(zip(levels[:-1], levels[1:], strict=True))
+    pairs = list(pairwise(levels))
     ratios = [(1 + following**2) / (1 + sigma**2) for sigma, following in pairs]  # abar_t / abar_(t-1)
     return [Step(*pair, ratio * len(ratios) / sum(ratios)) for pair, ratio in zip(pairs, ratios, strict=True)]
 
 
 def _step(denoise: Denoiser, guider: Guider, x: Tensor, step: Step, method: TrainingFree,
-          offsets: Offsets) -> tuple[Tensor, Tensor]:
-    """The state at the next noise level, and the prediction without guidance."""
+          offsets: Offsets) -> Tensor:
+    """The state at the next noise level."""
     level = x.new_full((len(x),), step.sigma)
     look = (lambda x, sigma: denoise(x, sigma).clamp(-1, 1)) if method.clip else denoise
     denoised, pull_back = differentiable(look, x, level) if method.rho else (look(x, level), None)
@@ -152,7 +151,7 @@ def _step(denoise: Denoiser, guider: Guider, x: Tensor, step: Step, method: Trai
             _, gradient = _energy_gradient(guider, mean, offsets)
             mean = mean - method.mu * factor * finite(gradient, guider.name, step.sigma)
         following = following + share * (mean - denoised)
-    return following, denoised
+    return following
 
 
 def _energy_gradient(guider: Guider, image: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:

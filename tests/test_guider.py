@@ -6,9 +6,10 @@ import torch
 from helpers import TARGETS, H, SmallNet, W, fixed_weights, images, level, randn, says, small_guider
 from torch import Tensor, nn
 
-from ppap_core.guider import MAPS, Guider, IgnoreSigma, clean, reading, short_labels
+from ppap_core.guider import MAPS, Guider, IgnoreSigma, clean, short_labels
 from ppap_core.preprocess import Preprocess, cut_outs
 from ppap_core.rules import RULES, rule_guider
+from ppap_core.targets import image_target
 from ppap_core.tasks import TASKS, resize_map
 
 
@@ -71,10 +72,10 @@ def test_a_target_map_of_another_size_than_the_output_is_resized(task, height, w
 @pytest.mark.parametrize("task", TASKS)
 def test_what_a_guider_reads_in_an_image_is_the_target_that_this_image_meets_best(task):
     guider, image = small_guider(task), images()
-    aimed = guider.aim(reading(guider, image))
+    aimed = guider.aim(image_target(guider, image))
     own = aimed.energy(image, clean(image))
     assert not aimed.target.requires_grad
-    for other in (TARGETS[task], reading(guider, image.flip(0)), reading(guider, -image)):
+    for other in (TARGETS[task], image_target(guider, image.flip(0)), image_target(guider, -image)):
         assert bool((own <= guider.aim(other).energy(image, clean(image))).all())
     if task != "class":
         torch.testing.assert_close(aimed.score(image, clean(image)), torch.ones(3))
@@ -178,5 +179,5 @@ def test_every_class_gets_a_short_name_of_its_own(descriptions, names):
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_guiders_like_any_other(name):
     guider, image = rule_guider(name), images()
-    aimed = guider if guider.target is not None else guider.aim(reading(guider, images(1, seed=1)))
+    aimed = guider if guider.target is not None else guider.aim(image_target(guider, images(1, seed=1)))
     assert aimed.energy(image, clean(image)).shape == aimed.score(image, clean(image)).shape == (3,)

@@ -7,7 +7,7 @@ import torch
 from helpers import images, randn, says, small_guider
 
 from ppap_core.guidance import Reading
-from ppap_core.guider import clean, reading
+from ppap_core.guider import clean
 from ppap_core.pictures import look_through
 from ppap_core.plots import (
     bar_picture,
@@ -23,7 +23,7 @@ from ppap_core.plots import (
     save_picture,
 )
 from ppap_core.rules import RULES, rule_guider
-from ppap_core.targets import map_target
+from ppap_core.targets import image_target, map_target
 from ppap_core.tasks import TASKS
 
 
@@ -165,7 +165,7 @@ def test_what_any_guider_sees_is_one_picture_for_each_image(task, count):
 @pytest.mark.parametrize("name", RULES)
 def test_what_any_rule_reads_is_one_picture_for_each_image(name):
     guider, image = rule_guider(name), images()
-    for each in (guider, guider.aim(reading(guider, image[:1]))):
+    for each in (guider, guider.aim(image_target(guider, image[:1]))):
         assert is_batch(look_through(each, image), 3)
 
 

@@ -12,7 +12,6 @@ from ppap_core.guider import Guider, IgnoreSigma
 from ppap_core.noise import EVERYWHERE, NoiseInterval
 from ppap_core.prior import (
     PriorConfig,
-    _constraint,
     _pull,
     annealed,
     best_of,
@@ -115,16 +114,21 @@ def test_terms_that_are_not_there_change_nothing(mixture):
 
 
 def test_a_balanced_term_pulls_weight_times_as_hard_as_the_prior_whatever_its_energy():
-    image, sigma, prior = randn(3, 3, 20, 28), torch.full((3,), 0.7), randn(3, 3, 20, 28, seed=4)
-    guider = small_guider()
-    _, pull = _constraint(Term(guider, balanced=True), image, sigma, image, None, prior, 0.5)
-    size = prior.square().flatten(1).mean(1).sqrt()
-    assert torch.allclose(pull.square().flatten(1).mean(1).sqrt(), size, rtol=1e-4)
+    image, noise, sigma = randn(3, 3, 20, 28), randn(3, 3, 20, 28, seed=4), torch.full((3,), 0.7)
     mask = torch.zeros(1, 1, 20, 28)
     mask[..., :9] = 1
-    _, inside = _constraint(Term(guider, balanced=True, mask=mask), image, sigma, image, None, prior, 0.5)
-    assert inside[..., 9:].abs().max() == 0
-    assert torch.allclose(inside[..., :9].square().flatten(1).mean(1).sqrt(), size, rtol=1e-4)
+
+    def gradient(*terms: Term) -> Tensor:
+        return _pull(shrink, terms, image, noise, sigma, False, 0.5)[2]
+
+    prior = gradient()
+    size = prior.square().flatten(1).mean(1).sqrt()
+    for weight in (1.0, 2.5):
+        everywhere, inside = (gradient(Term(small_guider(), weight, balanced=True, mask=each)) - prior
+                              for each in (None, mask))
+        assert torch.allclose(everywhere.square().flatten(1).mean(1).sqrt(), weight * size, rtol=1e-4)
+        assert inside[..., 9:].abs().max() == 0
+        assert torch.allclose(inside[..., :9].square().flatten(1).mean(1).sqrt(), weight * size, rtol=1e-4)
 
 
 def test_a_rule_is_obeyed_and_the_window_says_when(mixture):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ppap_core import rules
 from ppap_core.experts import base_network
 from ppap_core.guidance import Term
-from ppap_core.guider import Guider, clean, reading
+from ppap_core.guider import Guider, clean
 from ppap_core.rules import RULES, rule_guider
 from ppap_core.targets import image_target, number_target, palette
 from ppap_core.tinyworld.scenes import draw
@@ -26,7 +26,8 @@ def aimed(name: str, dtype: torch.dtype = torch.float32) -> Guider:
     guider = rule_guider(name)
     if RULES[name].aim == "itself":
         return guider
-    target = number_target(guider, NUMBERS[name]) if name in NUMBERS else reading(guider, images(1, seed=9, dtype=dtype))
+    target = number_target(guider, NUMBERS[name]) if name in NUMBERS \
+        else image_target(guider, images(1, seed=9, dtype=dtype))
     return guider.aim(target.to(dtype))
 
 
@@ -73,7 +74,7 @@ def test_an_unknown_rule_is_refused():
 @pytest.mark.parametrize("name", sorted(set(RULES) - set(ITSELF)))
 def test_an_image_that_is_its_own_target_has_no_energy(name):
     guider, image = rule_guider(name), images()
-    own = guider.aim(reading(guider, image))
+    own = guider.aim(image_target(guider, image))
     assert torch.equal(energy(own, image), torch.zeros(3))
     assert bool((energy(own, image.flip(0).clone() * 0.5) > 0).all())
     assert torch.equal(gradient(own, image), torch.zeros_like(image))
@@ -112,7 +113,7 @@ def test_the_gradient_of_a_pixel_does_not_depend_on_the_size_of_the_image(name):
     found = []
     for height, width in ((68, 92), (136, 184)):
         image, other = smooth(height, width), smooth(height, width, seed=1)
-        guider = guider if name in ITSELF else guider.aim(reading(guider, other))
+        guider = guider if name in ITSELF else guider.aim(image_target(guider, other))
         found.append(gradient(guider, image))
     if name == "seamless tiling":  # only the pixels at the border have one
         small, large = (torch.cat([each[..., 0].norm(dim=2), each[..., 0, :].norm(dim=2)]) for each in found)
@@ -326,4 +327,4 @@ def test_a_target_whose_shape_no_answer_has_is_told_in_words():
     guider = rule_guider("symmetry left-right")
     image = images()
     with says(ValueError, "symmetry", f"(3, {H}, {W})", "(3, 9, 14)", "size that is sampled"):
-        guider.aim(reading(guider, image[..., :9, :14])).energy(image, clean(image))
+        guider.aim(image_target(guider, image[..., :9, :14])).energy(image, clean(image))

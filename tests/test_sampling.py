@@ -75,26 +75,17 @@ def test_a_sampler_reaches_the_exact_image(sampler, tolerance):
 
 
 @pytest.mark.parametrize("sampler, evaluations", [(sample_euler, 6), (sample_heun, 11)])
-def test_the_cost_of_a_sampling_is_known_and_every_step_is_reported(sampler, evaluations):
-    calls, steps = [], []
+def test_the_cost_of_a_sampling_is_known(sampler, evaluations):
+    calls = []
     def count(x, sigma):
         assert sigma.shape == (2,) and float(sigma[0]) > 0
         calls.append(float(sigma[0]))
         return gaussian(x, sigma)
-    sampler(count, randn(2, 3, 5, 7) * 5, karras_sigmas(6, 0.1, 5.0), lambda i, denoised: steps.append((i, denoised.shape)))
-    assert len(calls) == evaluations and steps == [(i, (2, 3, 5, 7)) for i in range(6)]
+    sampler(count, randn(2, 3, 5, 7) * 5, karras_sigmas(6, 0.1, 5.0))
+    assert len(calls) == evaluations
 
 
 @pytest.mark.parametrize("sampler", [sample_euler, sample_heun])
 def test_the_last_step_returns_the_prediction(sampler):
     out = sampler(lambda x, sigma: torch.full_like(x, 0.25), randn(2, 3, 5, 7) * 5, karras_sigmas(3, 0.1, 5.0))
     torch.testing.assert_close(out, torch.full_like(out, 0.25), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("sampler", [sample_euler, sample_heun])
-def test_a_sampling_stops_when_a_step_raises(sampler):
-    def stop(i, denoised):
-        if i == 2:
-            raise InterruptedError
-    with pytest.raises(InterruptedError):
-        sampler(gaussian, randn(2, 3, 5, 7) * 5, karras_sigmas(6, 0.1, 5.0), on_step=stop)

@@ -16,7 +16,7 @@ ALLOWED = {  # file of ppap_core -> files of it that it may import
     "guidance": "guider noise sampling tasks",  # not experts: a bank is just a network
     "autoguidance": "guidance noise sampling", "lowrank": "", "finetune": "lowrank noise optimise",
     "training_free": "guidance guider noise sampling", "prior": "guidance guider noise optimise sampling",
-    "memory": "guidance guider", "speed": "guidance guider noise preprocess sampling view",
+    "memory": "guidance guider", "speed": "costs guidance guider noise preprocess sampling view",
     "distill": "experts guider noise optimise samples sampling tasks", "optimise": "files",
 }
 TOP = {"cli", "__main__", "__init__"}  # may import everything

@@ -1,5 +1,6 @@
 """The tiny world: scenes whose truths agree with their pixels, an exact mixture, and bundled networks that do their work."""
 from dataclasses import fields, replace
+from functools import partial
 from itertools import count
 
 import pytest
@@ -27,8 +28,9 @@ from ppap_core.tinyworld.gaussian import GaussianMixture
 from ppap_core.tinyworld.judging import Judgement, features, judge_all, reference, score
 from ppap_core.tinyworld.networks import TinyTransformer, augment, tiny_convnext, tiny_resnet
 from ppap_core.tinyworld.scenes import CLASSES, SHAPES, draw
-from ppap_core.tinyworld.train import NETWORKS, TRAINING_SEEDS, Recipe, class_loss, fit
+from ppap_core.tinyworld.train import NETWORKS, TRAINING_SEEDS, Recipe, answer_loss, fit
 
+CLASS_LOSS = partial(answer_loss, "class")
 HELD_OUT = range(500, 756)  # below the seeds of every training
 
 
@@ -209,16 +211,16 @@ def train(folder, loss, recipe: Recipe = RECIPE) -> None:
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, capsys):
-    train(tmp_path / "straight", class_loss)
+    train(tmp_path / "straight", CLASS_LOSS)
     calls = count()
     def breaking(net, scenes, generator):
         if next(calls) == 5:
             raise InterruptedError
-        return class_loss(net, scenes, generator)
+        return CLASS_LOSS(net, scenes, generator)
     with pytest.raises(InterruptedError):
         train(tmp_path / "stopped", breaking)
     assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["small.state.safetensors"]
-    train(tmp_path / "stopped", class_loss)
+    train(tmp_path / "stopped", CLASS_LOSS)
     straight, stopped = (load_tensors(tmp_path / name / "small.safetensors") for name in ("straight", "stopped"))
     assert same(straight[0], stopped[0]) and straight[1] == stopped[1]
     assert straight[1]["recipe"]["steps"] == 6 and "step 4 of 6" in capsys.readouterr().out
@@ -230,7 +232,7 @@ def test_no_training_sees_the_scenes_that_tests_use(tmp_path, monkeypatch):
         seen.extend(seeds)
         return draw(seeds, *args, **kwargs)
     monkeypatch.setattr("ppap_core.tinyworld.train.draw", record)
-    train(tmp_path, class_loss, Recipe(steps=3, batch=2, seed=0))
+    train(tmp_path, CLASS_LOSS, Recipe(steps=3, batch=2, seed=0))
     assert len(set(seen)) == 6 and min(seen) >= TRAINING_SEEDS > max(HELD_OUT)
 
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,17 +112,15 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
               "settings": row.settings, "training": changes(row.training),
               **({} if table.label is None else {"label": table.label}), **({"own_steps": row.steps} if row.steps else {}),
               **({} if table.schedule == "karras" else {"schedule": table.schedule})}
-    made: list[tuple[Guider | Pair, dict]] = []
 
+    @cache
     def guider() -> tuple[Guider | Pair, dict]:
-        if not made and row.way == "autoguidance":
+        if row.way == "autoguidance":
             of = partial(bad_version, told=row.settings["told"], folder=folder / "siblings", device=world.device)
             good = of(row.settings["good"]) if "good" in row.settings else None
-            made.append((Pair(good, of(row.settings["bad"])), dict.fromkeys(COSTS, 0)))
-        if not made:
-            plain, cost = make_guider(world, row.training, table.steps, folder, report)
-            made.append((VARIANTS[row.variant](plain) if row.variant else plain, cost))
-        return made[0]
+            return Pair(good, of(row.settings["bad"])), dict.fromkeys(COSTS, 0)
+        plain, cost = make_guider(world, row.training, table.steps, folder, report)
+        return VARIANTS[row.variant](plain) if row.variant else plain, cost
 
     def sample(setting: dict) -> Callable[[Sequence[int], Scenes], Tensor]:
         return sampler(world, row, guider()[0], setting, row.steps or table.steps, table.schedule)
@@ -207,7 +205,7 @@ def interval(weight: float, low: float = 0.0, high: float = math.inf) -> Autogui
     return Autoguidance(weight, NoiseInterval(low, high))
 
 
-@lru_cache
+@cache
 def conditional_denoiser(device: torch.device) -> nn.Module:
     """Read once."""
     return load_conditional_denoiser().to(device)
@@ -216,7 +214,7 @@ def conditional_denoiser(device: torch.device) -> nn.Module:
 def cost_of(world: World, sample: Callable[[Sequence[int], Scenes], Tensor], steps: int, count: int = 32,
             repeats: int = 3) -> dict:
     """Passes of the denoiser for each image, and seconds over those of plain sampling, in turn."""
-    numbers, scenes = range(count), Scenes(*(part.to(world.device) for part in draw(range(count))))
+    numbers, scenes = range(count), draw(range(count)).to(world.device)
     with_way_back: list[bool] = []
 
     def count_call(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -82,7 +82,7 @@ def judge_all(sample: Callable[[Sequence[int], Scenes], Tensor], seeds: range, j
     scores, seen = [], []
     for start in range(0, len(seeds), batch):
         part = seeds[start:start + batch]
-        scenes = Scenes(*(each.to(device) for each in draw(part, label=label)))
+        scenes = draw(part, label=label).to(device)
         images = sample(part, scenes)
         with torch.no_grad():
             energy = guider.aim(truth(scenes, guider.task)).energy(images, clean(images))

@@ -23,10 +23,15 @@ SCALE = 2.75              # of a one-hot map around these, so that its spread is
 SOFT = 0.2                # a label this much more present is e times as probable, where a one-hot map has 1
 
 
+def one_hot(segmentation: Tensor) -> Tensor:
+    """(B, H, W) long -> (B, 9, H, W)."""
+    return F.one_hot(segmentation, len(LABELS)).movedim(-1, 1).float()
+
+
 def as_points(segmentation: Tensor) -> Tensor:
     """A label map (B, H, W) long as what is diffused, (B, 9, H, W): one-hot, around zero."""
-    one_hot = F.one_hot(segmentation, len(LABELS)).movedim(-1, 1).float()
-    return SCALE * (one_hot - _shares(one_hot))
+    found = one_hot(segmentation)
+    return SCALE * (found - _shares(found))
 
 
 def presence(points: Tensor) -> Tensor:

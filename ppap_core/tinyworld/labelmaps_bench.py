@@ -22,6 +22,7 @@ from .labelmaps import (
     improbability,
     joint,
     label_map,
+    one_hot,
     renamed,
     share_guider,
     soft_labels,
@@ -74,11 +75,6 @@ def named(prior: Denoiser, found: Tensor) -> Tensor:
     """The same maps, the shape of each called what makes it most probable."""
     every = torch.cat([renamed(found, shape) for shape in range(SHAPES)])
     return best_of(every, improbability(prior, every, [*range(len(found))] * SHAPES), SHAPES)
-
-
-def one_hot(labels: Tensor) -> Tensor:
-    """(B, H, W) long -> (B, 9, H, W)."""
-    return F.one_hot(labels, len(LABELS)).movedim(-1, 1).float()
 
 
 # Without the prior

@@ -19,7 +19,7 @@ from ..noise import ExpertSchedule
 from ..samples import Recorder, SampleStore, Trajectories
 from ..sampling import Denoiser, seeded_noise
 from . import TASKS, condition
-from .judging import score
+from .judging import Reference, features, reference, score
 from .latent import CHANNELS, SIZE, SPACE, as_hint, depth_picture
 from .latent_world import GRID, LatentWorld, flow_sigmas
 from .scenes import Scenes, draw, truth
@@ -82,16 +82,16 @@ class Way:
     slow: bool = False     # measured at one weight, on one batch of images
 
 
-def measure(world: LatentWorld, task: str, way: Way, weight: float, config: LatentBench, reference: FeatureStats) -> dict:
+def measure(world: LatentWorld, task: str, way: Way, weight: float, config: LatentBench, real: Reference) -> dict:
     """Images for scenes that nothing was trained on, one for each."""
-    found, stats, judge = [], FeatureStats(reference.sum.numel()), world.judges[task]
+    found, stats, judge = [], FeatureStats(real.features.shape[1]), world.judges[task]
     for start in range(0, config.batch if way.slow else config.images, config.batch):
         seeds = range(1000 + start, 1000 + min(start + config.batch, config.images))
-        scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
+        scenes = draw(seeds, SIZE // 4).to(world.device)
         images = world.decode(world.sample(seeds, flow_sigmas(config.steps), denoiser(world, way, scenes, weight, seeds)))
         found.append(score(judge, images, scenes))
-        stats.update(features(world, images))
-    return {"score": float(torch.cat(found).mean()), "frechet": frechet_distance(stats, reference)}
+        stats.update(features(real.judge, images))
+    return {"score": float(torch.cat(found).mean()), "frechet": frechet_distance(stats, real.stats)}
 
 
 def denoiser(world: LatentWorld, way: Way, scenes: Scenes, weight: float, seeds: Sequence[int]) -> Denoiser:
@@ -117,7 +117,7 @@ def weights_of(way: Way, config: LatentBench) -> tuple[float, ...]:
 def step_ratio(world: LatentWorld, way: Way, repeats: int) -> float:
     """Seconds of a step of eight images over seconds of a plain one."""
     seeds = range(8)
-    scenes = Scenes(*(part.to(world.device) for part in draw(seeds, SIZE // 4)))
+    scenes = draw(seeds, SIZE // 4).to(world.device)
     x = seeded_noise(seeds, (CHANNELS, GRID, GRID)).to(world.device)
     step = denoiser(world, way, scenes, MIDDLE, seeds)
     return ratio_in_turn(lambda: step(x, x.new_ones(len(x))), lambda: world.denoise(x, x.new_ones(len(x))), repeats)
@@ -127,21 +127,6 @@ def step_ratio(world: LatentWorld, way: Way, repeats: int) -> float:
 def encoded_depth(world: LatentWorld, seeds: range) -> Tensor:
     """The exact depth of scenes as the ControlNet is given it."""
     return as_hint(world.autoencoder.encode(depth_picture(draw(seeds, SIZE).depth.to(world.device))))
-
-
-@torch.no_grad()
-def features(world: LatentWorld, images: Tensor) -> Tensor:
-    """The class judge's features."""
-    judge = world.judges["class"]
-    return base_network(judge).features(judge.preprocess(images))
-
-
-def scene_features(world: LatentWorld, count: int) -> FeatureStats:
-    """Of real scenes."""
-    stats = FeatureStats(features(world, draw(range(2), SIZE // 4).image.to(world.device)).shape[1])
-    for start in range(0, count, 256):
-        stats.update(features(world, draw(range(start, min(start + 256, count)), SIZE // 4).image.to(world.device)))
-    return stats
 
 
 def ways(world: LatentWorld, task: str, distilled: Callable[[str], Guider]) -> dict[str, Callable[[], Way]]:
@@ -167,7 +152,7 @@ def latent_bench(config: LatentBench, folder: Path, report: Report) -> list[dict
     """All tasks, all rows, each at all weights; what the folder holds already is not done again."""
     claim(folder, asdict(config))
     world, folder, rows = LatentWorld(), Path(folder), []
-    reference = scene_features(world, config.scenes)
+    real = reference(world.judges["class"], config.scenes, SIZE // 4, world.device)
     for task in TASKS:
         def distilled(view: str, task=task) -> Guider:
             return experts(world, task, view, config, folder, report)
@@ -176,7 +161,7 @@ def latent_bench(config: LatentBench, folder: Path, report: Report) -> list[dict
             if not file.exists():
                 way = make()
                 weights = weights_of(way, config)
-                found = {f"{weight:g}": measure(world, task, way, weight, config, reference) for weight in weights}
+                found = {f"{weight:g}": measure(world, task, way, weight, config, real) for weight in weights}
                 report(f"{task}, {name}: {found}")
                 write_json(file, {"task": task, "row": name, "by_weight": found,
                                   "step_ratio": step_ratio(world, way, config.repeats)})

@@ -21,6 +21,10 @@ class Scenes(NamedTuple):
     depth: Tensor         # (B, 1, H, W) in [0, 1], 1 is nearest, as depth networks and depth pictures have it
     segmentation: Tensor  # (B, H, W) long
 
+    def to(self, device: torch.device) -> "Scenes":
+        """The same on another device."""
+        return Scenes(*(part.to(device) for part in self))
+
 
 # Distance to the outline of each shape of about unit radius: negative inside, (x, y) any shape.
 

@@ -28,9 +28,7 @@ from .scenes import CLASSES, draw
 from .train import NETWORKS, TRAINING_SEEDS, Recipe, fit
 
 Model = Callable[..., Tensor]  # (x, sigma) or (x, sigma, what it is told) -> denoised
-BUNDLED = "half the width, a sixteenth of the training"
-TRAINED = {  # name -> (width, share of the training)
-    BUNDLED: (32, 1 / 16), "half the width, a quarter of the training": (32, 1 / 4)}
+BUNDLED, QUARTER = "half the width, a sixteenth of the training", "half the width, a quarter of the training"
 DAMAGED = ("dropout", "noise on the input", "weights of four bits")
 TUNED = "a LoRA"
 MADE = {  # name -> (rank, training steps of it, the step at which it was kept, strength)
@@ -38,13 +36,15 @@ MADE = {  # name -> (rank, training steps of it, the step at which it was kept, 
     "a LoRA of rank 1, a sixteenth of the steps": (1, 25, 25, 1.0), "half the strength of the LoRA": (8, 400, 400, 0.5),
     "the model without the LoRA": (8, 400, 400, 0.0)}
 STAR = CLASSES.index("star")
-KINDS = (*TRAINED, *DAMAGED, *MADE)
+KINDS = (BUNDLED, QUARTER, *DAMAGED, *MADE)
 
 
 def bad_version(kind: str, told: bool, folder: Path, device: torch.device) -> Model:
     """A denoiser of KINDS; what has to be trained is kept in the folder, and gone on with if it was stopped."""
-    if kind in TRAINED:
-        return _trained(kind, told, folder, device)
+    if kind == BUNDLED:
+        return load_sibling(told).to(device)
+    if kind == QUARTER:
+        return _quarter_trained(told, folder, device)
     if kind in MADE:
         return _made(kind, folder, device)
     good = (load_conditional_denoiser() if told else load_denoiser()).to(device)
@@ -52,17 +52,13 @@ def bad_version(kind: str, told: bool, folder: Path, device: torch.device) -> Mo
             "weights of four bits": quantised(good)}[kind]
 
 
-def _trained(kind: str, told: bool, folder: Path, device: torch.device) -> nn.Module:
-    if kind == BUNDLED:
-        return load_sibling(told).to(device)
-    width, share = TRAINED[kind]
+def _quarter_trained(told: bool, folder: Path, device: torch.device) -> nn.Module:
     base = "conditional_denoiser" if told else "denoiser"
-    net, name = partial(TinyDenoiser, width=width, conditions=CONDITIONS if told else 0), f"{base}_{width}_{share:g}"
+    net, name = partial(TinyDenoiser, width=32, conditions=CONDITIONS if told else 0), f"{base}_32_0.25"
     if not (folder / f"{name}.safetensors").exists():
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
-        fit(name, net(), NETWORKS[base][1], Recipe(round(FULL[told] * share), ema=0.999 if share == 1 else 0.99, half=True),
-            folder, device)
+        fit(name, net(), NETWORKS[base][1], Recipe(FULL[told] // 4, ema=0.99, half=True), folder, device)
     return load_weights(net(), name, folder).to(device)
 
 

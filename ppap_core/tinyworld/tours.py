@@ -63,12 +63,6 @@ def _with_dots(drawn: Tensor, covered: Tensor) -> Tensor:
     return drawn * (1 - covered) - covered
 
 
-def pairs(count: int) -> tuple[Tensor, Tensor]:
-    """The two ends of each of the E = V (V - 1) / 2 edges between V cities, (E,) and (E,)."""
-    first, second = torch.triu_indices(count, count, 1)
-    return first, second
-
-
 def adjacency(point: Tensor, temperature: float) -> Tensor:
     """How much there is of each edge, (B, V, V) of any numbers -> (B, V, V), symmetric, each row about 2 in sum.
 
@@ -86,7 +80,7 @@ def drawer(places: Sequence[Tensor]) -> Render:
 
     places: (V, 2) for each of the B pictures. Every edge is drawn once, here: 20 MB for 50 cities.
     """
-    first, second = pairs(len(places[0]))
+    first, second = torch.triu_indices(len(places[0]), len(places[0]), 1)  # the ends of every edge
     drawn = torch.stack([lines(each[first], each[second]) for each in places])
     covered = torch.stack([dots(each) for each in places])
 

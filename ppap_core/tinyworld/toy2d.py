@@ -6,6 +6,7 @@ exact, so that what lies outside and what is missing can be counted.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class Points(nn.Module):
     def __init__(self, width: int, layers: int = 4):
         super().__init__()
         sizes = [3, *[width] * layers]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.head = nn.Linear(width, 2)
         nn.init.zeros_(self.head.weight)
 

@@ -40,7 +40,7 @@ from .latent import (
 )
 from .networks import TinyTransformer, augment, tiny_convnext, tiny_resnet
 from .salesman import solve
-from .scenes import Scenes, draw
+from .scenes import Scenes, draw, truth
 from .tours import solved_tours
 
 TRAINING_SEEDS = 10_000_000  # scenes below this number are never trained on
@@ -91,19 +91,17 @@ def label_map_loss(net: Denoiser, scenes: Scenes, generator: torch.Generator) ->
     return denoiser_loss(net, scenes._replace(image=as_points(scenes.segmentation)), generator, middle=0.9)
 
 
-def class_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """Cross-entropy of the class, (B,)."""
-    return cross_entropy(net(augment(scenes.image, generator)), scenes.label)
+def absolute_error(depth: Tensor, wanted: Tensor) -> Tensor:
+    """(B, 1, h, w) and the same -> (B,)."""
+    return (depth.float() - wanted).abs().flatten(1).mean(1)
 
 
-def depth_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """Absolute error of the depth, (B,)."""
-    return (net(augment(scenes.image, generator)).float() - scenes.depth).abs().mean(dim=(1, 2, 3))
+LOSSES = {"class": cross_entropy, "depth": absolute_error, "segmentation": pixel_cross_entropy}  # (answer, truth) -> (B,)
 
 
-def segmentation_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """Mean cross-entropy of the pixels, (B,)."""
-    return pixel_cross_entropy(net(augment(scenes.image, generator)), scenes.segmentation)
+def answer_loss(task: str, net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
+    """Of a network's answers on scenes, seen as real networks see them in training, (B,)."""
+    return LOSSES[task](net(augment(scenes.image, generator)), truth(scenes, task))
 
 
 CROP = 64  # side of what an autoencoder is trained on: its convolutions know no place
@@ -277,7 +275,6 @@ def fit(name: str, net: nn.Module, loss: Callable, recipe: Recipe, folder: Path,
 
 
 OUTPUTS = {task: (max(len(labels), 1), dense) for task, (labels, dense) in TASKS.items()}
-LOSSES = {"class": class_loss, "depth": depth_loss, "segmentation": segmentation_loss}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     "denoiser": (TinyDenoiser, denoiser_loss, Recipe(steps=11_000, ema=0.9995)),
     "conditional_denoiser": (conditional_denoiser, conditional_loss, Recipe(steps=2500, lr=5e-4, ema=0.998, seed=7,
@@ -294,13 +291,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     "tinyworld_eps": (TinyEps, eps_loss, Recipe(steps=5000, ema=0.999, seed=5, latents=16_384, half=True)),
     "tours": (tour_denoiser, partial(denoiser_loss, middle=0.0),
               Recipe(steps=6000, batch=16, size=64, ema=0.998, seed=10, half=True, tours=4096)),
-    **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), loss, Recipe(steps=3000, seed=1))
-       for task, loss in LOSSES.items()},
-    **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), loss, Recipe(steps=2000, seed=2))
-       for task, loss in LOSSES.items()},
-    **{f"second_judge_{task}": (partial(TinyTransformer, *OUTPUTS[task]), loss,
+    **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), partial(answer_loss, task), Recipe(steps=3000, seed=1))
+       for task in TASKS},
+    **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), partial(answer_loss, task), Recipe(steps=2000, seed=2))
+       for task in TASKS},
+    **{f"second_judge_{task}": (partial(TinyTransformer, *OUTPUTS[task]), partial(answer_loss, task),
                                Recipe(steps=4000 if task == "class" else 2000, seed=8, half=True))
-       for task, loss in LOSSES.items()},
+       for task in TASKS},
 }
 
 

@@ -18,22 +18,17 @@ from ..files import load_tensors, read_json, save_tensors, write_json
 from ..guider import Guider
 from ..noise import ExpertSchedule, as_seen, expand, seeded
 from ..samples import Pairs, SampleStore, trajectory_pairs
-from ..tasks import TASKS, cross_entropy, pixel_cross_entropy
+from ..tasks import TASKS
 from . import original
 from .scenes import draw, truth
+from .train import LOSSES
 from .world import World, generate_store
 
 Report = Callable[[str], None]
 LABELLED = 500_000_000  # scenes from this number on are for training with labels
 
 
-def absolute_error(depth: Tensor, wanted: Tensor) -> Tensor:
-    """(B, 1, h, w) and the same -> (B,)."""
-    return (depth - wanted).abs().flatten(1).mean(1)
-
-
 COSTS = ("trainable_share", "training_images", "training_minutes")
-LOSSES = {"class": cross_entropy, "depth": absolute_error, "segmentation": pixel_cross_entropy}  # with labels
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def distil(world: World, bank: ExpertBank, training: Training, store: SampleStor
     """Distil the experts as the core does, or in one of the ways that are here to be compared with it."""
     if training.original:
         def loss(pairs: Pairs) -> Tensor:
-            return distill_loss(world.guider, bank, Pairs(*(part.to(world.device) for part in pairs)), original.TEMPERATURE)
+            return distill_loss(world.guider, bank, pairs.to(world.device), original.TEMPERATURE)
         return original.distil(bank, store, loss, training.steps, training.batch, training.lr, folder / "bank.safetensors",
                                on_step)
     if training.features or training.jitter or training.draws > 1:
@@ -181,13 +176,12 @@ def jitter_loss(world: World, bank: ExpertBank, training: Training, store: Sampl
     pairs = trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view)
     noise = torch.randn(pairs.seen.shape, generator=seeded(0, index, step, 1))
     pairs = pairs._replace(seen=pairs.seen + training.jitter * as_seen(expand(pairs.sigma, noise) * noise, pairs.sigma))
-    return distill_loss(world.guider, bank, Pairs(*(part.to(world.device) for part in pairs)))
+    return distill_loss(world.guider, bank, pairs.to(world.device))
 
 
 def features_loss(world: World, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
     """Distillation of the features before the head beside the answers, (B,)."""
-    pairs = Pairs(*(part.to(world.device) for part in
-                    trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view)))
+    pairs = trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view).to(world.device)
     prepare, base = world.guider.preprocess, base_network(world.guider)
     with torch.no_grad():
         wanted = base.features(prepare(pairs.images))

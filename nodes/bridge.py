@@ -1,6 +1,7 @@
 """Between ComfyUI and the core: tensors, progress, guiders by name."""
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..ppap_core import loaders, tinyworld
 from ..ppap_core.guider import Guider
+from ..ppap_core.plots import loss_plot
 from . import folders
 from .memory import patcher_of, settle
 
@@ -71,6 +73,18 @@ def progress_in_shares() -> Callable[[int, int], None]:
     return lambda done, total: report(1000 * done // max(total, 1))
 
 
+def progress_with_plot(total: int) -> Callable[[int, dict[str, Sequence[float]]], None]:
+    """Report(steps done, losses by name) of a training: a plot of them is shown, drawn once in a second."""
+    report, shown = progress(total), 0.0
+
+    def plotted(done: int, losses: dict[str, Sequence[float]]) -> None:
+        nonlocal shown
+        fresh = time.monotonic() - shown > 1
+        shown = time.monotonic() if fresh else shown
+        report(done, loss_plot(losses) if fresh else None)
+    return plotted
+
+
 def show_text(node: Any, text: str) -> dict[str, list[str]]:
     """Show a text in the node of the page that asked; the same for the history, where programs read it."""
     server = getattr(sys.modules.get("server"), "PromptServer", None)
@@ -93,9 +107,14 @@ def guider_sources() -> dict[str, Callable[[str], Guider]]:
     return sources
 
 
+def guider_source(name: str) -> Callable[[str], Guider]:
+    """What loads the guider of a name in the list. ValueError for any other name."""
+    return folders.choose(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")
+
+
 def load_guider(name: str, answer: str = "own") -> Guider:
     """A guider by the name in the list; read once for as long as its network is in use. ValueError for any other name."""
-    load = folders.choose(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")
+    load = guider_source(name)
     key = (name, answer, *folders.guider_state(name))
     net = _loaded.get(key)
     if net is None:

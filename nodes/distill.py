@@ -1,5 +1,4 @@
 """Images of a MODEL's own, and experts that learn from the way to them."""
-import time
 from typing import Any
 
 import comfy.sample
@@ -12,12 +11,11 @@ from ..ppap_core.distill import DistillConfig, distill
 from ..ppap_core.experts import ExpertBank, LoraSpec, base_network
 from ..ppap_core.guider import Guider
 from ..ppap_core.noise import ExpertSchedule
-from ..ppap_core.plots import loss_plot
 from ..ppap_core.samples import Recorder, SampleStore, Trajectories
 from ..ppap_core.sampling import seeded_noise
 from ..ppap_core.view import LatentSpace
 from . import folders, models
-from .bridge import autograd, image_from_comfy, progress
+from .bridge import autograd, image_from_comfy, progress, progress_with_plot
 from .memory import load_to_train
 from .models import PURE_NOISE, Patcher
 from .types import Samples
@@ -30,7 +28,7 @@ def generate_samples(samples: Samples, count: int, latent: dict, model: Patcher,
     settings: cfg, sampler name, scheduler, positive, negative.
     """
     shape, done = models.fitting(model, latent).shape, len(samples.store)
-    report, space, listening, recorder = progress(count * steps), samples.space, model.clone(), Recorder()
+    report, listening, recorder = progress(count * steps), model.clone(), Recorder()
 
     def note(args: dict) -> Tensor:
         x, sigma = models.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
@@ -49,7 +47,7 @@ def generate_samples(samples: Samples, count: int, latent: dict, model: Patcher,
         made = comfy.sample.sample(listening, noise, steps, *settings, torch.zeros_like(noise), seed=seeds[0],
                                    disable_pbar=True,
                                    callback=lambda step, x0, *_: report(done * steps + (step + 1) * len(seeds),
-                                                                        space.colours(x0[:1]) if space else x0))
+                                                                        models.preview(model, x0[:1])))
         done += len(seeds)
         return made, recorder.trajectories(seeds)
 
@@ -87,14 +85,11 @@ def distil(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillCo
     """Train a bank on the steps that led to the samples; returns the losses by interval."""
     names = [f"sigma {each.lo:.3g} to {each.hi:.3g}" for each in bank.schedule]
     losses: dict[str, list[float]] = {name: [] for name in names}
-    report, shown = progress(len(names) * config.steps), 0.0
+    report = progress_with_plot(len(names) * config.steps)
 
     def on_step(index: int, step: int, loss: float) -> None:
-        nonlocal shown
         losses[names[index]].append(loss)
-        fresh = time.monotonic() - shown > 1
-        shown = time.monotonic() if fresh else shown
-        report(index * config.steps + step + 1, loss_plot(losses) if fresh else None)
+        report(index * config.steps + step + 1, losses)
 
     recipe = [samples.store.recipe, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
               bank.schedule.edges, vars(bank.lora), vars(config)]

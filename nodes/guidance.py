@@ -122,23 +122,7 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
             return attempt(lambda: executor(point, timestep.clone(), *args, **kwargs).detach())
 
     def guide(args: dict) -> Tensor:
-        denoised, run, sampling = args["denoised"], runs[-1], args["model"].model_sampling
-        x, sigma = models.to_ve(sampling, args["input"].detach(), args["sigma"])
-        run.levels.add(float(sigma[0]))
-
-        def pull_back(gradient: Tensor) -> Tensor:
-            gradient = models.images_as_frames(gradient, denoised)
-            [found] = torch.autograd.grad(denoised, args["input"], gradient.to(denoised), retain_graph=True)
-            return models.frames_as_images(found / models.to_ve(sampling, torch.ones_like(x), args["sigma"])[0])
-
-        frames, predicted = models.frames_as_images(x), models.frames_as_images(denoised.detach())
-        found = guidance_shift(run.terms_at(float(sigma[0])), frames, sigma.repeat_interleave(len(frames) // len(x)),
-                               predicted, sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute,
-                               pull_back=pull_back)
-        if found is None:
-            return denoised
-        run.readings += found.readings
-        return denoised + models.images_as_frames(found.shift, denoised)
+        return shifted(args, runs[-1], max_rms)
 
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
     guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(asked(terms, eyes), through, KEY))
@@ -149,6 +133,27 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     guided.set_additional_models(KEY, guided.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
     guided.set_attachments(KEY, (*applied(model), (terms, max_rms, vae, runs)))
     return guided
+
+
+def shifted(args: dict, run: Run, max_rms: float) -> Tensor:
+    """The denoised prediction that a post-CFG function was given, shifted by the terms of a run."""
+    denoised, sampling = args["denoised"], args["model"].model_sampling
+    x, sigma = models.to_ve(sampling, args["input"].detach(), args["sigma"])
+    run.levels.add(float(sigma[0]))
+
+    def pull_back(gradient: Tensor) -> Tensor:
+        gradient = models.images_as_frames(gradient, denoised)
+        [found] = torch.autograd.grad(denoised, args["input"], gradient.to(denoised), retain_graph=True)
+        return models.frames_as_images(found / models.to_ve(sampling, torch.ones_like(x), args["sigma"])[0])
+
+    frames, predicted = models.frames_as_images(x), models.frames_as_images(denoised.detach())
+    found = guidance_shift(run.terms_at(float(sigma[0])), frames, sigma.repeat_interleave(len(frames) // len(x)), predicted,
+                           sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute,
+                           pull_back=pull_back)
+    if found is None:
+        return denoised
+    run.readings += found.readings
+    return denoised + models.images_as_frames(found.shift, denoised)
 
 
 def applied(model: Patcher) -> tuple:
@@ -183,6 +188,21 @@ def cfg_guider(model: Patcher, positive: list, negative: list, cfg: float) -> co
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider
+
+
+def instead_of_sampling(guider: comfy.samplers.CFGGuider, shape: tuple[int, ...], seed: int,
+                        work: Callable[[Any, Tensor, dict], Any]) -> Any:
+    """What work(predict, noise, extra_args) returns, done where a sampler would be at work: ComfyUI has loaded the model and
+    prepared its conditioning. noise: zeros of this shape, in the place and the type that the model wants."""
+    found = []
+
+    def sampler(predict: Any, noise: Tensor, sigmas: Tensor, extra_args: dict, **unused: Any) -> Tensor:
+        found.append(work(predict, noise, extra_args))
+        return noise
+
+    empty = torch.zeros(shape)
+    guider.sample(empty, empty, comfy.samplers.KSAMPLER(sampler), torch.tensor([1.0, 0.0]), seed=seed)
+    return found[0]
 
 
 def sample_guided(model, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, *settings: Any,

@@ -97,8 +97,7 @@ class PPAPLoadGuider(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, guider_name, answer="own"):
-        return folders.verdict(folders.choose, bridge.guider_sources(), guider_name, "guider",
-                              "put its folder into models/ppap_guiders")
+        return folders.verdict(bridge.guider_source, guider_name)
 
     @classmethod
     def fingerprint_inputs(cls, guider_name, answer="own"):

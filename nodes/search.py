@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import comfy.samplers
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -16,7 +15,7 @@ from ..ppap_core.prior import PriorConfig, find_images
 from ..ppap_core.sampling import Denoiser
 from . import folders, models
 from .bridge import autograd, progress
-from .guidance import asked, cfg_guider, core_term, eyes_for
+from .guidance import asked, cfg_guider, core_term, eyes_for, instead_of_sampling
 from .memory import for_gradients, make_differentiable, patcher_of, room_for, settle, with_gradients
 from .models import Patcher
 from .recipe import about_model, about_terms, about_vae
@@ -39,9 +38,8 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
              "start": digest([given, how["start_noise"]])}
     state = folders.output_folder("ppap_prior", f"{digest([about, asdict(config), seed, particles])}.state.safetensors")
     report = progress(config.steps)
-    found: list[tuple[Tensor, Losses]] = []
 
-    def look(predict: Any, noise: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: Any) -> Tensor:
+    def look(predict: Any, noise: Tensor, extra_args: dict) -> tuple[Tensor, Losses]:
         settle(networks, noise.device)
         if config.jacobian:
             make_differentiable(guider)
@@ -56,13 +54,10 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
                 particles=particles, frames=len(start) // len(known), sigma_data=models.sigma_data_of(model), about=about,
                 state_file=state, attempt=with_gradients(guider.inner_model) if config.jacobian else None,
                 on_step=lambda step, _, points: report(step + 1, models.preview(model, points[:1])), **how)
-            found.append((models.images_as_frames(images, known), losses))
-        return noise
+            return models.images_as_frames(images, known), losses
 
     guider = cfg_guider(searched, positive, negative, cfg)
-    empty = torch.zeros(particles * len(known), *known.shape[1:])
-    guider.sample(empty, empty, comfy.samplers.KSAMPLER(look), torch.tensor([1.0, 0.0]), seed=seed)
-    [(images, losses)] = found
+    images, losses = instead_of_sampling(guider, (particles * len(known), *known.shape[1:]), seed, look)
     return {**given, "samples": model.model.process_latent_out(images.cpu())}, losses
 
 

@@ -1,8 +1,6 @@
 """Fine-tuning of a MODEL by a LoRA, as a sampler: ComfyUI loads the model and prepares its conditioning as for any other."""
-import time
 from typing import Any
 
-import comfy.samplers
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -12,11 +10,10 @@ from ..ppap_core.digest import digest
 from ..ppap_core.files import save_tensors
 from ..ppap_core.finetune import FineTune, as_lora, fine_tune
 from ..ppap_core.lowrank import Changes
-from ..ppap_core.plots import loss_plot
 from . import folders, models
 from .bad_model import INSIDE
-from .bridge import autograd, progress
-from .guidance import cfg_guider
+from .bridge import autograd, progress_with_plot
+from .guidance import cfg_guider, instead_of_sampling
 from .memory import for_gradients, make_differentiable, room_for, with_gradients
 from .models import Patcher
 from .recipe import about_model
@@ -35,19 +32,15 @@ def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: 
     tuned.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for([], True, KEY))
     about = {**about_model(model, positive), "data": digest(images)}
     state = folders.output_folder("ppap_training", f"{digest([about, name, vars(config)])}.state.safetensors")
-    report, shown, values = progress(config.steps), 0.0, []
-    found: list[tuple[Changes, list[float]]] = []
+    report, values = progress_with_plot(config.steps), []
 
     def on_step(step: int, loss: float, changes: Changes) -> None:
-        nonlocal shown
         values.append(loss)
         if step + 1 in early:
             save_lora(early_name(name, step + 1), changes)
-        fresh = time.monotonic() - shown > 1
-        shown = time.monotonic() if fresh else shown
-        report(step + 1, loss_plot({"loss": values}) if fresh else None)
+        report(step + 1, {"loss": values})
 
-    def train(predict_at: Any, noise: Tensor, sigmas: Tensor, extra_args: dict, callback: Any, disable: Any) -> Tensor:
+    def train(predict_at: Any, noise: Tensor, extra_args: dict) -> tuple[Changes, list[float]]:
         make_differentiable(guider)
         sampling, net = guider.inner_model.model_sampling, guider.inner_model.diffusion_model
 
@@ -58,14 +51,11 @@ def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: 
             return predict_at(seen, sigma, **extra_args), models.to_ve(sampling, images, sigma)[1]
 
         with autograd():
-            found.append(fine_tune(net, predict, images.to(noise), config, about, models.sigma_data_of(model), state,
-                                   on_step, with_gradients(net)))
-        return noise
+            return fine_tune(net, predict, images.to(noise), config, about, models.sigma_data_of(model), state, on_step,
+                             with_gradients(net))
 
     guider = cfg_guider(tuned, positive, positive, 1.0)
-    empty = torch.zeros(config.batch, *images.shape[1:])
-    guider.sample(empty, empty, comfy.samplers.KSAMPLER(train), torch.tensor([1.0, 0.0]), seed=config.seed)
-    [(changes, losses)] = found
+    changes, losses = instead_of_sampling(guider, (config.batch, *images.shape[1:]), config.seed, train)
     save_lora(name, changes)
     return comfy.sd.load_lora_for_models(model, None, as_lora(changes, INSIDE), 1.0, 0.0)[0], losses
 

@@ -228,7 +228,7 @@ def test_a_training_that_was_cancelled_goes_on(bench: Bench, monkeypatch: pytest
                 raise management.InterruptProcessingException
         return report
     with monkeypatch.context() as patch:
-        patch.setattr(module, "progress", cancelled)
+        patch.setattr(module, "progress_with_plot", cancelled)
         with pytest.raises(management.InterruptProcessingException):
             tuned(bench, scene, "cancelled", seed=4)
     steps, real = [], module.fine_tune

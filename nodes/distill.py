@@ -81,7 +81,7 @@ def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: fl
     return ExpertSchedule.equal_shares(experts, lowest, highest, levels)
 
 
-def distil(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
+def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
     """Train a bank on the steps that led to the samples; returns the losses by interval."""
     names = [f"sigma {each.lo:.3g} to {each.hi:.3g}" for each in bank.schedule]
     losses: dict[str, list[float]] = {name: [] for name in names}

@@ -107,7 +107,7 @@ class PPAPDistilExperts(io.ComfyNode):
         schedule = distill.schedule_for(samples, experts, sigma_min, sigma_max)
         bank = distill.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature)
-        losses = distill.distil(samples, guider, bank, config)
+        losses = distill.train_experts(samples, guider, bank, config)
         return io.NodeOutput(with_experts(guider, bank), losses)
 
 

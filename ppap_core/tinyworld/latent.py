@@ -66,7 +66,7 @@ def class_labels(names: str) -> Tensor:
     return torch.tensor([CLASSES.index(name) if name else -1 for name in found])
 
 
-def eps_sigmas() -> Tensor:
+def timestep_sigmas() -> Tensor:
     """Noise levels of the timesteps 0 to 999 (Rombach et al. 2022): betas linear in their roots, (1000,)."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
@@ -82,7 +82,7 @@ class TinyEps(TinyUNet):
 
     def __init__(self):
         super().__init__(width=64, blocks=2, channels=CHANNELS, conditions=CONDITIONS)
-        self.register_buffer("sigmas", eps_sigmas(), persistent=False)
+        self.register_buffer("sigmas", timestep_sigmas(), persistent=False)
 
     def forward(self, x: Tensor, timestep: Tensor, pooled: Tensor) -> Tensor:
         """What of the noise a Gaussian prior tells, and what the network knows better (Karras et al. 2022, table 1)."""
@@ -92,7 +92,7 @@ class TinyEps(TinyUNet):
 
 def denoise_by_eps(net: TinyEps, x: Tensor, sigma: Tensor, given: Tensor) -> Tensor:
     """Expected latent of x = latent + sigma noise (B, 16, h, w) by the noise-predicting model, at the nearest timestep."""
-    timestep = (eps_sigmas().to(x).log()[None] - sigma.log()[:, None]).abs().argmin(1)
+    timestep = (timestep_sigmas().to(x).log()[None] - sigma.log()[:, None]).abs().argmin(1)
     return x - expand(sigma, x) * net(as_seen(x, sigma), timestep.to(x), given)
 
 

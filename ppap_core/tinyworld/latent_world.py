@@ -11,7 +11,7 @@ from . import TASKS, latent, load_guider, load_judge
 from .latent import CHANNELS, CONDITIONS, SHRINK, SIZE, load_autoencoder, load_control, load_flow, undiffused
 
 GRID = SIZE // SHRINK
-SHIFT = 3.0  # of the flow's times, as ComfyUI samples models of this kind
+TIME_SHIFT = 3.0  # of the flow's times, as ComfyUI samples models of this kind
 
 
 class LatentWorld:
@@ -52,11 +52,11 @@ class LatentWorld:
 def flow_sigmas(steps: int) -> Tensor:
     """Noise levels of a flow's shifted times, descending to 0, (steps + 1,)."""
     ramp = torch.linspace(1 - 0.5 / steps, 0, steps + 1)
-    t = SHIFT * ramp / (1 + (SHIFT - 1) * ramp)
+    t = TIME_SHIFT * ramp / (1 + (TIME_SHIFT - 1) * ramp)
     return t / (1 - t)
 
 
 def eps_sigmas(steps: int) -> Tensor:
     """Noise levels within those of the noise-predicting model, descending to 0, (steps + 1,)."""
-    trained = latent.eps_sigmas()
+    trained = latent.timestep_sigmas()
     return karras_sigmas(steps, float(trained[0]), float(trained[-1]))

@@ -46,7 +46,7 @@ def pairs(store: SampleStore, experts: int, index: int, step: int, size: int) ->
     return Pairs(images, as_seen(images + expand(sigma, images) * noise, sigma), sigma)
 
 
-def distil(bank: ExpertBank, store: SampleStore, loss: Callable[[Pairs], Tensor], steps: int, batch: int, lr: float,
+def distill(bank: ExpertBank, store: SampleStore, loss: Callable[[Pairs], Tensor], steps: int, batch: int, lr: float,
            file: Path, on_step: Callable[[int, int, float], None]) -> None:
     """Train interval after interval, each from where the one before ended; a bank that the file holds is only read."""
     experts, moments = range(len(bank.schedule)), {}

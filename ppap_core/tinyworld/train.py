@@ -34,9 +34,9 @@ from .latent import (
     as_hint,
     depth_picture,
     diffused,
-    eps_sigmas,
     load_autoencoder,
     load_flow,
+    timestep_sigmas,
 )
 from .networks import TinyTransformer, augment, tiny_convnext, tiny_resnet
 from .salesman import solve
@@ -162,7 +162,7 @@ def eps_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Ten
     """Error of the noise at timesteps drawn evenly (Ho et al. 2020, eq. 14), (B,)."""
     latent, given = scenes.latent, known_or_not(scenes.label, generator)
     timestep = torch.randint(1000, (len(latent),), generator=generator)
-    sigma = eps_sigmas()[timestep].to(latent)
+    sigma = timestep_sigmas()[timestep].to(latent)
     noise = torch.randn(latent.shape, generator=generator).to(latent)
     found = net(as_seen(latent + expand(sigma, latent) * noise, sigma), timestep.to(latent), given)
     return (found.float() - noise).square().flatten(1).mean(1)

@@ -90,7 +90,7 @@ def make_guider(world: World, training: Training, steps: int, folder: Path, repo
     if store is None:
         learn(net, training, folder, partial(label_loss, world, net, training), on_step)
     else:
-        distil(world, net, training, store, folder, on_step)
+        train_experts(world, net, training, store, folder, on_step)
     if not about.exists():
         share = 1.0 if training.whole else net.trainable_share()
         share *= sum(training.ranks) / len(training.ranks) / training.rank if training.ranks else 1
@@ -110,13 +110,13 @@ def narrow(bank: ExpertBank, ranks: Sequence[int]) -> None:
         bank.load(index, weights)
 
 
-def distil(world: World, bank: ExpertBank, training: Training, store: SampleStore, folder: Path,
+def train_experts(world: World, bank: ExpertBank, training: Training, store: SampleStore, folder: Path,
            on_step: Callable[[int, int, float], None]) -> None:
     """Distil the experts as the core does, or in one of the ways that are here to be compared with it."""
     if training.original:
         def loss(pairs: Pairs) -> Tensor:
             return distill_loss(world.guider, bank, pairs.to(world.device), original.TEMPERATURE)
-        return original.distil(bank, store, loss, training.steps, training.batch, training.lr, folder / "bank.safetensors",
+        return original.distill(bank, store, loss, training.steps, training.batch, training.lr, folder / "bank.safetensors",
                                on_step)
     if training.features or training.jitter or training.draws > 1:
         loss = features_loss if training.features else jitter_loss if training.jitter else draws_loss

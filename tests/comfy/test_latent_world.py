@@ -105,7 +105,7 @@ def test_the_models_are_the_core_s_networks(comfy, world: LatentWorld):
         theirs = flow.apply_model(x, t, c_crossattn=pooled[:, None], y=pooled)
         ours = x - t[:, None, None, None] * core.load_flow()(x, t, pooled[:, None], pooled)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
-        eps, sigma = world.model("eps").model, core.eps_sigmas()[[100, 900]]
+        eps, sigma = world.model("eps").model, core.timestep_sigmas()[[100, 900]]
         theirs = eps.apply_model(x, sigma, y=pooled)
         seen = x / (1 + sigma[:, None, None, None] ** 2).sqrt()
         ours = x - sigma[:, None, None, None] * core.load_eps()(seen, torch.tensor([100.0, 900.0]), pooled)

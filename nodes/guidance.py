@@ -94,8 +94,8 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     """
     models.require_supported(model)
     through, runs = any(term.through and term.weight for term in terms), deque(maxlen=4)
-    guided = for_gradients(model) if through else model.clone()
     eyes, networks = eyes_for(terms, model, vae)
+    guided = for_gradients(model) if through else model.clone()
 
     def start_run(executor, noise, *args, **kwargs):
         patched = executor.class_obj.model_patcher

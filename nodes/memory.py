@@ -20,8 +20,7 @@ log = logging.getLogger(__name__)
 SPARE = 1.5  # of what autograd keeps: the backward pass needs room of its own
 THROUGH = 2.0  # of that share for a gradient through the model; what it keeps depends on its kind and is not known before
 NO_WAY_BACK = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
-ONCE_MORE = ("and it cannot be loaded in another way: start ComfyUI with --disable-dynamic-vram, or choose 'in the "
-             "prediction' as gradient")
+HOW_ELSE = "start ComfyUI with --disable-dynamic-vram, or choose 'in the prediction' as gradient"
 SHARE = 1 / 4  # of the device's memory that a gradient may ask for; what needs more is done in parts of the batch
 
 
@@ -75,7 +74,8 @@ def for_gradients(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patche
     if not is_dynamic(model):
         return model.clone()
     if model.cached_patcher_init is None:
-        raise ValueError(f"gradients cannot pass this model under dynamic VRAM, {ONCE_MORE}")
+        raise ValueError("gradients cannot pass this model under dynamic VRAM, and its loader does not load it twice: "
+                         f"{HOW_ELSE}")
     return model.get_non_dynamic_delegate()
 
 
@@ -92,7 +92,8 @@ def make_differentiable(guider: Any) -> None:
     """
     for each in (guider.model_patcher, *guider.loaded_models):
         if is_dynamic(each):
-            raise ValueError(f"gradients cannot pass {type(each.model).__name__} under dynamic VRAM, {ONCE_MORE}")
+            raise ValueError(f"gradients cannot pass {type(each.model).__name__}, which is beside the model, under dynamic "
+                             f"VRAM: {HOW_ELSE}")
         if hasattr(each, "unpin_all_weights"):
             each.unpin_all_weights()
     beside = [guider.inner_model, *(getattr(each, "model", None) for each in guider.loaded_models)]

@@ -239,7 +239,7 @@ class Decoder(torch.nn.Module):
             raise ValueError("this VAE decodes videos, and a guider looks through it at one image at a time: disconnect it, "
                              "and the guiders will look at the colours of the latents")
         with torch.inference_mode(False):
-            self.net = private_copy(vae.first_stage_model).eval().requires_grad_(False)
+            self.net = private_copy(vae.first_stage_model).to(vae.vae_dtype).eval().requires_grad_(False)
         self.process_out = model.get_model_object("latent_format").process_out
         self.halves = vae.process_output(torch.zeros(1)).item()  # a VAE answers in [-1, 1], or in [0, 1] already
 

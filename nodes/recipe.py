@@ -8,10 +8,12 @@ import comfy.sd
 import torch
 
 from ..ppap_core.digest import digest
+from ..ppap_core.experts import ExpertBank
 from . import bad_model, guidance
 from .models import Patcher
 from .types import GuidanceTerm
 
+BORROWED = ("x_embedder.", "orig_y_embedder.")  # by ControlNets of SD 3.5
 
 def about_model(model: Patcher, *conditioning: list) -> dict:
     """A model with all that is applied to it, and its conditioning."""
@@ -26,12 +28,22 @@ def about_model(model: Patcher, *conditioning: list) -> dict:
 
 def about_terms(terms: Sequence[GuidanceTerm]) -> str:
     """What guides, with the weights of its networks."""
-    return digest([(term, of_networks({"net": term.guider.net})) for term in terms])
+    return digest([(term, about_network(term.guider.net)) for term in terms])
+
+
+def about_network(net: Any) -> str | None:
+    """The weights of a guider's network, of which a rule has none. Those of a bank also hold the expert that is active."""
+    if isinstance(net, ExpertBank):
+        experts = [net.weights(index) for index in range(len(net.schedule))]
+        return about_weights([net.fingerprint, net.schedule.edges, experts])
+    return about_weights(net.state_dict()) if isinstance(net, torch.nn.Module) else None
 
 
 def about_vae(vae: comfy.sd.VAE | None) -> str | None:
-    """A VAE, if there is one."""
-    return None if vae is None else about_weights(vae.first_stage_model.state_dict())
+    """A VAE, if there is one: its layers' weights, for what is small may change its type when it is loaded."""
+    if vae is None:
+        return None
+    return about_weights({name: weight for name, weight in vae.first_stage_model.named_parameters() if weight.ndim > 1})
 
 
 def about_weights(weights: Any) -> str:
@@ -39,16 +51,21 @@ def about_weights(weights: Any) -> str:
     return digest(weights, sampled=True)
 
 
-def of_networks(parts: dict[str, Any]) -> list[str]:
-    """The weights of the networks among named values."""
-    return [about_weights(part.state_dict()) for _, part in sorted(parts.items()) if isinstance(part, torch.nn.Module)]
+def about_control(control: comfy.controlnet.ControlBase) -> str:
+    """The weights of a ControlNet or T2I-Adapter, without those that it borrows from the model while it is at work."""
+    if isinstance(control, comfy.controlnet.ControlLora):
+        return about_weights(control.control_weights)
+    net = getattr(control, "control_model", None) or getattr(control, "t2i_model", None)
+    return about_weights({name: weight for name, weight in net.state_dict().items() if not name.startswith(BORROWED)}
+                         if isinstance(net, torch.nn.Module) else None)
 
 
 def counted(value: Any) -> Any:
     """What counts of one value of a conditioning: ControlNets and hooks are objects that change while they are at work."""
     if isinstance(value, comfy.controlnet.ControlBase):
         return (type(value).__qualname__, value.strength, value.timestep_percent_range, value.cond_hint_original,
-                value.extra_concat_orig, about_vae(value.vae), of_networks(vars(value)), counted(value.previous_controlnet))
+                value.extra_concat_orig, {name: each for name, each in value.extra_args.items() if name != "base_model"},
+                about_vae(value.vae), about_control(value), counted(value.previous_controlnet))
     if isinstance(value, comfy.hooks.HookGroup):
         return [(type(hook).__qualname__, getattr(hook, "_strength_model", None),
                  about_weights(getattr(hook, "weights", None)),

@@ -118,10 +118,10 @@ def _load(folder: Path) -> tuple[nn.Module, dict]:
         raise ValueError(f"timm {timm.__version__} knows no architecture {architecture!r} (from {folder.name}/config.json): "
                          "expected one of timm.list_models(); a newer timm may have it")
     args = {"num_classes": config.get("num_classes", 1000)} | config.get("model_args", {})
-    loading = [name for name in inspect.signature(timm.create_model).parameters if name in args]
-    if loading:  # checkpoint_path may be a pickle, pretrained downloads
-        raise ValueError(f"model_args in {folder.name}/config.json holds {loading[0]}, which says where weights come from: "
-                         "expected settings of the network alone; take it out, weights are those of model.safetensors")
+    strange = [name for name in inspect.signature(timm.create_model).parameters if name in args]
+    if strange:  # checkpoint_path may be a pickle, pretrained downloads
+        raise ValueError(f"model_args in {folder.name}/config.json holds {strange[0]}, which is no setting of the network: "
+                         "take it out; the weights are those of model.safetensors, whatever it says")
     net = timm.create_model(architecture, pretrained=False, **args)
     weights = {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file)[0].items()}
     own = net.state_dict()

@@ -4,6 +4,7 @@ Written against transformers 4.50 to 5: what the two disagree about is asked of 
 """
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -52,7 +53,8 @@ def class_times_mask(model: nn.Module, image: Tensor, **task: Tensor) -> Tensor:
     What `post_process_semantic_segmentation` does (Cheng et al. 2021, semantic inference), with a gradient.
     """
     found = model(pixel_values=image, **task)
-    with torch.autocast(image.device.type, enabled=False):  # the gradient of a small share is more than float16 can hold
+    kind = image.device.type  # in full, for the gradient of a small share is more than float16 can hold
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         classes = found.class_queries_logits.float().softmax(-1)[..., :-1]
         masks = found.masks_queries_logits.float().sigmoid()
         return torch.einsum("bqk,bqhw->bkhw", classes, masks).clamp_min(1e-6).log()

@@ -410,12 +410,28 @@ def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_o
 
     kinds = [(0.5, 1.0), (0.6, 1.0), (0.5, 0.9), (0.5, 1.0, 0.1), (0.5, 1.0, 0.0, 0.8)]
     assert len({about(world.model, controlled(*kind))["conditioning"] for kind in kinds}) == len(kinds)
-    assert about(world.model, controlled(*kinds[0])) == about(world.model, controlled(*kinds[0]))
+    first, cancelled = controlled(*kinds[0]), controlled(*kinds[0])
+    cancelled[0][1]["control"].model_sampling_current = torch.nn.Linear(2, 2)  # left by a cancelled sampling
+    cancelled[0][1]["control"].cond_hint = torch.ones(1)
+    assert about(world.model, first) == about(world.model, cancelled)
+    cancelled[0][1]["control"].extra_args["control_type"] = [1]
+    assert about(world.model, first) != about(world.model, cancelled)
     patched = [world.model.clone() for _ in range(3)]
     for model, scale in zip(patched, (1.0, 3.0, 3.0), strict=True):
         model.set_model_sampler_post_cfg_function(lambda args, scale=scale: scale * args["denoised"])
     one, three, again = (about(model)["model"] for model in patched)
     assert one != three == again
+
+
+def test_the_recipe_of_experts_does_not_depend_on_the_one_that_is_active(comfy, world: World):
+    experts, recipe = world.experts(), comfy.pack.nodes.recipe
+    [model] = comfy("PPAPApplyGuidance", model=world.model, terms=world.term(experts), max_rms=0.0)
+    names = []
+    for index in (0, 1):
+        experts.net.select(index)
+        names.append(recipe.about_model(model)["model"])
+    other = world.experts(seed=1)
+    assert names[0] == names[1] and recipe.about_terms(world.term(other)) != recipe.about_terms(world.term(experts))
 
 
 def test_a_guided_ksampler_gives_back_what_it_need_not_sample_or_cannot(comfy, world: World):

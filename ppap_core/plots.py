@@ -9,7 +9,7 @@ from torch import Tensor
 
 INK, PAPER, GRID = (40, 40, 46), (255, 255, 255), (225, 225, 230)
 Points = Sequence[tuple[float, float]]
-INSIDE = 6  # names of lines that find room among the lines; more stand beside the plot
+INSIDE, LONG = 6, 40  # names of lines that find room among the lines, and the length of one that finds none
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -61,7 +61,7 @@ def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str,
               log_y: bool = False, size: tuple[int, int] = (420, 720)) -> Tensor:
     """Lines with a legend; size is (height, width) in pixels. Points that a logarithmic axis cannot show are left out.
 
-    Many lines have their names beside the plot; many single points are numbered there.
+    Many or long names stand beside the plot; many single points are numbered there.
     """
     from PIL import Image, ImageDraw
 
@@ -70,7 +70,8 @@ def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str,
     draw, small = ImageDraw.Draw(picture), _font(12)
     shown = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)
                     and (x > 0 or not log_x) and (y > 0 or not log_y)] for name, points in series.items()}
-    beside, numbered = len(shown) > INSIDE, len(shown) > INSIDE and all(len(line) == 1 for line in shown.values())
+    numbered = len(shown) > INSIDE and all(len(line) == 1 for line in shown.values())
+    beside = len(shown) > INSIDE or max(map(len, shown), default=0) > LONG
     labels = [f"{index}  {name}" if numbered else name for index, name in enumerate(shown, 1)]
     widest = int(max(map(small.getlength, labels), default=0))
     left, right, top, bottom = 70, width - 20 - (widest + 38 if beside else 0), 44, height - 52

@@ -107,7 +107,9 @@ def test_three_experts_start_as_the_plain_network_learn_alone_and_come_back_from
     assert bool(grouped) is FAMILIES[name].grouped and not grouped & set(bank.lora.targets)
     plain = guider.predict(image, clean(image))
     for sigma in (0.1, 1.0, 10.0):
-        assert torch.equal(experts.predict(image, level(sigma, image)), plain)
+        # bit for bit, but that a single thread may convolve by the copy of a weight in another order
+        torch.testing.assert_close(experts.predict(image, level(sigma, image)), plain, rtol=0,
+                                   atol=0 if torch.get_num_threads() > 1 else 1e-4 * float(plain.abs().max()))
 
     before = [experts.predict(image, level(sigma, image)) for sigma in (0.1, 10.0)]
     with bank.trainable(1) as parameters:

@@ -15,6 +15,7 @@ from .types import GuidanceTerm
 
 BORROWED = ("x_embedder.", "orig_y_embedder.")  # by ControlNets of SD 3.5
 
+
 def about_model(model: Patcher, *conditioning: list) -> dict:
     """A model with all that is applied to it, and its conditioning."""
     sampling = model.get_model_object("model_sampling")
@@ -51,13 +52,14 @@ def about_weights(weights: Any) -> str:
     return digest(weights, sampled=True)
 
 
-def about_control(control: comfy.controlnet.ControlBase) -> str:
+def about_control(control: comfy.controlnet.ControlBase) -> str | None:
     """The weights of a ControlNet or T2I-Adapter, without those that it borrows from the model while it is at work."""
     if isinstance(control, comfy.controlnet.ControlLora):
         return about_weights(control.control_weights)
     net = getattr(control, "control_model", None) or getattr(control, "t2i_model", None)
-    return about_weights({name: weight for name, weight in net.state_dict().items() if not name.startswith(BORROWED)}
-                         if isinstance(net, torch.nn.Module) else None)
+    if net is None:
+        return None
+    return about_weights({name: weight for name, weight in net.state_dict().items() if not name.startswith(BORROWED)})
 
 
 def counted(value: Any) -> Any:

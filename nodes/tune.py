@@ -25,7 +25,7 @@ EARLY = (16, 4)  # what is kept on the way: after a sixteenth and a quarter of t
 def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: FineTune) -> tuple[Patcher, list[float]]:
     """The MODEL with a LoRA that was trained on images, and the losses. The LoRA, and early states of it, are saved."""
     models.require_supported(model)
-    early = {config.steps // share for share in EARLY}
+    early = {config.steps // share for share in EARLY} - {0}
     for each in (name, *(early_name(name, step) for step in early)):
         folders.new_lora_file(each)
     tuned, images = for_gradients(model), model.model.process_latent_in(latent["samples"])

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_tensor
 
 from ppap_core.plots import contact_sheet, save_picture
 
-SIDE, LARGEST, COLUMNS = 96, 128, 8  # pixels of a picture on the sheet; larger ones are plots, which the sheet leaves out
+SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger ones are plots, which the sheet leaves out
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
@@ -27,5 +27,4 @@ def test_a_workflow_makes_its_picture(server: Server, name: str):
 
 def drawn(picture: Image.Image) -> torch.Tensor:
     """A picture on the sheet, (3, SIDE, SIDE) in [-1, 1]; pixels stay visible as such."""
-    large = Image.Resampling.NEAREST if picture.width < SIDE else Image.Resampling.LANCZOS
-    return to_tensor(picture.convert("RGB").resize((SIDE, SIDE), large)) * 2 - 1
+    return to_tensor(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)) * 2 - 1

@@ -2,6 +2,7 @@
 import re
 import shutil
 import time
+from itertools import combinations
 from statistics import correlation, mean
 
 import pytest
@@ -31,6 +32,8 @@ NODES = {"PPAPTinyWorld", "PPAPTinyLatentWorld", "PPAPClassConditioning", "PPAPL
          "PPAPPlugAndPlayPrior",
          "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance", "PPAPReadGuidance",
          "PPAPGuidanceReport", "PPAPLookThrough"}
+SMALLEST_WITH_PREVIEW = {"KSampler": 480, "PPAPGuidedKSampler": 550, "SamplerCustomAdvanced": 340, "PPAPGenerateSamples": 530,
+                         "PPAPDistilExperts": 540, "PPAPTrainLora": 440, "PPAPPlugAndPlayPrior": 550}  # pixels of height
 GUIDED = WORLD | {
     "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),
     "3": node("PPAPAimAtClass", guider=["2", 0], classes="star"),
@@ -63,6 +66,8 @@ def drawn(graph: dict) -> dict[str, int]:
     for key, each in graph.items():
         if each["class_type"] in ("SaveImage", "PreviewImage"):
             decoded = graph[each["inputs"]["images"][0]]
+            if decoded["class_type"] == "ImageScaleBy":
+                decoded = graph[decoded["inputs"]["image"][0]]
             if decoded["class_type"] == "VAEDecode":
                 source = graph[decoded["inputs"]["samples"][0]]
                 while "latent_image" in source["inputs"]:  # of one sampler, or of one after another
@@ -77,10 +82,26 @@ def test_the_shipped_workflows_are_these():
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
+def test_no_node_of_a_shipped_workflow_covers_another_or_its_preview(name: str):
+    boxes = {each["id"]: box_of(each) for each in page_of(name)["nodes"]}
+    for (one, a), (other, b) in combinations(boxes.items(), 2):
+        apart = a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+        assert apart, f"the nodes {one} and {other} of {name}"
+
+
+def box_of(each: dict) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a node on the page, with its title and the preview it shows while it works."""
+    (x, y), (width, height) = each["pos"], each["size"]
+    if each["flags"].get("collapsed"):
+        width, height = 100, 0
+    return x, y - 30, x + width, y + max(height, SMALLEST_WITH_PREVIEW.get(each["type"], 0))
+
+
+@pytest.mark.parametrize("name", WORKFLOW_NAMES)
 def test_a_shipped_workflow_runs_and_shows_pictures(server: Server, name: str):
     graph = quick(workflow(name, server.get("/object_info")))
     outputs, shown = server.run(graph), drawn(graph)
-    side = 32 if any(each["class_type"] == "PPAPTinyWorld" for each in graph.values()) else 128
+    side = 256 if any(each["class_type"] == "PPAPTinyWorld" for each in graph.values()) else 128
     assert len(shown) >= 2
     for key, count in shown.items():
         pictures = server.pictures(outputs[key])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 INK, PAPER, GRID = (40, 40, 46), (255, 255, 255), (225, 225, 230)
 Points = Sequence[tuple[float, float]]
-INSIDE, LONG = 6, 40  # names of lines that find room among the lines, and the length of one that finds none
+INSIDE, LONG = 4, 40  # names of lines that find room among the lines, and the length of one that finds none
 
 
 def colour(index: int) -> tuple[int, int, int]:

@@ -51,7 +51,7 @@ def test_a_plot_has_height_and_width_as_asked_and_draws_each_line_in_its_colour(
 def test_the_names_of_many_lines_stand_beside_the_plot_and_hide_none_of_it():
     def plot(count: int) -> torch.Tensor:
         return line_plot({f"line {index}": [(0, index), (1, index)] for index in range(count)}, "", "x", "y")
-    few, many = (pixels_of(plot(count), 0)[:, 1] for count in (6, 7))
+    few, many = (pixels_of(plot(count), 0)[:, 1] for count in (4, 5))
     assert len(many.unique()) < len(few.unique())
     inside = many[many < 600]
     assert inside.max() - inside.min() > 400 and many.max() > inside.max() + 10, "the line ends before its name begins"
@@ -63,7 +63,7 @@ def test_many_single_points_are_numbered_and_few_are_not():
         shade = torch.tensor((40, 40, 46)).float() / 127.5 - 1
         found = ((plot[0] - shade[:, None, None]).abs().amax(0) < 0.3).nonzero()
         return sum(1 for row, column in found.tolist() if 75 < column < 380 and 50 < row < 240 and column - row < 130)
-    assert ink(7) > 20 + ink(6)
+    assert ink(5) > 10 + ink(4)
 
 
 @pytest.mark.parametrize("log_x", [False, True])

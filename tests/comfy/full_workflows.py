@@ -1,4 +1,5 @@
-"""Every shipped workflow at its full settings in a ComfyUI, and the README's picture of it: `make pictures`.
+"""Every shipped workflow at its full settings in a ComfyUI, and its pictures: `make pictures`. One is for the README, with
+all that it shows; one stands for it among the templates, with two images before and after.
 
 Not part of the suite, which runs them with few steps: about five minutes on two cores.
 """
@@ -8,10 +9,21 @@ from comfy_server import Server
 from graphs import WORKFLOW_NAMES, WORKFLOWS, titled, workflow
 from PIL import Image, ImageStat
 from torchvision.transforms.functional import to_tensor
+from torchvision.utils import save_image
 
 from ppap_core.plots import contact_sheet, save_picture
 
 SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger ones are plots, which the sheet leaves out
+
+BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"), "company": ("ControlNet alone", "Both"),
+                    "depth": ("Without guidance", "Same depth as the reference"),
+                    "latent": ("Without guidance", "Steered towards stars"),
+                    "latent_experts": ("Without guidance", "By the experts"), "prior": ("As they are", "Made symmetric"),
+                    "quickstart": ("Without guidance", "Steered towards stars"),
+                    "regions": ("Without guidance", "A disk, low and to the left"),
+                    "rules": ("Without guidance", "With the three rules"),
+                    "segmentation": ("Without guidance", "Same regions as the reference"),
+                    "siblings": ("The good sibling alone", "With autoguidance, same seed")}
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
@@ -23,6 +35,8 @@ def test_a_workflow_makes_its_picture(server: Server, name: str):
     sheet = contact_sheet({title: torch.stack([drawn(each) for each in pictures]) for title, pictures in rows.items()}, 1,
                           max(map(len, rows.values())))
     save_picture(sheet, WORKFLOWS.parent / "docs" / "pictures" / f"{name}.png")
+    save_image(torch.stack([drawn(each) for title in BEFORE_AND_AFTER[name] for each in rows[title][:2]]),
+               WORKFLOWS / f"{name}.jpg", nrow=2, padding=0, normalize=True, value_range=(-1, 1))
 
 
 def drawn(picture: Image.Image) -> torch.Tensor:

@@ -32,8 +32,9 @@ NODES = {"PPAPTinyWorld", "PPAPTinyLatentWorld", "PPAPClassConditioning", "PPAPL
          "PPAPPlugAndPlayPrior",
          "PPAPGenerateSamples", "PPAPDistilExperts", "PPAPPlotLosses", "PPAPPlotGuidance", "PPAPReadGuidance",
          "PPAPGuidanceReport", "PPAPLookThrough"}
-SMALLEST_WITH_PREVIEW = {"KSampler": 480, "PPAPGuidedKSampler": 550, "SamplerCustomAdvanced": 340, "PPAPGenerateSamples": 530,
-                         "PPAPDistilExperts": 540, "PPAPTrainLora": 440, "PPAPPlugAndPlayPrior": 550}  # pixels of height
+SMALLEST_WITH_PREVIEW = {"KSampler": 480, "PPAPGuidedKSampler": 550, "SamplerCustomAdvanced": 340,
+                         "PPAPGenerateSamples": 530, "PPAPDistilExperts": 540, "PPAPTrainLora": 440,
+                         "PPAPPlugAndPlayPrior": 550}  # height in pixels
 GUIDED = WORLD | {
     "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),
     "3": node("PPAPAimAtClass", guider=["2", 0], classes="star"),

@@ -106,7 +106,8 @@ class PPAPDistilExperts(io.ComfyNode):
                 seed, temperature=1.0):
         schedule = distill.schedule_for(samples, experts, sigma_min, sigma_max)
         bank = distill.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
-        config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature)
+        config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature,
+                               warm_start=view == "noisy")  # where it helps, as docs/benchmark.md tells
         losses = distill.train_experts(samples, guider, bank, config)
         return io.NodeOutput(with_experts(guider, bank), losses)
 

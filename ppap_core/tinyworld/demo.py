@@ -59,7 +59,8 @@ def distil_view(world: World, view: str, store: SampleStore, folder: Path, repor
         if (step + 1) % 100 == 0:
             report(f"{view} view: expert {index + 1} of {EXPERTS}, step {step + 1}, loss {loss:.3f}")
 
-    distill(world.guider, bank, store, TRAINING, folder / f"experts_{view}", on_step)
+    training = replace(TRAINING, warm_start=view == "noisy")  # where it helps, as docs/benchmark.md tells
+    distill(world.guider, bank, store, training, folder / f"experts_{view}", on_step)
     save_bank(folder / f"experts_{view}.safetensors", bank, world.guider)
     return with_experts(world.guider, bank)
 

@@ -52,6 +52,11 @@ class World:
                     "learning_rate": 1e-3, "rank": 2, "alpha": 2.0, "seed": 0, "guider": self.guider, **changes}
         return self.comfy("PPAPDistilExperts", samples=self.samples(), **settings)[0]
 
+    def starts(self, view: str) -> list[dict]:
+        """Two experts of a view that learn at a rate of 0, as weights by name."""
+        bank = self.experts(view=view, learning_rate=0.0).net
+        return [bank.weights(index) for index in range(2)]
+
     def seen(self, seed: int = 77) -> torch.Tensor:
         """An IMAGE of the tiny world."""
         return self.comfy("VAEDecode", samples={"samples": self.sample(seed=seed)[:1]}, vae=self.vae)[0]
@@ -98,6 +103,12 @@ def test_an_open_window_and_no_limit_are_neutral(world: World):
 def test_guidance_steers_every_sampler(world: World, sampler: str, view: str):
     plain, guided = world.sample(sampler_name=sampler), world.guided(world.term(view=view), sampler_name=sampler)
     assert guided.isfinite().all() and (guided - plain).abs().mean() > 1e-4
+
+
+def test_experts_start_as_their_neighbour_ended_in_the_noisy_view_alone(world: World):
+    for view, alike in (("noisy", True), ("denoised", False)):
+        first, second = world.starts(view)
+        assert all(torch.equal(first[name], second[name]) for name in first) == alike, view
 
 
 def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):

@@ -32,8 +32,9 @@ class PPAPPlugAndPlayPrior(io.ComfyNode):
                     io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
                                    tooltip="Classifier-free guidance of the model itself. Neutral: 1."),
                     io.Float.Input("learning_rate", default=1.0, min=0.0, max=100.0, step=0.05,
-                                   tooltip="How far a step goes; low rates give pale, smooth images, which are the most "
-                                           "probable ones. Neutral: 0, nothing moves."),
+                                   tooltip="How far a step goes. From noise, low rates give pale, smooth images, which are "
+                                           "the most probable ones. An image of yours stays itself at a low rate: 0.05. "
+                                           "Neutral: 0, nothing moves."),
                     io.Float.Input("sigma_max", default=10.0, min=0.001, max=100.0, step=0.1,
                                    tooltip="Noise level at the start. The higher, the less is kept of the latent that came "
                                            "in: try 1 to change details of it. Neutral: sigma_min, all steps at one level."),

@@ -77,7 +77,8 @@ def drawn(graph: dict) -> dict[str, int]:
     return found
 
 
-def test_the_shipped_workflows_are_these():
+def test_the_shipped_workflows_are_these_and_have_thumbnails():
+    assert sorted(file.stem for file in WORKFLOWS.glob("*.jpg")) == WORKFLOW_NAMES
     assert WORKFLOW_NAMES == ["autoguidance", "company", "depth", "latent", "latent_experts", "prior", "quickstart",
                               "regions", "rules", "segmentation", "siblings"]
 

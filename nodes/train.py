@@ -1,7 +1,7 @@
 """Nodes that train: generate samples, distil experts."""
 from comfy_api.latest import io
 
-from ..ppap_core.distill import DistillConfig
+from ..ppap_core.distill import DistillConfig, starts_warm
 from ..ppap_core.experts import VIEWS, LoraSpec, with_experts
 from ..ppap_core.samples import KEPT, from_uint8
 from . import bridge, distill, folders, models, recipe
@@ -107,7 +107,7 @@ class PPAPDistilExperts(io.ComfyNode):
         schedule = distill.schedule_for(samples, experts, sigma_min, sigma_max)
         bank = distill.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature,
-                               warm_start=view == "noisy")  # where it helps, as docs/benchmark.md tells
+                               warm_start=starts_warm(view))
         losses = distill.train_experts(samples, guider, bank, config)
         return io.NodeOutput(with_experts(guider, bank), losses)
 

@@ -35,6 +35,11 @@ class DistillConfig:
     warm_start: bool = False   # an expert starts as its neighbour of less noise ended; else as the plain network
 
 
+def starts_warm(view: str) -> bool:
+    """Whether experts of a view had better start as their neighbour ended: measured in docs/benchmark.md, "improvements"."""
+    return view == "noisy"
+
+
 def distill_loss(guider: Guider, bank: ExpertBank, pairs: Pairs, temperature: float = 1.0) -> Tensor:
     """Distance of the expert's answer on what it sees of a noisy image from the plain answer on the clean one, (B,).
 

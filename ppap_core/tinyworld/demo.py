@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bank_file import save_bank
-from ..distill import DistillConfig, disagreement, distill
+from ..distill import DistillConfig, disagreement, distill, starts_warm
 from ..experts import ExpertBank, LoraSpec, base_network, with_experts
 from ..files import write_json
 from ..guidance import Term
@@ -59,7 +59,7 @@ def distil_view(world: World, view: str, store: SampleStore, folder: Path, repor
         if (step + 1) % 100 == 0:
             report(f"{view} view: expert {index + 1} of {EXPERTS}, step {step + 1}, loss {loss:.3f}")
 
-    training = replace(TRAINING, warm_start=view == "noisy")  # where it helps, as docs/benchmark.md tells
+    training = replace(TRAINING, warm_start=starts_warm(view))
     distill(world.guider, bank, store, training, folder / f"experts_{view}", on_step)
     save_bank(folder / f"experts_{view}.safetensors", bank, world.guider)
     return with_experts(world.guider, bank)

@@ -148,16 +148,17 @@ def test_a_half_done_search_goes_on(saved: Path):
     alike(points, "prior.points", 1e-3)
 
 
-@pytest.mark.parametrize("name", ["distillation/expert_0", "distillation/expert_1", "lora", "prior"])
+STATES = {"distillation/expert_0": distill_all, "distillation/expert_1": distill_all, "lora": tune, "prior": search}
+
+
+@pytest.mark.parametrize("name", STATES)
 def test_a_state_keeps_the_names_of_its_description(saved: Path, name: str):
     """What tells one training from another is compared by name and value, so that a new name refuses an old state."""
     def about() -> tuple[set, dict]:
         with safe_open(saved / f"{name}.state.safetensors", "pt") as file:
             return set(file.keys()), json.loads(file.metadata()["ppap"])
     tensors, before = about()
-    distill_all(saved, None)
-    tune(saved, None)
-    search(saved, None)
+    STATES[name](saved, None)
     found, after = about()
     assert found == tensors and {**after, "losses": 0} == {**before, "losses": 0}
     assert len(after["losses"]) == {"lora": 9, "prior": 11}.get(name, 7)

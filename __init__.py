@@ -1,13 +1,14 @@
 """ComfyUI-PPAP: any off-the-shelf network steers any diffusion model."""
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes import autoguide, folders, guide, load, prior, report, train
+from .nodes.bridge import paths
+from .nodes.schemas import autoguidance, experts, guidance, guiders, priors, reports, targets, tinyworld
 
 WEB_DIRECTORY = "./web"
-NODES: list[type[io.ComfyNode]] = [*load.NODES, *guide.NODES, *autoguide.NODES, *prior.NODES,
-                                   *train.NODES, *report.NODES]
+NODES: list[type[io.ComfyNode]] = [*tinyworld.NODES, *guiders.NODES, *targets.NODES, *guidance.NODES, *experts.NODES,
+                                   *autoguidance.NODES, *priors.NODES, *reports.NODES]
 
-folders.register_folders()
+paths.register_folders()
 
 
 class PPAP(ComfyExtension):

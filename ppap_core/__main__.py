@@ -1,3 +1,4 @@
+"""ppap_core.__main__"""
 from .cli import main
 
 main()

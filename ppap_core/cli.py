@@ -1,9 +1,12 @@
 """The command line: ppap demo | bench | toy | costs | inspect."""
 import argparse
+import importlib
 import json
 import logging
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,56 +49,27 @@ def _clock():
     return report
 
 
-def _demo(options: argparse.Namespace) -> None:
-    from .tinyworld.demo import demo
+def _at_hand(name: str) -> ModuleType:
+    """A module of the benchmarks or the examples, which lie beside the core in a clone and are not installed with it."""
+    for root in (Path(__file__).parents[1], Path.cwd()):
+        if (root / name.split(".")[0] / "__init__.py").is_file():
+            if str(root) not in sys.path:
+                sys.path.append(str(root))
+            return importlib.import_module(name)
+    raise ValueError(f"{name} is not at hand: run this command in a clone of the repository")
 
-    demo(options.folder, _clock())
+
+def _demo(options: argparse.Namespace) -> None:
+    _at_hand("examples.demo").demo(options.folder, _clock())
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from .files import write_bytes, write_json
-
-    name = "quick" if options.quick else options.table
-    out = options.out or options.folder / name
-    if name == "speed":
-        from .speed import speed, table
-
-        rows = speed(_clock())
-    elif name == "latent":
-        from .tinyworld.latent_bench import LatentBench, latent_bench, table
-
-        rows = latent_bench(LatentBench(), options.folder / "latent", _clock())
-    elif name == "tours":
-        from .tinyworld.tours_bench import TourBench, table, tour_bench
-
-        rows = tour_bench(TourBench(), _clock())
-    elif name == "labelmaps":
-        from .tinyworld.labelmaps_bench import LabelBench, label_bench, table
-
-        rows = label_bench(LabelBench(), _clock())
-    elif name == "rules":
-        from .tinyworld.rules_bench import RulesBench, rules_bench, table
-
-        rows = rules_bench(RulesBench(), _clock())
-    else:
-        return _bench_table(name, options, out)
-    write_json(out.with_suffix(".json"), rows)
-    write_bytes(out.with_suffix(".md"), table(rows).encode())
-    print(table(rows))
-
-
-def _bench_table(name: str, options: argparse.Namespace, out: Path) -> None:
-    from .tinyworld.bench import bench, markdown, read_table, write_table
-
-    about = read_table(name)
-    rows = bench(about, options.folder, _clock(), options.row)
-    write_table(about, rows, out)
-    print(markdown(about, rows))
+    _at_hand("benchmarks.cli").run(options, _clock())
 
 
 def _toy(options: argparse.Namespace) -> None:
-    from .plots import save_picture
     from .tinyworld.toy2d import panels, picture
+    from .viz.plots import save_picture
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found = panels(options.steps)
@@ -105,14 +79,12 @@ def _toy(options: argparse.Namespace) -> None:
 
 
 def _costs(options: argparse.Namespace) -> None:
-    from .costs import bank_costs
-
-    for name, value in bank_costs(options.architecture, options.experts, options.rank).items():
+    for name, value in _at_hand("benchmarks.costs").bank_costs(options.architecture, options.experts, options.rank).items():
         print(f"{name}: {value:.4g}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from .files import load_tensors
+    from .io.files import load_tensors
 
     tensors, about = load_tensors(options.file)
     numbers = sum(tensor.numel() for tensor in tensors.values())

@@ -1,5 +1,5 @@
 """Denoisers and the two plain samplers that the sample store, the tests and the benchmark use."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -16,11 +16,6 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, ramp.new_zeros(1)]).float()
-
-
-def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """(len(seeds), *shape); row i depends on seeds[i] only, so batches can be cut anywhere."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed) % 2**64)) for seed in seeds])
 
 
 def sample_euler(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ class Scenes(NamedTuple):
         return Scenes(*(part.to(device) for part in self))
 
 
-# Distance to the outline of each shape of about unit radius: negative inside, (x, y) any shape.
-
 def _disk(x: Tensor, y: Tensor) -> Tensor:
     return torch.hypot(x, y) - 0.9
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..autoguidance import Autoguidance, autoguided
+from ..guidance.autoguidance import Autoguidance, autoguided
 from ..noise import NoiseInterval
-from ..plots import scatter_panels
 from ..sampling import Denoiser, karras_sigmas, sample_heun
+from ..viz.plots import scatter_panels
 
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 5.0
 ROW, DEPTH = 8, 4  # Gaussians in a branch; forks above the stem

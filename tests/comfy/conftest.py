@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_server import Server
+from helpers.comfy_server import Server
 
 ROOT = Path(__file__).parents[2]
 PACK = "ComfyUI-PPAP"

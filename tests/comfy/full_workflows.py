@@ -5,13 +5,13 @@ Not part of the suite, which runs them with few steps: about five minutes on two
 """
 import pytest
 import torch
-from comfy_server import Server
-from graphs import WORKFLOW_NAMES, WORKFLOWS, titled, workflow
+from helpers.comfy_server import Server
+from helpers.graphs import WORKFLOW_NAMES, WORKFLOWS, titled, workflow
 from PIL import Image, ImageStat
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from ppap_core.plots import contact_sheet, save_picture
+from ppap_core.viz.plots import contact_sheet, save_picture
 
 SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger ones are plots, which the sheet leaves out
 

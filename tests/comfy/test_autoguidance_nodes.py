@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import says
+from helpers.small_models import FAMILIES, lora, small
 from safetensors.torch import save_file
-from small_models import FAMILIES, lora, small
 from test_compatibility import EPS, FEATURES, FLOW, MIXING, VIDEO, Bench, Scene, bench, ksampler, with_guider, with_lora
 from torch import Tensor
 
@@ -141,7 +141,7 @@ def test_a_bad_model_made_by_a_lora_needs_hardly_any_memory(bench: Bench, monkey
     import comfy.model_management as management
     import comfy.sd
 
-    scene, module = bench.scene(FLOW), bench.comfy.pack.nodes.bad_model
+    scene, module = bench.scene(FLOW), bench.comfy.pack.nodes.bridge.autoguidance
     [bad, _] = comfy.sd.load_lora_for_models(scene.model, None, lora(scene.model, rank=1), 0.5, 0.0)
     changes, needed, difference, predict = [], [], module.difference, module.predict
 
@@ -172,7 +172,7 @@ def test_what_is_no_bad_model_is_said_in_words(bench: Bench):
 
 
 def test_samples_of_a_guided_model_are_not_taken_for_those_of_another(bench: Bench):
-    scene, about = bench.scene(FLOW), bench.comfy.pack.nodes.recipe.about_model
+    scene, about = bench.scene(FLOW), bench.comfy.pack.nodes.bridge.fingerprint.about_model
     weak, weaker = with_strength(scene, 0.5), with_strength(scene, 0.2)
     models = [scene.model, *(guided(bench, scene, bad, weight, **place).model for bad, weight, place in (
         (weak, 2.0, {}), (weak, 2.5, {}), (weak, 2.0, {"end_percent": 0.5}), (weaker, 2.0, {}), (sibling(FLOW), 2.0, {})))]
@@ -206,7 +206,7 @@ def test_a_lora_is_trained_and_the_stock_loader_reads_it_and_its_early_states(be
 
 @pytest.mark.parametrize("family", [EPS, FLOW])
 def test_training_lowers_the_error_on_the_images(bench: Bench, family: str, monkeypatch: pytest.MonkeyPatch):
-    losses, module = [], bench.comfy.pack.nodes.tune
+    losses, module = [], bench.comfy.pack.nodes.bridge.lora_training
     monkeypatch.setattr(module, "fine_tune", lambda *args, real=module.fine_tune: losses.append(real(*args)) or losses[-1])
     tuned(bench, bench.scene(family), "learns", steps=120, rank=8)
     values = losses[0][1]
@@ -216,9 +216,9 @@ def test_training_lowers_the_error_on_the_images(bench: Bench, family: str, monk
 def test_a_training_that_was_cancelled_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     import comfy.model_management as management
 
-    scene, module = bench.scene(FLOW), bench.comfy.pack.nodes.tune
+    scene, module = bench.scene(FLOW), bench.comfy.pack.nodes.bridge.lora_training
     whole = ksampler(bench, replace(scene, model=tuned(bench, scene, "whole", seed=4)[0]))
-    folder = bench.comfy.pack.nodes.folders.output_folder("ppap_training")
+    folder = bench.comfy.pack.nodes.bridge.paths.output_folder("ppap_training")
     for state in folder.glob("*.safetensors"):
         state.unlink()
 

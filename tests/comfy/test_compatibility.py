@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import says
-from small_models import FAMILIES, ODD, control_net, lora, small, t2i_adapter, without_network
+from helpers.small_models import FAMILIES, ODD, control_net, lora, small, t2i_adapter, without_network
 from torch import Tensor
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -73,7 +73,7 @@ class Bench:
 
     def energy(self, scene: Scene, samples: Tensor, guider: Any = None) -> Tensor:
         """How far the colours of a final latent are from what was asked for, for each image."""
-        with self.comfy.pack.nodes.bridge.autograd(), torch.no_grad():
+        with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
             image = colours(scene.model.model, samples.clone())
             return (guider or self.guider).energy(image, torch.zeros(len(image)))
 
@@ -224,7 +224,7 @@ def test_the_gradient_through_a_model_is_the_finite_difference_of_the_energy_of_
     import comfy.sample
     import comfy.samplers
 
-    scene, models = bench.scene(family), bench.comfy.pack.nodes.models
+    scene, noise_levels = bench.scene(family), bench.comfy.pack.nodes.bridge.noise_levels
     generator = torch.Generator().manual_seed(8)
     noise, direction = torch.randn(2, *scene.latent["samples"].shape, generator=generator)
     asked = dict(steps=1, cfg=4.0, sampler_name="euler", scheduler="simple", positive=scene.positive,
@@ -235,7 +235,7 @@ def test_the_gradient_through_a_model_is_the_finite_difference_of_the_energy_of_
             return comfy.sample.sample(scene.model, noise, **asked).double()
 
     sigmas = comfy.samplers.KSampler(scene.model, 1, torch.device("cpu"), "euler", "simple", 0.5, {}).sigmas
-    sigma = models.ve_level(scene.model.get_model_object("model_sampling"), sigmas[0])
+    sigma = noise_levels.ve_level(scene.model.get_model_object("model_sampling"), sigmas[0])
     raw = {"strength": "raw", "weight": 0.3, **THROUGH}
     inside = scene.model.model.process_latent_in
     shift = inside(prediction(bench.guide(scene, **raw), noise)) - inside(prediction(scene, noise))
@@ -284,7 +284,7 @@ def test_the_colours_of_all_latents_are_those_of_comfyui_s_previews(bench: Bench
         preview = Latent2RGBPreviewer(known.latent_rgb_factors, known.latent_rgb_factors_bias, *filter(None, [reshape]))
         latent = 0.5 * torch.randn(1, known.latent_channels, 6, 10, generator=torch.Generator().manual_seed(0))
         wanted = torch.tensor(np.array(preview.decode_latent_to_preview(latent)))
-        image = bench.comfy.pack.nodes.models.space_of(model).colours(latent)[0].movedim(0, -1)
+        image = bench.comfy.pack.nodes.bridge.latents.space_of(model).colours(latent)[0].movedim(0, -1)
         assert (255 * (image + 1).clamp(0, 2) / 2 - wanted).abs().max() <= 1, name
 
 

@@ -1,17 +1,25 @@
 """The Download Guider node, against a hub that runs in the test."""
+from collections.abc import Iterator
+
 import pytest
-from test_download import FILES, REPO, TAKEN, Hub, contents, hub  # noqa: F401  the fixture
+from helpers.hub import FILES, REPO, TAKEN, Hub, contents, serving
 
 FOLDER = "some-one--a_net.v1"
 
 
 @pytest.fixture
-def here(comfy, hub: Hub, monkeypatch):  # noqa: F811
+def hub() -> Iterator[Hub]:
+    with serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def here(comfy, hub: Hub, monkeypatch):
     """The pack with its downloads going to the test's hub and to an empty folder."""
-    module, load = comfy.pack.ppap_core.download, comfy.pack.nodes.load
+    module, load = comfy.pack.ppap_core.guiders.loaders.hub, comfy.pack.nodes.schemas.guiders
     monkeypatch.setattr(load, "download", lambda repo, folder, report: module.download(repo, folder, report, hub.url))
     monkeypatch.setattr(module, "PIECE", 2000)
-    place = comfy.pack.nodes.folders.downloaded_guider(REPO)
+    place = comfy.pack.nodes.bridge.paths.downloaded_guider(REPO)
     assert not place.exists()
     yield place
     for file in (*place.parent.glob(f"{FOLDER}/*"), *place.parent.glob(f".{FOLDER}/*")):
@@ -29,13 +37,13 @@ def test_a_downloaded_network_is_in_the_list_of_load_guider(comfy, here):
     done = node(comfy).execute(repo_id=REPO)
     assert done.ui == {"text": [f"downloaded {FOLDER}: press R and choose it in Load Guider"]}
     assert here.parent.name == "ppap_guiders" and contents(here) == {name: FILES[name] for name in TAKEN}
-    assert FOLDER in comfy.pack.nodes.bridge.guider_sources()
+    assert FOLDER in comfy.pack.nodes.bridge.guider_cache.guider_sources()
     assert node(comfy).fingerprint_inputs(repo_id=REPO) != state
     again = node(comfy).execute(repo_id=REPO)
     assert again.ui == {"text": [f"{FOLDER} is there already: press R and choose it in Load Guider"]}
 
 
-def test_the_bar_moves_and_cancel_stops_and_the_next_run_goes_on(comfy, here, hub, monkeypatch):  # noqa: F811
+def test_the_bar_moves_and_cancel_stops_and_the_next_run_goes_on(comfy, here, hub, monkeypatch):
     import comfy.model_management as management
     from comfy.utils import ProgressBar
 
@@ -48,8 +56,8 @@ def test_the_bar_moves_and_cancel_stops_and_the_next_run_goes_on(comfy, here, hu
     monkeypatch.setattr(ProgressBar, "update_absolute", update)
     with pytest.raises(management.InterruptProcessingException):
         node(comfy).execute(repo_id=REPO)
-    assert not here.exists() and FOLDER not in comfy.pack.nodes.bridge.guider_sources()
-    assert f".{FOLDER}" not in comfy.pack.nodes.bridge.guider_sources()
+    assert not here.exists() and FOLDER not in comfy.pack.nodes.bridge.guider_cache.guider_sources()
+    assert f".{FOLDER}" not in comfy.pack.nodes.bridge.guider_cache.guider_sources()
     monkeypatch.setattr(ProgressBar, "update_absolute", lambda self, value, total, preview=None: None)
     node(comfy).execute(repo_id=REPO)
     assert seen[0] == (0, 1000) and seen == sorted(seen)

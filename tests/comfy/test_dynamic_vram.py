@@ -56,7 +56,7 @@ def handles_of(net: torch.nn.Module) -> set[str]:
 def test_a_copy_of_a_network_holds_nothing_of_the_memory_of_the_original(comfy, freed: list[int]):
     net = dynamic(comfy("PPAPTinyLatentWorld", kind="flow")[1].patcher).model
     before = handles_of(net)
-    own = comfy.pack.nodes.memory.private_copy(net)
+    own = comfy.pack.nodes.bridge.memory.private_copy(net)
     assert before and not handles_of(own) and handles_of(net) == before
     assert [part.kernel_size for part in own.modules() if isinstance(part, torch.nn.Conv2d)][0] == (3, 3)
     assert all(torch.equal(*each) for each in zip(own.state_dict().values(), net.state_dict().values(), strict=True))
@@ -70,14 +70,14 @@ def test_a_copy_of_a_network_holds_nothing_of_the_memory_of_the_original(comfy, 
 
 
 def test_the_decoder_of_a_vae_is_such_a_copy_and_only_made_for_those_who_look_through_it(comfy, freed: list[int]):
-    models, world = comfy.pack.nodes.models, LatentWorld(comfy)
+    latents, world = comfy.pack.nodes.bridge.latents, LatentWorld(comfy)
     dynamic(world.vae.patcher)
-    made = models.Decoder(world.vae, world.model("flow"))
+    made = latents.Decoder(world.vae, world.model("flow"))
     assert not handles_of(made)
     for view, networks in (("denoised", 2), ("noisy", 1)):
         [terms] = comfy("PPAPGuidanceTerm", guider=world.guider, weight=1.0, start_percent=0.0, end_percent=1.0,
                         factor_at_start=1.0, factor_at_end=1.0, view=view)
-        assert len(comfy.pack.nodes.guidance.eyes_for(terms, world.model("flow"), world.vae)[1]) == networks
+        assert len(comfy.pack.nodes.bridge.guidance.eyes_for(terms, world.model("flow"), world.vae)[1]) == networks
 
 
 def test_a_gradient_through_the_model_takes_weights_that_stay(comfy, freed: list[int]):
@@ -105,13 +105,13 @@ def test_a_gradient_does_not_pass_what_is_dynamic_beside_the_model(comfy, freed:
     plain = comfy("PPAPTinyLatentWorld", kind="flow")[0]
     beside = SimpleNamespace(model_patcher=plain, loaded_models=[dynamic(plain)], inner_model=plain.model, conds={})
     with says(ValueError, "dynamic VRAM", "--disable-dynamic-vram"):
-        comfy.pack.nodes.memory.make_differentiable(beside)
+        comfy.pack.nodes.bridge.autograd.make_differentiable(beside)
 
 
 def test_weights_that_wait_in_main_memory_do_not_share_a_place_while_gradients_need_them(comfy, monkeypatch):
     import comfy.model_management as management
 
     monkeypatch.setattr(management, "NUM_STREAMS", 2)
-    with comfy.pack.nodes.memory.differentiable_networks():
+    with comfy.pack.nodes.bridge.autograd.differentiable_networks():
         assert management.get_offload_stream(torch.device("cuda:0")) is None
     assert management.NUM_STREAMS == 2

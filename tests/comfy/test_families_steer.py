@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, Family
+from helpers.families import FAMILIES, Family
 from test_nodes_in_process import World
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def test_a_folder_of_each_kind_steers_the_stock_sampler(comfy, world: World, nam
         plain = world.sample(steps=20)
         term = world.term(guider, weight=10000.0, start_percent=0.3)
         guided = world.guided(term, max_rms=0.05, steps=20)  # the limit makes every kind's step alike
-        with comfy.pack.nodes.bridge.autograd(), torch.no_grad():
+        with comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
             before, after = (guider.energy(images.clone(), torch.zeros(4)) for images in (plain, guided))
         assert guided.isfinite().all() and after.mean() < before.mean(), (before, after)
         [seen] = comfy("PPAPLookThrough", guider=guider, image=torch.rand(2, 40, 24, 3))
@@ -64,10 +64,10 @@ assert asyncio.run(nodes.load_custom_node({{root!r}}))
 found = [name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("PPAP")]
 pack = sys.modules[nodes.NODE_CLASS_MAPPINGS["PPAPRule"].__module__.rsplit(".nodes", 1)[0]]
 said = []
-for action in (lambda: pack.ppap_core.loaders.load_guider({str(tmp_path)!r}),
-               lambda: pack.nodes.distill.new_bank(pack.nodes.bridge.load_guider("tinyworld/class"),
-                                                   pack.ppap_core.noise.ExpertSchedule((0.1, 1.0)),
-                                                   pack.ppap_core.experts.LoraSpec(), "noisy", 0, None)):
+for action in (lambda: pack.ppap_core.guiders.loaders.load_guider({str(tmp_path)!r}),
+               lambda: pack.nodes.bridge.distillation.new_bank(pack.nodes.bridge.guider_cache.load_guider("tinyworld/class"),
+                                                   pack.ppap_core.schedules.ExpertSchedule((0.1, 1.0)),
+                                                   pack.ppap_core.experts.bank.LoraSpec(), "noisy", 0, None)):
     try:
         action()
     except ImportError as error:
@@ -87,7 +87,7 @@ def test_guiders_lie_in_any_folder_that_comfyui_was_told_of(comfy, tmp_path):
     FAMILIES["image classifier (ViT)"].write(tmp_path / "elsewhere" / "my classifier")
     folder_paths.add_model_folder_path("ppap_guiders", str(tmp_path / "elsewhere"))
     try:
-        assert "my classifier" in comfy.pack.nodes.bridge.guider_sources()
+        assert "my classifier" in comfy.pack.nodes.bridge.guider_cache.guider_sources()
         assert comfy("PPAPLoadGuider", guider_name="my classifier")[0].name == "transformers/my classifier"
     finally:
         folder_paths.get_folder_paths("ppap_guiders").remove(str(tmp_path / "elsewhere"))

@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers import says
 
+from benchmarks.networks import load_judge
+
 KINDS = ("flow", "eps")
 HEIGHT, WIDTH = 12, 16  # of the latents: not the square that the models were trained on
 
@@ -42,11 +44,11 @@ class LatentWorld:
 
     def seen(self, kind: str, samples: torch.Tensor) -> torch.Tensor:
         """What guiders see of sampled latents without a VAE."""
-        space = self.comfy.pack.nodes.models.space_of(self.model(kind))
+        space = self.comfy.pack.nodes.bridge.latents.space_of(self.model(kind))
         return space.colours(self.model(kind).model.process_latent_in(samples).clone())
 
     def energy(self, kind: str, samples: torch.Tensor, guider: Any = None) -> torch.Tensor:
-        with self.comfy.pack.nodes.bridge.autograd(), torch.no_grad():
+        with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
             images = self.seen(kind, samples)
             return (guider or self.guider).energy(images, torch.zeros(len(images)))
 
@@ -89,7 +91,7 @@ def test_the_stock_checkpoint_loader_loads_the_flow_model_too(comfy, world: Late
     folder = Path(folder_paths.models_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     folder_paths.add_model_folder_path("checkpoints", str(folder))
-    net = comfy.pack.ppap_core.tinyworld.latent.load_flow()
+    net = comfy.pack.ppap_core.tinyworld.latents.load_flow()
     save_file({f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in net.state_dict().items()},
               folder / "tiny.safetensors")
     model = comfy("CheckpointLoaderSimple", ckpt_name="tiny.safetensors")[0]
@@ -97,8 +99,8 @@ def test_the_stock_checkpoint_loader_loads_the_flow_model_too(comfy, world: Late
 
 
 def test_the_models_are_the_core_s_networks(comfy, world: LatentWorld):
-    core = comfy.pack.ppap_core.tinyworld.latent
-    x, pooled = torch.randn(2, 16, HEIGHT, WIDTH), comfy.pack.ppap_core.tinyworld.condition(torch.tensor([3, -1]))
+    core = comfy.pack.ppap_core.tinyworld.latents
+    x, pooled = torch.randn(2, 16, HEIGHT, WIDTH), comfy.pack.ppap_core.tinyworld.loaders.condition(torch.tensor([3, -1]))
     t = torch.tensor([0.2, 0.9])
     with torch.inference_mode():
         flow = world.model("flow").model
@@ -113,14 +115,14 @@ def test_the_models_are_the_core_s_networks(comfy, world: LatentWorld):
 
 
 def test_the_colours_of_the_latents_are_those_that_comfyui_knows(comfy, world: LatentWorld):
-    space, core = comfy.pack.nodes.models.space_of(world.model("flow")), comfy.pack.ppap_core.tinyworld.latent
+    space, core = comfy.pack.nodes.bridge.latents.space_of(world.model("flow")), comfy.pack.ppap_core.tinyworld.latents
     assert space.name == core.SPACE.name == "SD3"
     torch.testing.assert_close(space.factors, core.COLOURS)
     torch.testing.assert_close(space.bias, core.BIAS)
 
 
 def test_the_vae_is_the_core_s_autoencoder(comfy, world: LatentWorld):
-    core = comfy.pack.ppap_core.tinyworld.latent
+    core = comfy.pack.ppap_core.tinyworld.latents
     scenes = comfy.pack.ppap_core.tinyworld.scenes.draw(range(2), (8 * HEIGHT, 8 * WIDTH)).image
     [encoded] = comfy("VAEEncode", pixels=(scenes.movedim(1, -1) + 1) / 2, vae=world.vae)
     with torch.inference_mode():
@@ -169,8 +171,8 @@ def test_a_guider_looks_through_the_vae(world: LatentWorld, kind: str, caplog):
 
     def decoded_energy(samples: torch.Tensor) -> torch.Tensor:
         [image] = world.comfy("VAEDecode", samples={"samples": samples}, vae=world.vae)
-        image = world.comfy.pack.nodes.bridge.image_from_comfy(image)
-        with world.comfy.pack.nodes.bridge.autograd(), torch.no_grad():
+        image = world.comfy.pack.nodes.bridge.tensors.image_from_comfy(image)
+        with world.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
             return world.guider.energy(image, torch.zeros(len(image)))
     assert decoded_energy(guided).mean() < decoded_energy(plain).mean() - 0.1
     assert torch.equal(world.guided(kind, vae=world.vae, weight=0.0), plain)
@@ -178,12 +180,12 @@ def test_a_guider_looks_through_the_vae(world: LatentWorld, kind: str, caplog):
 
 def test_the_copy_of_the_vae_is_its_own_and_sees_what_the_vae_decodes(comfy, world: LatentWorld):
     before = {name: tensor.clone() for name, tensor in world.vae.first_stage_model.state_dict().items()}
-    decoder = comfy.pack.nodes.models.Decoder(world.vae, world.model("flow"))
+    decoder = comfy.pack.nodes.bridge.latents.Decoder(world.vae, world.model("flow"))
     samples = world.sample(world.model("flow"))
     seen = decoder(world.model("flow").model.process_latent_in(samples).clone(), torch.zeros(3))
     [image] = comfy("VAEDecode", samples={"samples": samples}, vae=world.vae)
     torch.testing.assert_close((seen.clamp(-1, 1) + 1) / 2, image.movedim(-1, 1), rtol=0, atol=1e-4)
-    with comfy.pack.nodes.bridge.autograd():
+    with comfy.pack.nodes.bridge.autograd.autograd():
         point = samples.clone().requires_grad_(True)
         assert torch.autograd.grad(decoder(point, torch.zeros(3)).sum(), point)[0].abs().max() > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in world.vae.first_stage_model.state_dict().items())
@@ -268,7 +270,7 @@ def as_velocity(comfy, world: LatentWorld) -> Any:
     """The flow network as a model of another prediction type, v in EDM's noise: D is the same function of the state."""
     from comfy.model_base import ModelType
 
-    models = comfy.pack.nodes.models
+    models = comfy.pack.nodes.bridge.tinyworld
 
     class Config(models.TinyEpsConfig):
         sampling_settings = {"sigma_min": 0.002, "sigma_max": 500.0, "sigma_data": 1.0}
@@ -282,7 +284,7 @@ def as_velocity(comfy, world: LatentWorld) -> Any:
             return (noisy / (sigma**2 + 1) - denoised) * (sigma**2 + 1).sqrt() / sigma
 
     model = models.TinyLatentModel(Config({"disable_unet_model_creation": True}), ModelType.V_PREDICTION_EDM)
-    model.diffusion_model = AsVelocity(comfy.pack.ppap_core.tinyworld.latent.load_flow())
+    model.diffusion_model = AsVelocity(comfy.pack.ppap_core.tinyworld.latents.load_flow())
     return models.patcher(model)
 
 
@@ -343,7 +345,7 @@ def test_samples_of_a_model_that_is_guided_through_a_vae_have_a_recipe_of_their_
                     factor_at_start=1.0, factor_at_end=1.0, view="own")
     models = [comfy("PPAPApplyGuidance", model=world.model("flow"), terms=terms, max_rms=0.0, vae=vae)[0]
               for vae in (None, world.vae)]
-    recipes = [comfy.pack.nodes.recipe.about_model(model)["model"] for model in models]
+    recipes = [comfy.pack.nodes.bridge.fingerprint.about_model(model)["model"] for model in models]
     assert recipes[0] != recipes[1]
 
 
@@ -359,9 +361,9 @@ class Control:
     """The stock ControlNet of depth, asked for the depth of three scenes."""
 
     def __init__(self, world: LatentWorld):
-        self.world, self.tiny = world, world.comfy.pack.ppap_core.tinyworld
+        self.world, self.scenes = world, world.comfy.pack.ppap_core.tinyworld.scenes
         [self.net] = world.comfy("ControlNetLoader", control_net_name="tinyworld_depth.safetensors")
-        self.depth = self.tiny.scenes.draw(range(40, 43), (8 * HEIGHT, 8 * WIDTH)).depth
+        self.depth = self.scenes.draw(range(40, 43), (8 * HEIGHT, 8 * WIDTH)).depth
 
     def conditioning(self, strength: float = 1.0) -> dict:
         picture = self.depth.movedim(1, -1).expand(-1, -1, -1, 3)
@@ -373,9 +375,9 @@ class Control:
     def error(self, samples: torch.Tensor) -> float:
         """Mean error of the depth that a judge sees, who never guides."""
         [image] = self.world.comfy("VAEDecode", samples={"samples": samples}, vae=self.world.vae)
-        image = self.world.comfy.pack.nodes.bridge.image_from_comfy(image)
+        image = self.world.comfy.pack.nodes.bridge.tensors.image_from_comfy(image)
         with torch.inference_mode():
-            seen = self.tiny.load_judge("depth").predict(image, torch.zeros(3))
+            seen = load_judge("depth").predict(image, torch.zeros(3))
         wanted = torch.nn.functional.interpolate(self.depth, seen.shape[-2:], mode="bilinear", antialias=True)
         return (seen - wanted).abs().mean().item()
 
@@ -386,9 +388,9 @@ def control(world: LatentWorld) -> Control:
 
 
 def test_the_controlnet_that_the_stock_loader_loads_is_the_core_s(comfy, control: Control):
-    core = comfy.pack.ppap_core.tinyworld.latent
+    core = comfy.pack.ppap_core.tinyworld.latents
     x, hint = torch.randn(2, 2, 16, HEIGHT, WIDTH)
-    given, t = comfy.pack.ppap_core.tinyworld.condition(torch.tensor([2, -1])), torch.tensor([0.2, 0.9])
+    given, t = comfy.pack.ppap_core.tinyworld.loaders.condition(torch.tensor([2, -1])), torch.tensor([0.2, 0.9])
     with torch.inference_mode():
         net = control.net.control_model.float()
         [theirs] = net(x, 1000 * t, y=given, context=given[:, None], hint=hint)["output"]

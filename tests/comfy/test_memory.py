@@ -3,6 +3,7 @@ import gc
 import os
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ class Own(torch.nn.Module):
 
 def guider_of(world: World, net: torch.nn.Module) -> Any:
     """The classifier of the tiny world with another network."""
-    return replace(world.guider, name="own", net=world.comfy.pack.ppap_core.guider.IgnoreSigma(net))
+    return replace(world.guider, name="own", net=world.comfy.pack.ppap_core.guiders.guider.IgnoreSigma(net))
 
 
 def guided_model(world: World, *guiders: Any) -> Any:
@@ -124,7 +125,7 @@ def needed(world: World, asked: list[dict], model: Any = None, **changes: Any) -
 
 
 def test_comfyui_keeps_memory_free_for_the_gradients(comfy, world: World, asked: list[dict]):
-    told = comfy.pack.ppap_core.memory.gradient_bytes
+    told = comfy.pack.ppap_core.guidance.memory.gradient_bytes
     for batch in (1, 3):
         latent = {"samples": torch.zeros(batch, 3, 32, 32)}
         more = (needed(world, asked, guided_model(world, world.guider), latent_image=latent)
@@ -204,7 +205,7 @@ def test_the_conditioning_of_the_sampling_stays_as_it_was(comfy, world: World):
     import comfy.controlnet
 
     given, conds = [], {"positive": [{"control": comfy.controlnet.ControlBase()}]}
-    wrapper = world.comfy.pack.nodes.memory.room_for([world.guider], False, "ppap")
+    wrapper = world.comfy.pack.nodes.bridge.memory.room_for([world.guider], False, "ppap")
 
     def executor(model, noise_shape, conds, model_options=None):
         given.append((conds, model_options))
@@ -224,7 +225,7 @@ def test_the_conditioning_of_the_sampling_stays_as_it_was(comfy, world: World):
 def test_guiders_compute_in_the_type_of_the_model(comfy, weights: torch.dtype, cast: torch.dtype | None):
     model = SimpleNamespace(get_model_object={"manual_cast_dtype": cast}.get,
                             model=SimpleNamespace(get_dtype=lambda: weights))
-    assert comfy.pack.nodes.memory.compute_type(model) == (cast or weights)
+    assert comfy.pack.nodes.bridge.memory.compute_type(model) == (cast or weights)
 
 
 def test_a_model_in_half_precision_is_guided_in_half_precision(comfy, world: World):
@@ -251,7 +252,7 @@ def folder(comfy, monkeypatch):
     """A folder among the guiders, and how often one was read."""
     import folder_paths
 
-    place = comfy.pack.nodes.folders.Path(folder_paths.get_folder_paths("ppap_guiders")[0]) / "some net"
+    place = Path(folder_paths.get_folder_paths("ppap_guiders")[0]) / "some net"
     place.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         (place / name).write_text("{}")
@@ -259,9 +260,9 @@ def folder(comfy, monkeypatch):
 
     def read(found, answer):
         reads.append((found.name, answer))
-        guider = comfy.pack.ppap_core.loaders.load_tinyworld("class")
+        guider = comfy.pack.ppap_core.tinyworld.loaders.load_guider("class")
         return replace(guider, name=found.name)
-    monkeypatch.setattr(comfy.pack.ppap_core.loaders, "load_guider", read)
+    monkeypatch.setattr(comfy.pack.ppap_core.guiders.loaders, "load_guider", read)
     return SimpleNamespace(place=place, reads=reads)
 
 
@@ -294,7 +295,7 @@ def test_a_folder_that_changed_is_read_again(comfy, folder, file: str):
 
 
 def test_what_is_read_of_a_network_tells_it_apart(comfy, folder):
-    load = comfy.pack.nodes.bridge.load_guider
+    load = comfy.pack.nodes.bridge.guider_cache.load_guider
     own, structure, again = load("some net"), load("some net", "structure"), load("some net", "structure")
     assert folder.reads == [("some net", "own"), ("some net", "structure")]
     assert structure.net is again.net is not own.net

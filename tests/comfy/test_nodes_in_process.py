@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import says
 
-from ppap_core.rules import RULES
+from benchmarks.networks import load_judge
+from ppap_core.guiders.rules import RULES
 
 SAMPLERS = ("euler", "heun", "dpmpp_2m_sde", "uni_pc")
 
@@ -63,7 +64,7 @@ class World:
 
     def energy(self, guider: Any, images: torch.Tensor) -> torch.Tensor:
         """How far clean images are from the target."""
-        with self.comfy.pack.nodes.bridge.autograd(), torch.no_grad():
+        with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
             return guider.energy(images.clone(), torch.zeros(len(images)))
 
 
@@ -73,7 +74,7 @@ def world(comfy) -> World:
 
 
 def test_the_tiny_world_is_the_core_s_denoiser(comfy, world: World):
-    denoise = comfy.pack.ppap_core.tinyworld.load_denoiser()
+    denoise = comfy.pack.ppap_core.tinyworld.loaders.load_denoiser()
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for sigma in (0.02, 0.5, 4.0, 80.0):
@@ -113,7 +114,7 @@ def test_experts_start_as_their_neighbour_ended_in_the_noisy_view_alone(world: W
 
 def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
     world = World(comfy, batch=16)
-    judge = comfy.pack.ppap_core.tinyworld.load_judge("class").aim(torch.tensor([3]))
+    judge = load_judge("class").aim(torch.tensor([3]))
     plain, guided = (images.clone() for images in (world.sample(steps=12), world.guided(world.term(weight=8.0), steps=12)))
     before, after = (judge.score(images.clamp(-1, 1), torch.zeros(16)).mean() for images in (plain, guided))
     assert after > before + 0.2
@@ -121,7 +122,8 @@ def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
 
 def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
     model = world.model
-    terms = [comfy.pack.nodes.guidance.core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
+    core_term = comfy.pack.nodes.bridge.guidance.core_term
+    terms = [core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
              for a, b in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))]
     edge = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
     for sigma in (80.0, 1e9, edge, 1.0, 0.02, 0.0):
@@ -129,7 +131,7 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
 
 
 def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: World):
-    term = comfy.pack.nodes.guidance.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
+    term = comfy.pack.nodes.bridge.guidance.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
                                                (1, 3, 32, 32), None)
     assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
 
@@ -149,12 +151,13 @@ def test_a_flow_model_is_steered_from_pure_noise_on(world: World):
 
 
 def test_a_flow_model_is_converted_to_the_noise_of_the_core(comfy):
-    models, flow = comfy.pack.nodes.models, flow_sampling()
+    noise_levels, flow = comfy.pack.nodes.bridge.noise_levels, flow_sampling()
     x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.2, 0.9])
-    noisy, sigma = models.to_ve(flow, x, t)
+    noisy, sigma = noise_levels.to_ve(flow, x, t)
     assert sigma.tolist() == pytest.approx([0.25, 9.0])
     assert torch.allclose(noisy, x / torch.tensor([0.8, 0.1]).reshape(2, 1, 1, 1), atol=1e-5)
-    assert float("inf") == models.window_of(flow, 0.0, 0.5).hi and models.window_of(flow, 0.0, 0.5).lo == pytest.approx(1.0)
+    window = noise_levels.window_of(flow, 0.0, 0.5)
+    assert float("inf") == window.hi and window.lo == pytest.approx(1.0)
 
 
 def test_a_balanced_weight_means_the_same_for_every_guider(comfy, world: World):
@@ -232,7 +235,8 @@ def test_experts_guide_and_are_saved_and_loaded(comfy, world: World):
     guider = world.experts()
     comfy("PPAPSaveExperts", guider=guider, file_name="two experts")
     [loaded] = comfy("PPAPLoadExperts", guider=world.guider, file_name="two experts.safetensors")
-    _, about = comfy.pack.ppap_core.files.load_tensors(comfy.pack.nodes.folders.expert_file("two experts.safetensors"))
+    file = comfy.pack.nodes.bridge.paths.expert_file("two experts.safetensors")
+    _, about = comfy.pack.ppap_core.io.files.load_tensors(file)
     assert about["recipe"]["steps"] == 2 and about["recipe"]["samples"]["sampler"] == "euler"
     assert torch.equal(world.guided(world.term(loaded)), world.guided(world.term(guider)))
     assert not torch.equal(world.guided(world.term(guider)), world.guided(world.term(world.guider)))
@@ -326,13 +330,13 @@ def test_several_classes_in_one_image_and_weight_0_changes_nothing(comfy, world:
 
 
 def test_a_mask_says_where_a_class_shall_be(comfy):
-    world, judge = World(comfy, batch=8), comfy.pack.ppap_core.tinyworld.load_judge("segmentation")
+    world, judge = World(comfy, batch=8), load_judge("segmentation")
     mask = torch.zeros(1, 32, 32)
     mask[:, 13:25, 6:18] = 1
     [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/segmentation")
     [guider] = comfy("PPAPAimAtMask", guider=guider, mask=mask, name="disk")
     plain, guided = (world.sample(steps=12), world.guided(world.term(guider, weight=40.0), max_rms=0.3, steps=12))
-    with comfy.pack.nodes.bridge.autograd(), torch.no_grad():
+    with comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
         before, after = ((judge.predict(images.clone().clamp(-1, 1), torch.zeros(8)).argmax(1)[:, mask[0] > 0] == 1)
                          .float().mean() for images in (plain, guided))
     assert after > before + 0.25, (before, after)
@@ -395,7 +399,7 @@ def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: 
 
 
 def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
-    about = comfy.pack.nodes.recipe.about_model
+    about = comfy.pack.nodes.bridge.fingerprint.about_model
     again = World(comfy)
     assert about(world.model, world.conditioning) == about(again.model, again.conditioning)
     [strong], [weak] = (comfy("PPAPApplyGuidance", model=world.model, terms=world.term(weight=weight), max_rms=0.0)
@@ -409,7 +413,7 @@ def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_o
     """A search or a store that was made with other settings must not be taken for this one."""
     from comfy.controlnet import T2IAdapter
 
-    about = comfy.pack.nodes.recipe.about_model
+    about = comfy.pack.nodes.bridge.fingerprint.about_model
 
     def controlled(hint: float, strength: float, weights: float = 0.0, end: float = 1.0) -> list:
         control = T2IAdapter(torch.nn.Conv2d(3, 4, 1), 4, 8, None)
@@ -435,7 +439,7 @@ def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_o
 
 
 def test_the_recipe_of_experts_does_not_depend_on_the_one_that_is_active(comfy, world: World):
-    experts, recipe = world.experts(), comfy.pack.nodes.recipe
+    experts, recipe = world.experts(), comfy.pack.nodes.bridge.fingerprint
     [model] = comfy("PPAPApplyGuidance", model=world.model, terms=world.term(experts), max_rms=0.0)
     names = []
     for index in (0, 1):
@@ -519,12 +523,12 @@ def test_each_way_to_aim_refuses_what_it_is_not_for_in_one_sentence(comfy, world
 
 def test_damaged_and_foreign_experts_are_refused(comfy, world: World):
     comfy("PPAPSaveExperts", guider=world.experts(), file_name="whole")
-    file = comfy.pack.nodes.folders.expert_file("whole.safetensors")
+    file = comfy.pack.nodes.bridge.paths.expert_file("whole.safetensors")
     file.with_name("cut.safetensors").write_bytes(file.read_bytes()[:-100])
     with says(ValueError, "cut.safetensors", "cannot be read"):
         comfy("PPAPLoadExperts", guider=world.plain, file_name="cut.safetensors")
-    with comfy.pack.nodes.bridge.autograd():
-        other = comfy.pack.ppap_core.tinyworld.load_guider("class")  # not the one network that all nodes share
+    with comfy.pack.nodes.bridge.autograd.autograd():
+        other = comfy.pack.ppap_core.tinyworld.loaders.load_guider("class")  # not the one network that all nodes share
         for parameter in other.net.parameters():
             parameter.data.mul_(1.01)
     with says(ValueError, "whole.safetensors", "fingerprint"):

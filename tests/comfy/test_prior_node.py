@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import says
-from small_models import FAMILIES
+from helpers.small_models import FAMILIES
 from test_compatibility import EPS, FLOW, THROUGH, VIDEO, Bench, Scene, bench, fused, ksampler
 from test_latent_world import LatentWorld
 from test_nodes_in_process import World
 from torch import Tensor
 
-from ppap_core.guidance import Term
-from ppap_core.prior import PriorConfig, find_images
-from ppap_core.tinyworld import load_denoiser, load_guider
+from ppap_core.guidance.prior import PriorConfig, find_images
+from ppap_core.guidance.terms import Term
+from ppap_core.tinyworld.loaders import load_denoiser, load_guider
 
 __all__ = ["bench"]  # a fixture
 GRADIENTS = ({}, THROUGH)
@@ -149,10 +149,10 @@ def test_a_video_is_found_as_one(bench: Bench):
 def test_a_search_that_was_cancelled_goes_on(pixels: World, gradient: dict, monkeypatch: pytest.MonkeyPatch):
     import comfy.model_management as management
 
-    module = pixels.comfy.pack.nodes.search
+    module = pixels.comfy.pack.nodes.bridge.priors
     settings = {"seed": 77, "steps": 9, **gradient}
     whole = find(pixels, of(pixels), pixels.term(), **settings)
-    for state in pixels.comfy.pack.nodes.folders.output_folder("ppap_prior").glob("*.safetensors"):
+    for state in pixels.comfy.pack.nodes.bridge.paths.output_folder("ppap_prior").glob("*.safetensors"):
         state.unlink()
     done: list[int] = []
 

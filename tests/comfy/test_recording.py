@@ -59,7 +59,7 @@ def test_what_is_recorded_of_pixels_is_what_guidance_would_show(comfy, pixels: W
 def test_what_is_recorded_of_a_flow_is_what_guidance_would_show(comfy, latents: LatentWorld, view: str):
     """From pure noise on, with conditioning and CFG."""
     flow = latents.model("flow")
-    shown = Shown(comfy, latents.guider, view, comfy.pack.nodes.models.space_of(flow).colours)
+    shown = Shown(comfy, latents.guider, view, comfy.pack.nodes.bridge.latents.space_of(flow).colours)
     [model] = comfy("PPAPApplyGuidance", model=flow, terms=shown.terms, max_rms=0.0)
     samples = comfy("PPAPGenerateSamples", name=f"shown flow {view}", count=64, steps=4, cfg=3.0, sampler_name="euler",
                     scheduler="simple", seed=0, model=model, positive=latents.star, negative=latents.nothing,
@@ -115,7 +115,7 @@ def test_distillation_never_asks_the_diffusion_model(comfy, pixels: World, laten
 
 
 def test_experts_reach_as_far_as_the_samples_but_not_to_pure_noise(comfy, pixels: World, latents: LatentWorld):
-    schedule_for = comfy.pack.nodes.distill.schedule_for
+    schedule_for = comfy.pack.nodes.bridge.distillation.schedule_for
     samples = pixels.samples(name="reach", steps=4)
     lowest, highest = (float(value) for value in samples.store.sigmas.aminmax())
     edges = schedule_for(samples, 3, 0.0, 0.0).edges
@@ -139,7 +139,7 @@ def test_ranges_without_steps_are_refused_before_the_training(comfy, pixels: Wor
         comfy("PPAPDistilExperts", samples=one, experts=1, **settings)
     with says(ValueError, "from sigma 100 to 80", "sigma_max"):
         comfy("PPAPDistilExperts", samples=one, experts=1, **settings | {"sigma_min": 100.0})
-    folder = comfy.pack.nodes.folders.output_folder("ppap_distillation", "x").parent
+    folder = comfy.pack.nodes.bridge.paths.output_folder("ppap_distillation", "x").parent
     before = set(folder.iterdir()) if folder.exists() else set()
     with says(ValueError, "2 noise levels", "3 experts", "fewer experts"):
         comfy("PPAPDistilExperts", samples=pixels.samples(name="two steps"), experts=3, **settings)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import FAMILIES
+from helpers.small_models import FAMILIES
 from test_autoguidance_nodes import guided as autoguided
 from test_autoguidance_nodes import tuned, with_strength
 from test_compatibility import EPS, FLOW, THROUGH, Bench, bench, fused, ksampler
@@ -18,8 +18,8 @@ __all__ = ["bench"]  # a fixture
 @pytest.fixture
 def short(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     """Memory that runs out in every first pass with gradients; returns a list that grows with each of them."""
-    memory, failed = bench.comfy.pack.nodes.memory, []
-    real = memory.with_gradients
+    autograd, failed = bench.comfy.pack.nodes.bridge.autograd, []
+    real = autograd.with_gradients
 
     def runs_out(net: torch.nn.Module) -> Callable:
         attempt, calls = real(net), []
@@ -34,7 +34,8 @@ def short(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[in
                 return found
             return attempt(first)
         return once
-    for module in (bench.comfy.pack.nodes.guidance, bench.comfy.pack.nodes.search, bench.comfy.pack.nodes.tune):
+    bridge = bench.comfy.pack.nodes.bridge
+    for module in (bridge.guidance, bridge.priors, bridge.lora_training):
         monkeypatch.setattr(module, "with_gradients", runs_out)
     return failed
 
@@ -47,7 +48,8 @@ def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Bench, short
     lean = ksampler(bench, bench.guide(scene, **THROUGH))
     assert short == [0], "memory runs out once, and then it is known"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.comfy.pack.nodes.guidance, "with_gradients", bench.comfy.pack.nodes.memory.with_gradients)
+        bridge = bench.comfy.pack.nodes.bridge
+        patch.setattr(bridge.guidance, "with_gradients", bridge.autograd.with_gradients)
         whole = ksampler(bench, bench.guide(scene, **THROUGH))
     torch.testing.assert_close(lean, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
     assert not torch.equal(whole, bench.plain(family)[0])
@@ -55,8 +57,8 @@ def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Bench, short
 
 @pytest.mark.parametrize("family", [EPS, FLOW])
 def test_weights_stay_and_all_else_is_copied(bench: Bench, family: str):
-    memory, net = bench.comfy.pack.nodes.memory, bench.scene(family).model.model.diffusion_model
-    with bench.comfy.pack.nodes.bridge.autograd(), memory.kept_in_main_memory(net):
+    autograd, net = bench.comfy.pack.nodes.bridge.autograd, bench.scene(family).model.model.diffusion_model
+    with autograd.autograd(), autograd.kept_in_main_memory(net):
         x, weight = torch.ones(3, requires_grad=True), next(net.parameters()).detach().clone()
         y = x * weight.sum()
         y = (z := y.exp()).sin()
@@ -65,7 +67,7 @@ def test_weights_stay_and_all_else_is_copied(bench: Bench, family: str):
     scale = weight.sum()
     expected = scale * scale.exp() * scale.exp().cos()
     torch.testing.assert_close(found, expected.expand(3))
-    with bench.comfy.pack.nodes.bridge.autograd(), memory.kept_in_main_memory(net):
+    with autograd.autograd(), autograd.kept_in_main_memory(net):
         layer = next(part for part in net.modules() if isinstance(part, torch.nn.Linear))
         kept = torch.nn.functional.linear(torch.ones(1, layer.in_features, requires_grad=True), layer.weight).grad_fn
         assert kept._saved_mat2.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
@@ -73,13 +75,14 @@ def test_weights_stay_and_all_else_is_copied(bench: Bench, family: str):
 
 def test_a_search_through_the_model_finds_the_same(bench: Bench, short: list[int]):
     scene = bench.scene(FLOW)
-    states = bench.comfy.pack.nodes.folders.output_folder("ppap_prior")
+    states = bench.comfy.pack.nodes.bridge.paths.output_folder("ppap_prior")
     shutil.rmtree(states, ignore_errors=True)
     lean = find(bench, asked(scene), bench.terms(0.5), seed=41, **THROUGH)
     assert short == [0]
     shutil.rmtree(states)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.comfy.pack.nodes.search, "with_gradients", bench.comfy.pack.nodes.memory.with_gradients)
+        bridge = bench.comfy.pack.nodes.bridge
+        patch.setattr(bridge.priors, "with_gradients", bridge.autograd.with_gradients)
         whole = find(bench, asked(scene), bench.terms(0.5), seed=41, **THROUGH)
     assert (lean - whole).abs().mean() < 1e-3 * whole.abs().mean()
 
@@ -90,11 +93,11 @@ def test_a_lora_is_trained_to_the_same_and_a_bad_model_beside_the_good_one_is_co
     lean = ksampler(bench, replace(scene, model=tuned(bench, scene, "lean", steps=6)[0]))
     steered = ksampler(bench, bench.guide(autoguided(bench, scene, with_strength(scene, 1.0)), **THROUGH))
     assert short == [0, 1]
-    shutil.rmtree(bench.comfy.pack.nodes.folders.output_folder("ppap_training"))
+    shutil.rmtree(bench.comfy.pack.nodes.bridge.paths.output_folder("ppap_training"))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("guidance", "tune"):
-            module = getattr(bench.comfy.pack.nodes, name)
-            patch.setattr(module, "with_gradients", bench.comfy.pack.nodes.memory.with_gradients)
+        bridge = bench.comfy.pack.nodes.bridge
+        for module in (bridge.guidance, bridge.lora_training):
+            patch.setattr(module, "with_gradients", bridge.autograd.with_gradients)
         whole = ksampler(bench, replace(scene, model=tuned(bench, scene, "lean", steps=6)[0]))
         freely = ksampler(bench, bench.guide(autoguided(bench, scene, with_strength(scene, 1.0)), **THROUGH))
     torch.testing.assert_close(lean, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))

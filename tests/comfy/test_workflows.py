@@ -6,8 +6,8 @@ from itertools import combinations
 from statistics import correlation, mean
 
 import pytest
-from comfy_server import Server, messages
-from graphs import (
+from helpers.comfy_server import Server, messages
+from helpers.graphs import (
     MODEL,
     VAE,
     WORKFLOW_NAMES,

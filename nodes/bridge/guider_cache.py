@@ -1,0 +1,51 @@
+"""Guiders by the name in the list, read once for as long as they are in use."""
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from weakref import WeakValueDictionary
+
+import comfy.model_management
+import torch
+
+from ...ppap_core.guiders import loaders
+from ...ppap_core.guiders.guider import Guider
+from ...ppap_core.tinyworld import loaders as tinyworld
+from . import paths
+from .autograd import autograd
+from .memory import patcher_of, settle
+
+_loaded: WeakValueDictionary[tuple, torch.nn.Module] = WeakValueDictionary()  # keeps no network alive
+
+
+def guider_sources() -> dict[str, Callable[[str], Guider]]:
+    """Everything Load Guider can load, by name, as functions of what is read of it: the bundled ones first."""
+    sources = {f"tinyworld/{task}": partial(tinyworld.load_guider, task) for task in tinyworld.TASKS}
+    for folder in paths.guider_folders():
+        sources.setdefault(folder.name, partial(loaders.load_guider, folder))
+    return sources
+
+
+def guider_source(name: str) -> Callable[[str], Guider]:
+    """What loads the guider of a name in the list. ValueError for any other name."""
+    return paths.choose(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")
+
+
+def load_guider(name: str, answer: str = "own") -> Guider:
+    """A guider by the name in the list; read once for as long as its network is in use. ValueError for any other name."""
+    load = guider_source(name)
+    key = (name, answer, *paths.guider_state(name))
+    net = _loaded.get(key)
+    if net is None:
+        with autograd():
+            guider = load(answer)
+        net = _loaded[key] = guider.net
+        net.loaded_as = replace(guider, net=None)  # without the network, which would then hold itself
+    return replace(net.loaded_as, net=net)
+
+
+def ready(guider: Guider) -> torch.device:
+    """Load a guider's network to look through it right now; returns where it is."""
+    loaded = patcher_of(guider.net)
+    comfy.model_management.load_models_gpu([loaded])
+    settle([guider.net], loaded.load_device)
+    return loaded.load_device

@@ -1,0 +1,75 @@
+"""The search for images under a MODEL's prior, as a sampler: ComfyUI loads the model and prepares its conditioning as for
+any other."""
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import comfy.sd
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...ppap_core.guidance.prior import PriorConfig, find_images
+from ...ppap_core.io.hashing import digest
+from ...ppap_core.sampling import Denoiser
+from ...ppap_core.training.loop import Losses
+from . import latents, noise_levels, paths
+from .autograd import autograd, for_gradients, make_differentiable, with_gradients
+from .fingerprint import about_model, about_terms, about_vae
+from .guidance import GuidanceTerm, asked, core_term, eyes_for
+from .latents import Patcher
+from .memory import patcher_of, room_for, settle
+from .progress import progress
+from .sampler import cfg_guider, instead_of_sampling
+
+KEY = "ppap_prior"
+
+
+def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negative: list, cfg: float, latent: dict,
+           seed: int, config: PriorConfig, vae: comfy.sd.VAE | None, particles: int, **how: Any) -> tuple[dict, Losses]:
+    """The LATENT that was found, and of every step the error of the noise and the energy. how: see `find_images`."""
+    latents.require_supported(model)
+    eyes, networks = eyes_for(terms, model, vae)
+    searched = for_gradients(model) if config.jacobian else model.clone()
+    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(asked(terms, eyes), config.jacobian, KEY))
+    searched.set_additional_models(KEY, searched.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
+    given = {**latents.without_sizes(latent), "samples": latents.fitting(model, latent)}
+    known = model.model.process_latent_in(given["samples"])
+    about = {**about_model(model, positive, negative), "cfg": cfg, "vae": about_vae(vae), "terms": about_terms(terms),
+             "start": digest([given, how["start_noise"]])}
+    state = paths.output_folder("ppap_prior", f"{digest([about, asdict(config), seed, particles])}.state.safetensors")
+    report = progress(config.steps)
+
+    def look(predict: Any, noise: Tensor, extra_args: dict) -> tuple[Tensor, Losses]:
+        settle(networks, noise.device)
+        if config.jacobian:
+            make_differentiable(guider)
+        with autograd():
+            start = latents.frames_as_images(known.to(noise))
+            seeds = range(seed, seed + particles * len(start))
+            mask = latent.get("noise_mask")
+            core = [core_term(searched, term, start.shape, see) for term, see in zip(terms, eyes, strict=True)]
+            denoise = denoiser(guider.inner_model.model_sampling, predict, extra_args, noise, config.jacobian)
+            images, losses = find_images(
+                denoise, core, start, config, seeds, mask=None if mask is None else latents.mask_for(mask, start.shape),
+                particles=particles, frames=len(start) // len(known), sigma_data=latents.sigma_data_of(model), about=about,
+                state_file=state, attempt=with_gradients(guider.inner_model) if config.jacobian else None,
+                on_step=lambda step, _, points: report(step + 1, latents.preview(model, points[:1])), **how)
+            return latents.images_as_frames(images, known), losses
+
+    guider = cfg_guider(searched, positive, negative, cfg)
+    images, losses = instead_of_sampling(guider, (particles * len(known), *known.shape[1:]), seed, look)
+    return {**given, "samples": model.model.process_latent_out(images.cpu())}, losses
+
+
+def denoiser(sampling: Any, predict: Any, extra_args: dict, like: Tensor, differentiable: bool) -> Denoiser:
+    """A sampling's model in the core's convention; without gradients it runs as ComfyUI runs it, in inference mode."""
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        state = noise_levels.from_ve(sampling, latents.images_as_frames(x, like), sigma[:len(like)])
+        return latents.frames_as_images(predict(*state, **extra_args))
+
+    def alone(x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found = denoise(x.clone(), sigma.clone())
+        return found.clone()
+    return denoise if differentiable else alone

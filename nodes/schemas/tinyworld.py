@@ -1,0 +1,74 @@
+"""Nodes that load the tiny worlds."""
+from comfy_api.latest import io
+
+from ...ppap_core.tinyworld.latents import class_labels
+from ...ppap_core.tinyworld.loaders import SIZE
+from ...ppap_core.tinyworld.scenes import CLASSES
+from ..bridge import paths, tinyworld
+
+CATEGORY = "PPAP/tiny world"
+
+
+class PPAPTinyWorld(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPTinyWorld", display_name="Tiny World", category=CATEGORY,
+            description="A real diffusion model small enough for a laptop: it draws one shape in front of a wall, 32 "
+                        "pixels wide. Everything the KSampler needs comes with it.",
+            inputs=[io.Int.Input("batch_size", default=4, min=1, max=256,
+                                 tooltip="How many images are sampled at once."),
+                    io.Combo.Input("version", options=list(tinyworld.TINY_DENOISERS), default="denoiser", optional=True,
+                                   tooltip="bad sibling: half as wide and with a sixteenth of the training, for "
+                                           "Autoguidance.")],
+            outputs=[io.Model.Output(tooltip="The trained tiny denoiser; any sampler and scheduler samples it."),
+                     io.Conditioning.Output(tooltip="Nothing: the model takes no prompt. Connect it as positive and "
+                                                    "negative."),
+                     io.Latent.Output(tooltip="Empty images of the model's size."),
+                     io.Vae.Output(tooltip="Turns its latents, which are pixels already, into images.")])
+
+    @classmethod
+    def execute(cls, batch_size, version="denoiser"):
+        return io.NodeOutput(tinyworld.tinyworld_model(version), tinyworld.empty_conditioning(),
+                             tinyworld.empty_pixels(batch_size, SIZE), tinyworld.pixel_vae())
+
+
+class PPAPTinyLatentWorld(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPTinyLatentWorld", display_name="Tiny Latent World", category=CATEGORY,
+            description="Real latent diffusion models small enough for a laptop, that draw the same shapes 128 pixels wide "
+                        "and know them by name. The flow model and the VAE are files too, for ComfyUI's own loaders.",
+            inputs=[io.Combo.Input("kind", options=list(tinyworld.TINY_MODELS),
+                                   tooltip="flow: in the layout of Stable Diffusion 3. eps: noise-predicting, with the "
+                                           "schedule of Stable Diffusion 1.5. Both diffuse the same latents.")],
+            outputs=[io.Model.Output(tooltip="Conditioned by Class Conditioning; any sampler and scheduler samples it."),
+                     io.Vae.Output(tooltip="Turns its latents into images, and back.")])
+
+    @classmethod
+    def execute(cls, kind):
+        return io.NodeOutput(tinyworld.TINY_MODELS[kind](), tinyworld.tinyworld_vae())
+
+
+class PPAPClassConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPClassConditioning", display_name="Class Conditioning", category=CATEGORY,
+            description="What the latent tiny world is asked to draw, in the place of a text prompt.",
+            inputs=[io.String.Input("classes", default="",
+                                    tooltip=f"One of {', '.join(CLASSES)}, or one for each image, with commas. Empty: "
+                                            "anything, as an empty prompt.")],
+            outputs=[io.Conditioning.Output(tooltip="For a sampler's positive or negative.")])
+
+    @classmethod
+    def validate_inputs(cls, classes):
+        return paths.verdict(class_labels, classes)
+
+    @classmethod
+    def execute(cls, classes):
+        return io.NodeOutput(tinyworld.class_conditioning(class_labels(classes)))
+
+
+NODES = [PPAPTinyWorld, PPAPTinyLatentWorld, PPAPClassConditioning]

@@ -1,0 +1,20 @@
+"""Cut-outs: a network judges square parts of an image beside the whole."""
+import random
+
+from torch import Tensor
+
+
+def cut_outs(image: Tensor, count: int, seed: float) -> list[Tensor]:
+    """Square parts of images (B, C, H, W): the same places in every image, which depend on the seed only.
+
+    Their edges are between 0.4 and 1 of the shorter side. A guider that judges the whole image only through a small
+    picture of it sees details in them.
+    """
+    generator = random.Random(seed)  # not torch's: it takes 32 bits of a seed, which many noise levels have in common
+    height, width = image.shape[-2:]
+    parts = []
+    for _ in range(count):
+        edge = max(round(generator.uniform(0.4, 1) * min(height, width)), 1)
+        top, left = (round(generator.random() * (side - edge)) for side in (height, width))
+        parts.append(image[..., top:top + edge, left:left + edge])
+    return parts

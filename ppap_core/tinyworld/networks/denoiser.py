@@ -1,0 +1,115 @@
+"""The trained tiny denoiser: an unconditional pixel-space diffusion model of scenes, small enough for a CPU."""
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...noise import SIGMA_DATA
+
+
+def noise_features(c_noise: Tensor, width: int) -> Tensor:
+    """Fourier features of a noise level, (B,) -> (B, width)."""
+    frequencies = torch.exp(torch.linspace(0, math.log(64), width // 2, device=c_noise.device))
+    angle = c_noise[:, None].float() * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class Block(nn.Module):
+    """Residual block: two 3x3 convolutions, the noise level as scale and shift of the second norm."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, attention: bool = False):
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(8, inputs)
+        self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.affine = nn.Linear(embedding, 2 * outputs)
+        self.norm_2 = nn.GroupNorm(8, outputs)
+        self.conv_2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.attention = Attention(outputs) if attention else nn.Identity()
+        nn.init.zeros_(self.conv_2.weight)
+        nn.init.zeros_(self.conv_2.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv_2(F.silu(self.norm_2(h) * (1 + scale) + shift))
+        return self.attention(self.skip(x) + h)
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, added to its input."""
+
+    def __init__(self, channels: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(h, "b n (h w) c -> b (n c) h w", h=x.shape[2]))
+
+
+class TinyUNet(nn.Module):
+    """U-Net on 2x2 pixel patches with two levels; output has the shape of the input.
+
+    x (B, channels, H, W) with H and W divisible by 4, c_noise (B,), condition (B, conditions) -> like x
+    """
+
+    def __init__(self, width: int = 64, blocks: int = 3, channels: int = 3, conditions: int = 0):
+        super().__init__()
+        embedding, wide = 4 * width, 2 * width
+        self.embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.condition = nn.Linear(conditions, embedding) if conditions else None
+        self.width = width
+        self.stem = nn.Conv2d(4 * channels, width, 3, padding=1)
+        self.down = nn.ModuleList(Block(width, width, embedding) for _ in range(blocks))
+        self.pool = nn.Conv2d(width, wide, 2, stride=2)
+        self.middle = nn.ModuleList(Block(wide, wide, embedding, attention=i % 2 == 0) for i in range(2 * blocks))
+        self.grow = nn.Conv2d(wide, 4 * width, 1)
+        self.up = nn.ModuleList(Block(2 * width, width, embedding) for _ in range(blocks))
+        self.norm = nn.GroupNorm(8, width)
+        self.head = nn.Conv2d(width, 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        embedding = self.embed(noise_features(c_noise, self.width).to(x.dtype))
+        if self.condition is not None:
+            embedding = embedding + self.condition(condition)
+        h = self.stem(F.pixel_unshuffle(x, 2))
+        skips = []
+        for block in self.down:
+            h = block(h, embedding)
+            skips.append(h)
+        h = self.pool(h)
+        for block in self.middle:
+            h = block(h, embedding)
+        h = F.pixel_shuffle(self.grow(h), 2)
+        for block in self.up:
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
+
+
+class TinyDenoiser(nn.Module):
+    """The network with EDM preconditioning (Karras et al. 2022, table 1): a Denoiser.
+
+    x = image + sigma * noise (B, 3, H, W), sigma (B,) -> expected image (B, 3, H, W); one made with conditions also takes
+    what it is told, (B, conditions).
+    """
+
+    def __init__(self, **sizes: int):
+        super().__init__()
+        self.net = TinyUNet(**sizes)
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        s = sigma.to(torch.float32)[:, None, None, None]
+        total = (s**2 + SIGMA_DATA**2).sqrt()
+        out = self.net((x / total).to(x.dtype), sigma.log() / 4, condition)
+        return SIGMA_DATA**2 / total**2 * x + s * SIGMA_DATA / total * out

@@ -1,0 +1,137 @@
+"""Small deterministic networks and images for the tests. Sizes are odd and distinct, so that a swapped axis fails."""
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ppap_core.experts.samples import Recorder, Trajectories
+from ppap_core.guiders.guider import Guider, IgnoreSigma
+from ppap_core.guiders.preprocess import Preprocess
+from ppap_core.noise import expand
+
+B, H, W = 3, 20, 28
+CLASSES = 5
+VIEWS = ("noisy", "denoised")
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def images(count: int = B, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pictures (count, 3, H, W) in [-1, 1]."""
+    return (randn(count, 3, H, W, seed=seed, dtype=dtype) * 0.6).tanh()
+
+
+def level(sigma: float, like: Tensor) -> Tensor:
+    """One noise level for a batch, (B,)."""
+    return like.new_full((len(like),), sigma)
+
+
+def shrink(x: Tensor, sigma: Tensor) -> Tensor:
+    """The denoiser of a Gaussian around grey."""
+    return x * expand(0.25 / (0.25 + sigma**2), x)
+
+
+WAY = (20.0, 4.0, 1.5, 0.7, 0.3, 0.05)  # noise levels of a made-up trajectory
+
+
+def ways(ends: Tensor, seed: int = 0, levels: Sequence[float] = WAY) -> Trajectories:
+    """Made-up trajectories: each end under noise of each level, and what `shrink` makes of it."""
+    recorder = Recorder()
+    for place, sigma in enumerate(levels):
+        x = ends + sigma * randn(*ends.shape, seed=1000 * seed + place)
+        recorder.listen(shrink)(x, level(sigma, x))
+    return recorder.trajectories(range(len(ends)), len(levels))
+
+
+class SmallNet(nn.Module):
+    """Convolutions, batch norms and a head; one answer for each image, or one for each pixel when dense."""
+
+    def __init__(self, outputs: int = CLASSES, dense: bool = False, width: int = 8):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(3, width, 3, 2, 1)
+        self.norm_1 = nn.BatchNorm2d(width)
+        self.conv_2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm_2 = nn.BatchNorm2d(width)
+        self.mix = nn.Conv2d(width, width, 1)
+        self.head = nn.Conv2d(width, outputs, 1) if dense else nn.Linear(width, outputs)
+        self.dense = dense
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = nn.functional.silu(self.norm_1(self.conv_1(image)))
+        h = nn.functional.silu(self.norm_2(self.conv_2(h)) + self.mix(h))
+        return self.head(h if self.dense else h.mean(dim=(2, 3)))
+
+
+def fixed_weights(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Fills every weight and every statistic with numbers that depend on the seed only, none of them trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in sorted(net.state_dict().items()):
+        if not tensor.is_floating_point():
+            tensor.fill_(7)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.ndim > 1:
+            tensor.normal_(generator=generator).mul_(1.5 / tensor[0].numel() ** 0.5)
+        else:
+            tensor.normal_(0.3, 0.3, generator=generator)
+    return net
+
+
+LABELS = {"class": ("red fox", "grey fox", "tabby", "tiger", "goldfish"), "segmentation": ("wall", "thing")}
+OUTPUTS = {"class": CLASSES, "depth": 1, "segmentation": 2, "mask": 1, "embedding": 6, "number": 1, "features": 4,
+           "style": 7, "structure": 9}
+DENSE = ("depth", "segmentation", "mask", "features")  # tasks with one answer for each pixel
+TARGETS = {"class": torch.tensor([2]), "depth": randn(1, 1, 6, 8, seed=5),
+           "segmentation": randn(1, 6, 8, seed=6).gt(0).long(), "mask": randn(1, 1, 6, 8, seed=7).sigmoid(),
+           "embedding": randn(1, 6, seed=8), "number": torch.tensor([[0.8]]), "features": randn(1, 4, 6, 8, seed=9),
+           "style": randn(1, 7, seed=10), "structure": randn(1, 9, seed=11)}
+
+
+def small_guider(task: str = "class", view: str = "denoised", seed: int = 0, dtype: torch.dtype = torch.float32) -> Guider:
+    """A guider with experts' likely troubles: batch norm, a resize, statistics of its own. Aimed at something."""
+    net = fixed_weights(SmallNet(OUTPUTS[task], dense=task in DENSE), seed).to(dtype)
+    preprocess = Preprocess((12, 16), (0.48, 0.45, 0.4), (0.22, 0.23, 0.24))
+    return Guider(f"small/{task}", IgnoreSigma(net), preprocess, task, LABELS.get(task, ()), view, TARGETS[task])
+
+
+def snapshot(net: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def disturb(bank, index: int, seed: int = 1, size: float = 0.1) -> None:
+    """Gives one expert weights as if it had been trained."""
+    bank.load(index, {name: size * randn(*tensor.shape, seed=seed + place)
+                      for place, (name, tensor) in enumerate(sorted(bank.weights(index).items()))})
+
+
+@contextmanager
+def says(kind: type[Exception], *words: str) -> Iterator[None]:
+    """The block fails with one line of words, which holds all of these."""
+    with pytest.raises(kind) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message.strip(), f"more than one line: {message}"
+    assert len(message) > 25, f"too short to help: {message!r}"
+    for word in words:
+        assert str(word) in message, f"{word!r} is not in: {message}"
+
+
+@contextmanager
+def full_disk(room: int = 300) -> Iterator[None]:
+    """No file can grow beyond a few bytes, as on a disk that is full: the system itself refuses to write."""
+    resource = pytest.importorskip("resource", reason="limits on files are a thing of Unix")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,0 +1,198 @@
+"""ComfyUI's own architectures, so small that a step takes milliseconds, with random weights and what they are asked for.
+
+Only what a family is stands here as data; ComfyUI itself is imported where something is built, for it is not always there.
+"""
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from helpers import randn
+
+SIZE = (12, 20)        # of latents, not square
+ODD = (13, 21)         # of latents, for architectures that pad
+WIDTH, TOKENS = 16, 5  # of contexts; pooled outputs are as wide
+UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "use_spatial_transformer": True, "legacy": False,
+        "context_dim": WIDTH, "model_channels": 32, "num_heads": 2, "num_head_channels": -1, "channel_mult": [1, 2],
+        "num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_middle": 1,
+        "transformer_depth_output": [1, 1, 0, 0]}
+SD15 = {**UNET, "num_res_blocks": [2, 2], "transformer_depth": [0, 1, 1, 0], "transformer_depth_output": [1, 0, 0, 0, 0, 0]}
+SD20 = {**UNET, "use_linear_in_transformer": True}
+SDXL = {**SD20, "num_classes": "sequential", "adm_in_channels": WIDTH + 6 * 256}
+SD3 = {"in_channels": 16, "input_size": None, "depth": 1, "num_blocks": 2, "adm_in_channels": WIDTH, "num_patches": 256,
+       "pos_embed_max_size": 16, "pos_embed_scaling_factor": None,
+       "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": WIDTH, "out_features": 64}}}
+FLUX = {"in_channels": 16, "out_channels": 16, "vec_in_dim": WIDTH, "context_in_dim": WIDTH, "hidden_size": 32,
+        "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000,
+        "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": []}
+FLUX_2 = {**FLUX, "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "axes_dim": [4, 4, 4, 4], "patch_size": 1,
+          "qkv_bias": False, "ops_bias": False, "mlp_silu_act": True, "global_modulation": True, "txt_ids_dims": [3],
+          "guidance_embed": False}
+CHROMA = {**FLUX, "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 32, "hidden_dim": 32, "n_layers": 1}
+QWEN = {"in_channels": 64, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6),
+        "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH}
+LUMINA = {"in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+          "multiple_of": 32, "ffn_dim_multiplier": 2.0, "qk_norm": True, "cap_feat_dim": WIDTH, "axes_dims": (4, 6, 6),
+          "axes_lens": (64, 64, 64)}
+Z_IMAGE = {**LUMINA, "dim": 256, "n_heads": 16, "n_kv_heads": 16, "ffn_dim_multiplier": 0.5, "z_image_modulation": True,
+           "time_scale": 1000.0, "pad_tokens_multiple": 4}
+WAN = {"dim": 32, "ffn_dim": 64, "freq_dim": 16, "text_dim": WIDTH, "num_heads": 2, "num_layers": 2}
+HUNYUAN_VIDEO = {**FLUX, "patch_size": [1, 2, 2], "byt5": False, "meanflow": False, "use_cond_type_embedding": False,
+                 "vision_in_dim": None, "meanflow_sum": False}
+LTX = {"in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16, "num_attention_heads": 2,
+       "caption_channels": WIDTH, "num_layers": 1}
+COSMOS = {"max_img_h": 64, "max_img_w": 64, "max_frames": 8, "in_channels": 16, "out_channels": 16, "patch_spatial": 2,
+          "patch_temporal": 1, "model_channels": 48, "num_blocks": 1, "num_heads": 2, "crossattn_emb_channels": WIDTH,
+          "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 8}
+MASKED = {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
+PLAYGROUND = {"sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model. config, base: its classes in ComfyUI; kind: what it predicts, where that is not its base's own."""
+
+    config: str
+    base: str
+    net: dict
+    kind: str | None = None
+    flow: bool = True
+    latent: tuple[int, ...] = (2, 16, *SIZE)
+    sampling: dict = field(default_factory=dict)
+    latent_format: str | None = None
+    params: tuple[str, str] | None = None  # the module and class of the network's settings, whose fields differ by version
+    told: dict = field(default_factory=dict)  # what its text encoder says beside context and pooled output
+
+
+FAMILIES = {
+    "SD 1.5": Family("SD15", "BaseModel", SD15, "EPS", False, (2, 4, *SIZE)),
+    "SD 2.1 (v)": Family("SD20", "BaseModel", SD20, "V_PREDICTION", False, (2, 4, *SIZE)),
+    "SDXL": Family("SDXL", "SDXL", SDXL, "EPS", False, (2, 4, *SIZE)),
+    "Playground 2.5 (EDM)": Family("SDXL", "SDXL", SDXL, "EDM", False, (2, 4, *SIZE), PLAYGROUND, "SDXL_Playground_2_5"),
+    "SD 3": Family("SD3", "SD3", SD3),
+    "Flux": Family("Flux", "Flux", FLUX, params=("flux", "FluxParams")),
+    "Flux 2": Family("Flux2", "Flux2", FLUX_2, latent=(2, 128, 6, 10), params=("flux", "FluxParams")),
+    "Chroma": Family("Chroma", "Chroma", CHROMA, params=("chroma", "ChromaParams")),
+    "Qwen-Image": Family("QwenImage", "QwenImage", QWEN),
+    "Lumina 2": Family("Lumina2", "Lumina2", LUMINA, told=MASKED),
+    "Z-Image": Family("ZImage", "Lumina2", Z_IMAGE, told=MASKED),
+    "Cosmos-Predict2": Family("CosmosT2IPredict2", "CosmosPredict2", COSMOS),
+    "Wan 2.1": Family("WAN21_T2V", "WAN21", WAN, latent=(1, 16, 3, *SIZE)),
+    "HunyuanVideo": Family("HunyuanVideo", "HunyuanVideo", HUNYUAN_VIDEO, latent=(1, 16, 3, *SIZE),
+                           params=("hunyuan_video", "HunyuanVideoParams")),
+    "LTX-Video": Family("LTXV", "LTXV", LTX, latent=(1, 128, 3, 6, 10), told=MASKED),
+}
+
+
+class Small(NamedTuple):
+    """A MODEL, two CONDITIONINGs and an empty LATENT."""
+
+    model: Any
+    positive: list
+    negative: list
+    latent: dict
+
+
+def small(name: str, dtype: torch.dtype = torch.float32) -> Small:
+    """One of the families; the test is skipped where this ComfyUI does not have it."""
+    family = FAMILIES[name]
+    return Small(_model(name, family, dtype), conditioning(1, family.told), conditioning(2, family.told),
+                 {"samples": torch.zeros(family.latent)})
+
+
+def without_network(latent_format: str, kind: str = "FLOW") -> Any:
+    """A MODEL that is only looked at; the test is skipped where this ComfyUI does not have its latents."""
+    import comfy.latent_formats
+    import comfy.model_base
+    import comfy.supported_models_base
+
+    if not hasattr(comfy.latent_formats, latent_format):
+        pytest.skip(f"this ComfyUI has no latents of {latent_format}")
+    config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
+    config.latent_format = getattr(comfy.latent_formats, latent_format)()
+    return _patcher(comfy.model_base.BaseModel(config, comfy.model_base.ModelType[kind]))
+
+
+def conditioning(seed: int, told: dict) -> list:
+    """What a text encoder would have said."""
+    return [[randn(1, TOKENS, WIDTH, seed=seed), {"pooled_output": randn(1, WIDTH, seed=10 + seed), **told}]]
+
+
+def control_net() -> Any:
+    """A CONTROL_NET for SD 1.5."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management as management
+
+    settings = {key: value for key, value in SD15.items() if key != "out_channels"}
+    net = fill(comfy.cldm.cldm.ControlNet(**settings, hint_channels=3))
+    return comfy.controlnet.ControlNet(net, load_device=management.get_torch_device())
+
+
+def t2i_adapter() -> Any:
+    """A CONTROL_NET that is a T2I-Adapter for SD 1.5."""
+    import comfy.controlnet
+    from comfy.t2i_adapter.adapter import Adapter
+
+    net = fill(Adapter([32, 64], nums_rb=2, cin=3 * 8**2, ksize=1, sk=True, use_conv=False, xl=False))
+    return comfy.controlnet.T2IAdapter(net, net.input_channels, 8, "nearest-exact")
+
+
+def lora(model: Any, rank: int = 2) -> dict:
+    """A LoRA for every linear layer of a model, as its file would be read."""
+    found = {}
+    for name, tensor in model.model.diffusion_model.state_dict().items():
+        if tensor.ndim == 2 and name.endswith(".weight"):
+            layer, (height, width) = f"diffusion_model.{name.removesuffix('.weight')}", tensor.shape
+            found[f"{layer}.lora_up.weight"] = 0.1 * randn(height, rank, seed=len(found))
+            found[f"{layer}.lora_down.weight"] = randn(rank, width, seed=len(found))
+    return found
+
+
+def _model(name: str, family: Family, dtype: torch.dtype) -> Any:
+    import comfy.latent_formats
+    import comfy.model_base
+    import comfy.supported_models
+
+    if not hasattr(comfy.supported_models, family.config):
+        pytest.skip(f"this ComfyUI has no {name}")
+    config = getattr(comfy.supported_models, family.config)(_known(family))
+    config.unet_config.update(_known(family))  # over what the class knows of the full-size network
+    config.sampling_settings.update(family.sampling)
+    if family.latent_format:
+        config.latent_format = getattr(comfy.latent_formats, family.latent_format)()
+    config.set_inference_dtype(dtype, None)
+    kind = {"model_type": comfy.model_base.ModelType[family.kind]} if family.kind else {}
+    model = getattr(comfy.model_base, family.base)(config, **kind)
+    fill(model.diffusion_model)
+    return _patcher(model)
+
+
+def _known(family: Family) -> dict:
+    """The network's settings without those that this version does not have."""
+    if family.params is None:
+        return family.net
+    import importlib
+
+    module, kind = family.params
+    known = {each.name for each in fields(getattr(importlib.import_module(f"comfy.ldm.{module}.model"), kind))}
+    return {key: value for key, value in family.net.items() if key in known}
+
+
+def _patcher(model: Any) -> Any:
+    import comfy.model_management as management
+    from comfy.model_patcher import ModelPatcher
+
+    return ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
+
+
+def fill(net: torch.nn.Module) -> torch.nn.Module:
+    """Weights as they might have been trained: ComfyUI leaves them as the memory happens to be."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in sorted(net.state_dict().items()):
+        if tensor.ndim > 1:
+            tensor.normal_(generator=generator).div_(tensor[0].numel() ** 0.5)
+        else:
+            tensor.normal_(float(not name.endswith("bias")), 0.1, generator=generator)
+    return net

@@ -1,0 +1,473 @@
+"""Distillation without data: resumable to the bit, the base untouched, and it learns."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    VIEWS,
+    SmallNet,
+    disturb,
+    fixed_weights,
+    full_disk,
+    images,
+    level,
+    randn,
+    same,
+    says,
+    shrink,
+    small_guider,
+    snapshot,
+    ways,
+)
+
+from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.distill import DistillConfig, disagreement, distill, distill_expert, distill_loss, draw_pairs
+from ppap_core.experts.samples import SHARD, Pairs, Recorder, SampleStore, Trajectories, fresh_pairs, trajectory_pairs
+from ppap_core.guidance.shift import guidance_shift
+from ppap_core.guidance.terms import Term
+from ppap_core.guiders.guider import IgnoreSigma, clean
+from ppap_core.guiders.tasks import TASKS
+from ppap_core.io.files import load_tensors
+from ppap_core.noise import as_seen
+from ppap_core.rng import seeded_noise
+from ppap_core.sampling import karras_sigmas, sample_euler
+from ppap_core.schedules import ExpertSchedule
+from ppap_core.tinyworld.loaders import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider
+
+CONFIG = DistillConfig(steps=10, batch=3, lr=1e-2, seed=4, save_every=3)
+FRESH, WARM = replace(CONFIG, fresh_noise=True), replace(CONFIG, warm_start=True)
+KINDS = pytest.mark.parametrize("config", [CONFIG, FRESH], ids=["trajectories", "fresh noise"])
+EDGES = (0.1, 0.5, 2.0, 10.0)
+TASK_VIEWS = [(task, view) for task in TASKS for view in VIEWS]
+
+
+def never(*_):
+    raise AssertionError("asked although nothing needs it")
+
+
+def made(seeds: list[int]) -> tuple[torch.Tensor, Trajectories]:
+    """Images and made-up trajectories of them, with two steps in each interval."""
+    ends = images(len(seeds), seed=seeds[0])
+    return ends, ways(ends, seeds[0])
+
+
+def make_bank(guider, view: str = "denoised", rank: int = 2, seed: int = 0) -> ExpertBank:
+    return ExpertBank(base_network(guider), ExpertSchedule(EDGES), LoraSpec(rank=rank), view, seed=seed)
+
+
+@pytest.fixture
+def store(tmp_path) -> SampleStore:
+    store = SampleStore(tmp_path / "store", {"seed": 0})
+    store.fill(SHARD, made)
+    return store
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(steps: int):
+    def on_step(index, step, loss):
+        if step + 1 == steps:
+            raise Stop
+    return on_step
+
+
+# The loss
+
+@pytest.mark.parametrize("task, view", TASK_VIEWS)
+def test_the_loss_compares_the_expert_on_the_noisy_image_with_the_plain_network_on_the_clean_one(task, view):
+    guider = small_guider(task)
+    bank = make_bank(guider, view)
+    disturb(bank, 1)
+    image, sigma, noise = images(), torch.tensor([0.5, 1.0, 1.9]), randn(3, 3, 20, 28, seed=8)
+    x = image + sigma[:, None, None, None] * noise
+    seen = x / (1 + sigma**2).sqrt()[:, None, None, None] if view == "noisy" else shrink(x, sigma)
+    loss = distill_loss(guider, bank, Pairs(image, seen, sigma))
+    expected = TASKS[task].distance(with_experts(guider, bank).predict(seen, sigma), guider.predict(image, clean(image)))
+    assert loss.shape == (3,) and torch.equal(loss, expected)
+
+
+def test_without_noise_a_new_expert_has_nothing_to_learn():
+    guider = small_guider()
+    bank = make_bank(guider)
+    image = images()
+    loss = distill_loss(guider, bank, Pairs(image, image, level(0.2, image)))
+    assert loss.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_expert_sees_in_guidance_what_it_saw_in_distillation(store, view):
+    """Of fresh noise to the bit, of a trajectory up to the half precision that it is kept in."""
+    guider, seen, states, recorder = small_guider(), [], [], Recorder()
+    bank = make_bank(guider, view)
+    def see(x, sigma):
+        states.append((x, sigma))
+        return as_seen(x, sigma) if view == "noisy" else shrink(x, sigma)
+    fresh = fresh_pairs(store, bank.schedule, 1, 0, 1, 0, see)
+    (x, sigma), = states
+    recorder.note(x, sigma, shrink(x, sigma))
+    way = recorder.trajectories([0], 1)
+    handle = bank.register_forward_pre_hook(lambda module, inputs: seen.append([part.detach().clone() for part in inputs]))
+    distill_loss(guider, bank, fresh)
+    distill_loss(guider, bank, Pairs(fresh.images, getattr(way, view)[:, 0].float(), way.sigmas[:, 0]))
+    guidance_shift([Term(with_experts(guider, bank))], x, sigma, shrink(x, sigma))
+    handle.remove()
+    (learned, learned_at), (kept, kept_at), (guided, at) = seen
+    assert torch.equal(learned, guided) and torch.equal(learned_at, at) and torch.equal(kept_at, at)
+    torch.testing.assert_close(kept, guided, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_no_gradient_reaches_the_teacher_or_the_denoiser(store, view):
+    guider = small_guider()
+    bank = make_bank(guider, view)
+    factor = torch.nn.Parameter(torch.tensor(0.8))
+    with bank.trainable(1):
+        distill_loss(guider, bank, draw_pairs(bank, 1, store, 0, FRESH, lambda x, sigma: x * factor)).sum().backward()
+    assert factor.grad is None and all(parameter.grad is None for parameter in guider.net.parameters())
+    assert any(parameter.grad is not None for parameter in bank.parameters())
+
+
+# Pairs
+
+@KINDS
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_pairs_of_a_step_are_those_of_bank_and_config(store, view, config):
+    bank = make_bank(small_guider(), view)
+    found = draw_pairs(bank, 2, store, 5, config, shrink)
+    if config.fresh_noise:
+        expected = fresh_pairs(store, bank.schedule, 2, 5, 3, 4, {"noisy": as_seen, "denoised": shrink}[view])
+    else:
+        expected = trajectory_pairs(store, bank.schedule, 2, 5, 3, 4, view)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert {bank.schedule.index(float(sigma)) for sigma in found.sigma} == {2}
+
+
+def test_only_fresh_noise_in_the_denoised_view_asks_the_model(store):
+    for view, config, asks in (("noisy", CONFIG, False), ("denoised", CONFIG, False), ("noisy", FRESH, False),
+                               ("denoised", FRESH, True)):
+        guider, asked = small_guider(), []
+        bank = make_bank(guider, view)
+        def denoise(x, sigma, asked=asked):
+            asked.append(len(x))
+            return shrink(x, sigma)
+        distill_expert(guider, bank, 1, store, config, denoise=denoise)
+        assert asked == ([3] * 10 if asks else []), (view, config.fresh_noise)
+        if asks:
+            with says(ValueError, "fresh noise", "denoised", "denoiser"):
+                distill_expert(guider, bank, 1, store, config)
+        else:
+            distill_expert(guider, bank, 1, store, config)
+
+
+def test_the_model_is_asked_about_fresh_noise_where_the_bank_is(store):
+    """On a device that every machine has, and that no tensor gets to by itself."""
+    asked, bank = [], make_bank(small_guider()).to("meta")
+    pairs = draw_pairs(bank, 1, store, 0, FRESH, lambda x, sigma: asked.append((x.device, sigma.device)) or x)
+    assert asked == [(torch.device("meta"),) * 2] and {part.device.type for part in pairs} == {"meta"}
+
+
+@pytest.mark.parametrize("seed", [123_456_789, 2**32 - 1, 2**64 - 1])
+def test_any_seed_that_comfyui_gives_can_be_distilled_with(store, seed):
+    guider = small_guider()
+    bank = make_bank(guider)
+    losses = distill_expert(guider, bank, 2, store, replace(CONFIG, steps=2, seed=seed))
+    assert len(losses) == 2
+    assert losses != distill_expert(guider, make_bank(guider), 2, store, replace(CONFIG, steps=2, seed=seed - 1))
+
+
+# Training
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 9])
+@pytest.mark.parametrize("view", VIEWS)
+@KINDS
+def test_a_training_that_was_stopped_and_gone_on_with_gives_the_same_bits_as_one_without_a_stop(store, tmp_path, stop, view,
+                                                                                              config):
+    guider = small_guider()
+    straight, stopped, resumed = (make_bank(guider, view) for _ in range(3))
+    losses = distill_expert(guider, straight, 1, store, config, denoise=shrink)
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(Stop):
+        distill_expert(guider, stopped, 1, store, config, state, stop_after(stop), shrink)
+    assert len(load_tensors(state)[1]["losses"]) == stop
+    disturb(resumed, 1)  # what was in memory is lost and does not matter
+    again = SampleStore(store.folder, store.recipe)
+    assert distill_expert(guider, resumed, 1, again, config, state, denoise=shrink) == losses
+    assert same(resumed.weights(1), straight.weights(1)) and not same(stopped.weights(1), straight.weights(1))
+
+
+def test_the_learning_rate_falls_along_a_cosine_to_zero(store):
+    """AdamW's first step moves every weight by the rate itself, and no later one by much more than its own rate."""
+    guider = small_guider()
+    bank, moves = make_bank(guider), []
+    before = {name: value.clone() for name, value in bank.weights(1).items()}
+    def on_step(index, step, loss):
+        moves.append(max(float((value - before[name]).abs().max()) for name, value in bank.weights(1).items()))
+        before.update({name: value.clone() for name, value in bank.weights(1).items()})
+    distill_expert(guider, bank, 1, store, CONFIG, on_step=on_step)
+    rates = [CONFIG.lr * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    assert moves[0] == pytest.approx(CONFIG.lr, rel=1e-3)
+    assert all(0.3 * rate < move < 2 * rate for move, rate in zip(moves, rates, strict=True))
+
+
+def test_a_training_that_the_machine_ended_goes_on_from_the_last_saved_step(store, tmp_path, monkeypatch):
+    guider, state = small_guider(), tmp_path / "state.safetensors"
+    straight, resumed = make_bank(guider), make_bank(guider)
+    losses = distill_expert(guider, straight, 1, store, CONFIG)
+    copy = tmp_path / "copy.safetensors"
+    def on_step(index, step, loss):
+        if step == 7:  # the state of step 6 is what a power cut here leaves
+            copy.write_bytes(state.read_bytes())
+    distill_expert(guider, make_bank(guider), 1, store, CONFIG, state, on_step)
+    assert len(load_tensors(copy)[1]["losses"]) == 6
+    assert distill_expert(guider, resumed, 1, store, CONFIG, copy) == losses
+    assert same(resumed.weights(1), straight.weights(1))
+
+
+def test_a_finished_training_is_loaded_and_not_gone_on_with(store, tmp_path):
+    guider, state = small_guider(), tmp_path / "state.safetensors"
+    first, second = make_bank(guider), make_bank(guider)
+    losses = distill_expert(guider, first, 0, store, CONFIG, state)
+    assert distill_expert(guider, second, 0, store, CONFIG, state, never) == losses
+    assert same(first.weights(0), second.weights(0))
+
+
+def test_an_expert_starts_as_its_neighbour_ended_and_goes_on_from_there_after_a_stop(store, tmp_path):
+    guider, still = small_guider(), make_bank(small_guider())
+    first = distill_expert(guider, still, 0, store, CONFIG)
+    still.load(1, still.weights(0))
+    second = distill_expert(guider, still, 1, store, CONFIG)
+    bank, again = make_bank(guider), make_bank(guider)
+    losses = distill(guider, bank, store, WARM)
+    assert losses[:2] == [first, second] and same(bank.weights(1), still.weights(1))
+    def on_step(index, step, loss):
+        if (index, step) == (1, 4):
+            raise Stop
+    with pytest.raises(Stop):
+        distill(guider, make_bank(guider), store, WARM, tmp_path / "states", on_step)
+    assert distill(guider, again, store, WARM, tmp_path / "states") == losses
+    assert all(same(again.weights(index), bank.weights(index)) for index in range(3))
+
+
+def test_experts_that_start_for_themselves_do_not_depend_on_one_another(store):
+    guider = small_guider()
+    alone, after = make_bank(guider), make_bank(guider)
+    expected = distill_expert(guider, alone, 2, store, CONFIG)
+    losses = distill(guider, after, store, CONFIG)
+    assert losses[2] == expected and same(after.weights(2), alone.weights(2))
+    assert same(make_bank(guider).weights(1), alone.weights(1))
+
+
+def test_looking_through_the_experts_in_the_middle_of_a_training_does_not_change_it(store):
+    guider = small_guider()
+    quiet, watched = make_bank(guider), make_bank(guider)
+    losses = distill_expert(guider, quiet, 1, store, CONFIG)
+    def preview(index, step, loss):
+        disagreement(guider, with_experts(guider, watched), store, watched.schedule, size=2)
+    assert distill_expert(guider, watched, 1, store, CONFIG, on_step=preview) == losses
+    assert same(quiet.weights(1), watched.weights(1))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_distillation_changes_no_weight_and_no_statistic_of_the_plain_network(store, view):
+    guider = small_guider()
+    kept, image = snapshot(guider.net), images()
+    expected = guider.predict(image, clean(image))
+    bank = make_bank(guider, view)
+    start = [{name: value.clone() for name, value in bank.weights(index).items()} for index in range(3)]
+    distill_expert(guider, bank, 1, store, CONFIG)
+    assert {"norm_1.running_mean", "norm_1.num_batches_tracked"} <= {name.removeprefix("net.") for name in kept}
+    assert same(snapshot(guider.net), kept) and torch.equal(guider.predict(image, clean(image)), expected)
+    assert [same(bank.weights(index), start[index]) for index in range(3)] == [True, False, True]
+    assert not any(parameter.requires_grad for parameter in bank.parameters())
+
+
+@KINDS
+@pytest.mark.parametrize("view", VIEWS)
+def test_distillation_works_under_inference_mode_and_gives_the_same_experts(store, view, config):
+    guider = small_guider()
+    outside, inside = make_bank(guider, view), make_bank(guider, view)
+    losses = distill_expert(guider, outside, 1, store, config, denoise=shrink)
+    with torch.inference_mode():
+        again = SampleStore(store.folder, store.recipe)
+        trajectory_pairs(again, outside.schedule, 1, 0, 2, 0, view)  # its tensors are now those of inference mode
+        assert distill_expert(guider, inside, 1, again, config, denoise=shrink) == losses
+    assert same(inside.weights(1), outside.weights(1))
+
+
+def test_every_step_is_reported_and_every_expert_has_its_own_state(store, tmp_path):
+    guider, seen = small_guider(), []
+    bank = make_bank(guider)
+    losses = distill(guider, bank, store, replace(CONFIG, steps=4), tmp_path / "states",
+                     lambda index, step, loss: seen.append((index, step, loss)))
+    assert seen == [(index, step, losses[index][step]) for index in range(3) for step in range(4)]
+    names = sorted(path.name for path in (tmp_path / "states").iterdir())
+    assert names == [f"expert_{index}.state.safetensors" for index in range(3)]
+
+
+# It learns
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[SampleStore, SampleStore]:
+    """Images of the bundled denoiser and their trajectories: to learn from, and held out."""
+    denoiser, stores = load_denoiser(), []
+    def generate(seeds):
+        recorder, sigmas = Recorder(), karras_sigmas(5, SIGMA_MIN, SIGMA_MAX)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = sample_euler(recorder.listen(denoiser), seeded_noise(seeds, (3, SIZE, SIZE)) * SIGMA_MAX, sigmas)
+        return found, recorder.trajectories(seeds)
+    for name, seed in (("train", 0), ("test", 1000)):
+        stores.append(SampleStore(tmp_path_factory.mktemp(name), {"seed": seed}))
+        stores[-1].fill(SHARD, generate)
+    return tuple(stores)
+
+
+@pytest.mark.parametrize("view, fresh", [("noisy", False), ("denoised", False), ("noisy", True)])
+def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_the_plain_network(tiny, view, fresh):
+    """The bundled guider on the way to images that the training has not seen."""
+    guider, (store, held_out) = replace(load_guider("class"), view=view), tiny
+    bank = ExpertBank(base_network(guider), ExpertSchedule((0.05, 5.0, 80.0)), LoraSpec(rank=4), view)
+    distill_expert(guider, bank, 1, store, DistillConfig(steps=40, batch=8, lr=3e-3, fresh_noise=fresh))
+    plain, expert = (disagreement(guider, judge, held_out, bank.schedule) for judge in (guider, with_experts(guider, bank)))
+    assert expert[1][1] < 0.8 * plain[1][1]
+    assert expert[0] == pytest.approx(plain[0], rel=1e-4)  # of the expert that was not trained
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_disagreement_of_the_plain_network_grows_from_about_nothing_with_the_noise(tmp_path, view):
+    store, guider = SampleStore(tmp_path, {"seed": 0}), small_guider(view=view)
+    ends = images(SHARD)
+    store.fill(SHARD, lambda seeds: (ends, ways(ends, levels=(3.0, 0.1, 1e-3))))
+    found = disagreement(guider, guider, store, ExpertSchedule((1e-4, 0.01, 1.0, 10.0)), size=16)
+    assert [at for at, _ in found] == pytest.approx([1e-3, 0.1, 3.0])
+    assert abs(found[0][1]) < 1e-5 and 10 * found[0][1] < found[1][1] < found[2][1]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("edges", [(0.05, 10.0), (0.1, 0.4, 1.0, 10.0), EDGES])
+def test_the_disagreement_has_one_value_for_each_interval_also_where_experts_change_within_it(store, view, edges):
+    """The mean over images, each asked for by itself."""
+    guider, schedule = small_guider(), ExpertSchedule(edges)
+    bank = make_bank(guider, view)
+    for index in range(3):
+        disturb(bank, index, seed=10 * index + 1)
+    other = with_experts(guider, bank)
+    found = disagreement(guider, other, store, schedule, size=40)
+    assert len(found) == len(schedule)
+    for index, (at, value) in enumerate(found):
+        pairs = trajectory_pairs(store, schedule, index, 0, 40, -1, view)
+        each = [distill_loss(guider, bank, Pairs(*(part[i:i + 1] for part in pairs))) for i in range(40)]
+        assert at == pytest.approx(float(pairs.sigma.log().mean().exp()), rel=1e-5)
+        assert value == pytest.approx(float(torch.cat(each).mean()), rel=1e-4)
+
+
+# Faults
+
+class NanAfter(torch.nn.Module):
+    """A network that breaks after some calls."""
+
+    def __init__(self, calls: int):
+        super().__init__()
+        self.net, self.left = fixed_weights(SmallNet()), calls
+
+    def forward(self, image):
+        self.left -= 1
+        return self.net(image) * (1 if self.left >= 0 else math.nan)
+
+
+def test_a_network_that_breaks_in_distillation_is_told_and_the_steps_before_are_kept(store, tmp_path):
+    net = NanAfter(10**6)
+    guider = replace(small_guider(), net=IgnoreSigma(net))
+    expected = make_bank(guider)
+    losses = distill_expert(guider, expected, 1, store, FRESH, denoise=shrink)
+    bank, state, breaks = make_bank(guider), tmp_path / "state.safetensors", iter(range(100))
+    def breaking(x, sigma):
+        return shrink(x, sigma) * (math.nan if next(breaks) == 4 else 1)
+    with says(ValueError, "expert 1", "nan", "step 4", guider.name):
+        distill_expert(guider, bank, 1, store, FRESH, state, denoise=breaking)
+    assert load_tensors(state)[1]["losses"] == losses[:4]
+    assert all(bool(value.isfinite().all()) for value in bank.weights(1).values())
+    assert distill_expert(guider, make_bank(guider), 1, store, FRESH, state, denoise=shrink) == losses
+    net.left = 0
+    with says(ValueError, "expert 0", "nan", "step 0"):
+        distill_expert(guider, bank, 0, store, CONFIG, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("change, word", [
+    ("seed", "config"), ("steps", "config"), ("rank", "lora"), ("view", "view"), ("edges", "edges"), ("guider", "guider"),
+    ("weights", "fingerprint"), ("expert", "index"), ("images", "images"), ("store", "store"),
+])
+def test_the_state_of_another_distillation_is_refused_and_left_alone(store, tmp_path, change, word):
+    guider, state = small_guider(), tmp_path / "state.safetensors"
+    distill_expert(guider, make_bank(guider), 1, store, CONFIG, state)
+    kept = state.read_bytes()
+    config, index, bank = CONFIG, 1, make_bank(guider)
+    if change in ("seed", "steps"):
+        config = replace(CONFIG, **{change: 7})
+    elif change == "rank":
+        bank = make_bank(guider, rank=3)
+    elif change == "view":
+        bank = make_bank(guider, "noisy")
+    elif change == "edges":
+        bank = ExpertBank(base_network(guider), ExpertSchedule((0.1, 0.6, 2.0, 10.0)), LoraSpec(rank=2))
+    elif change == "guider":
+        guider = replace(guider, name="small/another")
+    elif change == "weights":
+        guider = small_guider(seed=9)
+        bank = make_bank(guider)
+    elif change == "expert":
+        index = 2
+    elif change == "images":
+        store.fill(2 * SHARD, made)
+    elif change == "store":
+        store = SampleStore(tmp_path / "another store", {"seed": 5})
+        store.fill(SHARD, made)
+    with says(ValueError, "state.safetensors", f"({word} is", "delete"):
+        distill_expert(guider, bank, index, store, config, state)
+    assert state.read_bytes() == kept
+
+
+@pytest.mark.parametrize("mine, other", [(CONFIG, FRESH), (FRESH, CONFIG)], ids=["trajectories", "fresh noise"])
+def test_a_state_of_the_other_kind_of_pairs_is_refused_and_left_alone(store, tmp_path, mine, other):
+    guider, state = small_guider(), tmp_path / "state.safetensors"
+    distill_expert(guider, make_bank(guider), 1, store, mine, state, denoise=shrink)
+    kept = state.read_bytes()
+    with says(ValueError, "state.safetensors", "config is", f"'fresh_noise': {other.fresh_noise}", "delete"):
+        distill_expert(guider, make_bank(guider), 1, store, other, state, denoise=shrink)
+    assert state.read_bytes() == kept
+
+
+def test_the_state_of_another_start_is_refused(store, tmp_path):
+    guider, state = small_guider(), tmp_path / "state.safetensors"
+    distill_expert(guider, make_bank(guider), 1, store, WARM, state)
+    with says(ValueError, "state.safetensors", "start is neighbour, expected None", "delete"):
+        distill_expert(guider, make_bank(guider), 1, store, CONFIG, state)
+
+
+def test_a_truncated_state_is_refused(store, tmp_path):
+    guider, state = small_guider(), tmp_path / "state.safetensors"
+    distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), state)
+    state.write_bytes(state.read_bytes()[:500])
+    with says(ValueError, "state.safetensors", "cannot be read"):
+        distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), state)
+
+
+def test_a_full_disk_in_a_training_is_told_and_the_last_state_stays_whole(store, tmp_path):
+    guider, state = small_guider(), tmp_path / "state.safetensors"
+    straight, resumed = make_bank(guider), make_bank(guider)
+    losses = distill_expert(guider, straight, 1, store, CONFIG)
+    with pytest.raises(Stop):
+        distill_expert(guider, make_bank(guider), 1, store, CONFIG, state, stop_after(5))
+    with full_disk(), says(OSError, "state.safetensors", "Free some disk space"):
+        distill_expert(guider, make_bank(guider), 1, store, CONFIG, state)
+    assert len(load_tensors(state)[1]["losses"]) == 5
+    assert distill_expert(guider, resumed, 1, store, CONFIG, state) == losses
+    assert same(resumed.weights(1), straight.weights(1))
+
+
+def test_an_expert_that_the_bank_does_not_have_is_refused(store):
+    guider = small_guider()
+    with says(IndexError, "no expert 3", "has 3"):
+        distill_expert(guider, make_bank(guider), 3, store, CONFIG)

@@ -1,0 +1,168 @@
+"""Fetching a network from a hub that runs in the test: what is taken, what is not, and what happens when it stops."""
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import says
+from helpers.hub import CONFIG, FILES, REPO, TAKEN, Hub, contents, serving
+
+from ppap_core.guiders.loaders import hub as module
+from ppap_core.guiders.loaders.hub import download, folder_name, wanted
+
+pytest.importorskip("huggingface_hub")
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[Hub]:
+    monkeypatch.setattr(module, "PIECE", 2000)
+    with serving() as hub:
+        yield hub
+
+
+def fetch(hub: Hub, folder: Path, report=lambda done, total: None) -> Path:
+    return download(REPO, folder, report, endpoint=hub.url)
+
+
+# What is fetched
+
+def test_weights_and_what_says_what_they_are_are_fetched_and_nothing_that_can_hold_code(hub, tmp_path):
+    folder = tmp_path / "guiders" / folder_name(REPO)
+    assert fetch(hub, folder) == folder
+    assert contents(folder) == {name: FILES[name] for name in TAKEN}
+    assert list(folder.parent.iterdir()) == [folder], "nothing is left beside it"
+    assert hub.served == sum(len(FILES[name]) for name in TAKEN), "every byte comes once"
+
+
+PLAIN, SHARDS = ["config.json", "model.safetensors"], [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+
+
+@pytest.mark.parametrize(("names", "taken"), [
+    ([*PLAIN, "open_clip_model.safetensors"], PLAIN),
+    ([*SHARDS[::-1], "model.safetensors.index.json", "config.json"],
+     ["config.json", "model.safetensors.index.json", *SHARDS]),
+    (["config.json", "other.safetensors", "spiece.model", "preprocessor_config.json", "special_tokens_map.json"],
+     ["config.json", "preprocessor_config.json", "special_tokens_map.json", "spiece.model", "other.safetensors"]),
+    ([*PLAIN, "../evil.safetensors", "a\\b.safetensors", "config.json.py", "tokenizer.py", "x.bin"], PLAIN)])
+def test_of_a_repository_only_the_known_kinds_at_its_root_are_wanted(names, taken):
+    assert wanted(REPO, names) == taken
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    ({"config.json": CONFIG, "pytorch_model.bin": b"code"}, ["no weights in safetensors", "another network"]),
+    ({"config.json": CONFIG, "onnx/model.safetensors": b"x"}, ["no weights in safetensors"]),
+    ({"model.safetensors": b"x"}, ["no config.json"]), ({}, ["no weights in safetensors"])])
+def test_a_repository_without_weights_or_config_is_refused_and_nothing_is_fetched(hub, tmp_path, names, words):
+    hub.files = names
+    with says(ValueError, REPO, *words):
+        fetch(hub, tmp_path / "net")
+    assert hub.served == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "resnet", "a/b/c", "https://huggingface.co/a/b", "../b", "a/..", "a/b c", "/a", "a/",
+                                  "a/b\t", "-a/b", "a--b/c", "ä/b", "a\\b", "a/" + 97 * "x"])
+def test_only_owner_slash_name_names_a_repository(name, tmp_path):
+    with says(ValueError, f"'{name}'", "owner/name"):
+        download(name, tmp_path / "net", print)
+
+
+def test_a_name_makes_one_folder():
+    assert folder_name("timm/resnet18.a1_in1k") == "timm--resnet18.a1_in1k"
+
+
+# Progress, and what happens when it stops
+
+def test_progress_counts_bytes_up_to_the_whole(hub, tmp_path):
+    seen = []
+    fetch(hub, tmp_path / "net", lambda done, total: seen.append((done, total)))
+    whole = sum(len(FILES[name]) for name in TAKEN)
+    assert seen[0] == (0, whole) and seen[-1] == (whole, whole)
+    assert seen == sorted(seen) and len(seen) > 8 and max(b[0] - a[0] for a, b in zip(seen, seen[1:], strict=False)) <= 2000
+
+
+class Cancelled(BaseException):
+    """What a cancel button raises."""
+
+
+@pytest.mark.parametrize("stops", [[0], [15], [5000], [3000, 3500, 9000]])
+def test_a_download_that_was_stopped_goes_on_where_it_stopped(hub, tmp_path, stops):
+    folder = tmp_path / "net"
+    for stop in stops:
+        def cancel(done, total, stop=stop):
+            if done >= stop:
+                raise Cancelled
+        with pytest.raises(Cancelled):
+            fetch(hub, folder, cancel)
+        assert not folder.exists(), "a folder that is not whole cannot be chosen"
+        assert [each.name[0] for each in tmp_path.iterdir()] == ["."]
+    fetch(hub, folder)
+    assert contents(folder) == {name: FILES[name] for name in TAKEN}
+    assert hub.served == sum(len(FILES[name]) for name in TAKEN), "no byte comes twice"
+
+
+def test_a_folder_that_is_there_is_left_alone_and_the_hub_is_not_asked(hub, tmp_path):
+    (tmp_path / "net").mkdir()
+    assert fetch(hub, tmp_path / "net") == tmp_path / "net"
+    assert not hub.asked and not contents(tmp_path)
+
+
+@pytest.mark.parametrize("begun", [b"", FILES["model.safetensors"][:700], b"older" + FILES["model.safetensors"]])
+def test_from_a_server_that_knows_no_ranges_a_file_comes_whole_or_is_begun_anew(hub, tmp_path, begun):
+    hub.ranges = False
+    part = tmp_path / f".{folder_name(REPO)}"
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(begun)
+    if begun:
+        with says(ValueError, "model.safetensors", REPO, "again"):
+            fetch(hub, tmp_path / "net")
+    fetch(hub, tmp_path / "net")
+    assert contents(tmp_path / "net") == {name: FILES[name] for name in TAKEN}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_is_damaged_on_its_way_is_thrown_away_and_fetched_again(hub, tmp_path, name):
+    hub.damaged = name
+    with says(ValueError, name, REPO, "again"):
+        fetch(hub, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+    hub.damaged = ""
+    fetch(hub, tmp_path / "net")
+    assert contents(tmp_path / "net") == {name: FILES[name] for name in TAKEN}
+
+
+# What is said when it cannot be
+
+@pytest.mark.parametrize(("status", "code", "words"), [
+    (404, "RepoNotFound", ["no network", "check the name"]), (403, "GatedRepo", ["accepted its terms", "hf auth login"])])
+def test_what_the_hub_refuses_is_said_in_words(hub, tmp_path, status, code, words):
+    hub.refuse = status, code
+    with says(ValueError, REPO, *words):
+        fetch(hub, tmp_path / "net")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_connection_is_said_in_words(tmp_path):
+    with says(ConnectionError, REPO, "check the connection", "where it stopped"):
+        download(REPO, tmp_path / "net", print, endpoint="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(("code", "error", "words"), [
+    ("Forbidden", ConnectionError, "where it stopped"), ("GatedRepo", ValueError, "accepted its terms")])
+def test_a_file_that_is_refused_is_said_in_words(hub, tmp_path, code, error, words):
+    def refuse(done, total):
+        hub.refuse = 403, code
+    with says(error, REPO, words):
+        fetch(hub, tmp_path / "net", refuse)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 4000}))
+    with says(ValueError, "GB are free", str(tmp_path), "make room"):
+        fetch(hub, tmp_path / "net")
+    assert hub.served == 0
+
+
+def test_the_missing_package_is_said_in_words(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with says(ImportError, "pip install huggingface_hub", "by hand"):
+        download(REPO, tmp_path / "net", print)

@@ -102,5 +102,5 @@ def averaged(guider: Guider) -> Guider:
     return replace(guider, net=Averaged(guider.net))
 
 
-VARIANTS: dict[str, Callable[[Guider], Guider]] = {"softplus": softplus, "elucd": elucd, "blended": blended,
+ABLATIONS: dict[str, Callable[[Guider], Guider]] = {"softplus": softplus, "elucd": elucd, "blended": blended,
                                                    "averaged": averaged, "lower on edges": lower_on_edges}

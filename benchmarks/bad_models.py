@@ -15,7 +15,7 @@ from ppap_core.tinyworld.loaders import CONDITIONS, SIGMA_MAX, SIGMA_MIN, load_d
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 from ppap_core.tinyworld.scenes import CLASSES, draw
 from ppap_core.training.finetune import FineTune, fine_tune
-from ppap_core.training.lora import LowRank, beside
+from ppap_core.training.lora import LoraUpdate, with_adapters
 
 from .networks import load_conditional_denoiser, load_conditional_sibling
 from .train_tinyworld import NETWORKS, TRAINING_SEEDS, Recipe, fit
@@ -67,7 +67,7 @@ def _made(kind: str, folder: Path, device: torch.device) -> Model:
             sigma = sigmas[(1000 * share).long().to(device)]
             return net(images + expand(sigma, images) * noise, sigma), sigma
 
-        def keep(step: int, loss: float, changes: dict[str, LowRank]) -> None:
+        def keep(step: int, loss: float, changes: dict[str, LoraUpdate]) -> None:
             if step + 1 in {each[2] for each in MADE.values() if each[:2] == (rank, steps)}:
                 save_tensors(folder / f"lora_{rank}_{steps}_{step + 1}.safetensors", {
                     f"{name}.{part}": getattr(change, part).detach() for name, change in changes.items()
@@ -76,10 +76,10 @@ def _made(kind: str, folder: Path, device: torch.device) -> Model:
         fine_tune(net, predict, images, FineTune(steps, rank, 16), {}, SIGMA_DATA, on_step=keep)
     tensors = {name: tensor.to(device) for name, tensor in load_tensors(file)[0].items()}
     names = {name.rpartition(".")[0] for name in tensors}
-    changes = {name: [LowRank(tensors[f"{name}.up"], tensors[f"{name}.down"], strength)] for name in names}
+    changes = {name: [LoraUpdate(tensors[f"{name}.up"], tensors[f"{name}.down"], strength)] for name in names}
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        with beside(net, changes):
+        with with_adapters(net, changes):
             return net(x, sigma)
     return denoise
 

@@ -61,7 +61,7 @@ def reference(judge: Guider, count: int, size: int, device: torch.device, kept: 
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Scores:
     """What is measured of one way to guide at one setting."""
 
     images: int
@@ -75,7 +75,7 @@ class Judgement:
 
 
 def judge_all(sample: Callable[[Sequence[int], Scenes], Tensor], seeds: range, judges: Sequence[Guider], guider: Guider,
-              real: Reference, device: torch.device, batch: int = 64, label: int | None = None) -> Judgement:
+              real: Reference, device: torch.device, batch: int = 64, label: int | None = None) -> Scores:
     """Sample one image for the scene of each seed, and judge them: judges are the judge and the second one.
 
     label: the class of all scenes; None: each has its own.
@@ -90,5 +90,5 @@ def judge_all(sample: Callable[[Sequence[int], Scenes], Tensor], seeds: range, j
         scores.append(torch.stack([*(score(judge, images, scenes) for judge in (*judges, guider)), energy.float()]).cpu())
         seen.append(features(real.judge, images).cpu())
     found, stats = torch.cat(seen), FeatureStats(real.features.shape[1])
-    return Judgement(len(seeds), *torch.cat(scores, 1).mean(1).tolist(), frechet_distance(stats.update(found), real.stats),
+    return Scores(len(seeds), *torch.cat(scores, 1).mean(1).tolist(), frechet_distance(stats.update(found), real.stats),
                      *precision_recall(found, real.features))

@@ -23,7 +23,7 @@ from examples.priors.label_maps import (
     unexplained,
 )
 from examples.priors.networks import load_label_prior
-from ppap_core.guidance.prior import PriorConfig, best_of, clean_up, optimise_prior
+from ppap_core.guidance.prior import PriorConfig, best_of, renoise_and_sample, run_prior
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import clean
 from ppap_core.noise import SIGMA_DATA
@@ -60,8 +60,8 @@ def segment(prior: Denoiser, images: Tensor, seeds: Sequence[int], way: Way) -> 
     start = 0.1 * SIGMA_DATA * seeded_noise(seeds, (len(LABELS), *images.shape[2:])).to(images)
     terms = [Term(cluster_guider(clusters, way.soft), way.weight, balanced=way.balanced),
              Term(share_guider(), way.share, balanced=way.balanced)]
-    points, _ = optimise_prior(prior, terms, start, way.prior, seeds, sigma_data=SIGMA_DATA)
-    found = label_map(clean_up(prior, points, way.clean, way.prior.sigma_to, 12, seeds))
+    points, _ = run_prior(prior, terms, start, way.prior, seeds, sigma_data=SIGMA_DATA)
+    found = label_map(renoise_and_sample(prior, points, way.clean, way.prior.sigma_to, 12, seeds))
     if way.particles > 1:
         found = most_probable(prior, found, clusters, way.particles)
     return named(prior, found) if way.named else found

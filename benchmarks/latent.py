@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.experts.distill import DistillConfig, distill
-from ppap_core.experts.samples import Recorder, SampleStore, Trajectories
+from ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from ppap_core.guidance.shift import guided
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider
-from ppap_core.io.files import claim, read_json, write_json
+from ppap_core.io.files import ensure_manifest, read_json, write_json
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import Denoiser
 from ppap_core.schedules import ExpertSchedule
@@ -53,8 +53,8 @@ def latent_store(world: LatentWorld, folder: Path, config: LatentBench, report: 
     store = SampleStore(folder, {"model": "tinyworld_flow", "sampler": "euler", "steps": config.steps, "seed": 70_000_000})
 
     def generate(seeds: list[int]) -> tuple[Tensor, Trajectories]:
-        recorder = Recorder()
-        latents = world.sample(seeds, flow_sigmas(config.steps), recorder.listen(world.denoise))
+        recorder = TrajectoryRecorder()
+        latents = world.sample(seeds, flow_sigmas(config.steps), recorder.wrap(world.denoise))
         return torch.cat([world.decode(part) for part in latents.split(16)]), recorder.trajectories(seeds)
     store.fill(config.store, generate, lambda have, _: report(f"samples: {have} of {config.store}"))
     return store
@@ -153,7 +153,7 @@ def ways(world: LatentWorld, task: str, distilled: Callable[[str], Guider]) -> d
 
 def latent_bench(config: LatentBench, folder: Path, report: Report) -> list[dict]:
     """All tasks, all rows, each at all weights; what the folder holds already is not done again."""
-    claim(folder, asdict(config))
+    ensure_manifest(folder, asdict(config))
     world, folder, rows = LatentWorld(), Path(folder), []
     real = reference(world.judges["class"], config.scenes, SIZE // 4, world.device)
     for task in TASKS:

@@ -24,6 +24,6 @@ def load_judge(task: str) -> Guider:
     return tiny_guider(tiny_convnext, "judge", task, WEIGHTS)
 
 
-def load_second_judge(task: str) -> Guider:
+def load_held_out_judge(task: str) -> Guider:
     """A judge of a third architecture, which never guides and by which nothing is chosen."""
     return tiny_guider(TinyTransformer, "second_judge", task, WEIGHTS)

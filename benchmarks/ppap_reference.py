@@ -18,7 +18,7 @@ from ppap_core.experts.bank import ExpertBank
 from ppap_core.experts.samples import Pairs, SampleStore
 from ppap_core.guiders.guider import Guider
 from ppap_core.io.files import load_tensors, save_tensors, with_prefix, without_prefix
-from ppap_core.noise import as_seen, expand
+from ppap_core.noise import expand, to_vp
 from ppap_core.rng import seeded
 from ppap_core.schedules import ExpertSchedule
 
@@ -45,7 +45,7 @@ def pairs(store: SampleStore, experts: int, index: int, step: int, size: int) ->
     images = torch.where(torch.rand(size, 1, 1, 1, generator=generator) < 0.5, images.flip(-1), images)
     sigma = SIGMAS[torch.randint(index * width, (index + 1) * width, (size,), generator=generator)]
     noise = torch.randn(images.shape, generator=generator)
-    return Pairs(images, as_seen(images + expand(sigma, images) * noise, sigma), sigma)
+    return Pairs(images, to_vp(images + expand(sigma, images) * noise, sigma), sigma)
 
 
 def distill(bank: ExpertBank, store: SampleStore, loss: Callable[[Pairs], Tensor], steps: int, batch: int, lr: float,

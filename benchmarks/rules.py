@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppap_core.guidance.prior import PriorConfig, find_images
+from ppap_core.guidance.prior import PriorConfig, optimize_images
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.rules import rule_guider
@@ -14,7 +14,7 @@ from ppap_core.tinyworld.loaders import SIZE
 
 from .evaluation import features, reference
 from .metrics import FeatureStats, frechet_distance
-from .tiny_world import NOISE, World, load_world
+from .tiny_world import NOISE, TinyWorld, load_world
 
 Report = Callable[[str], None]
 TARGETS = {"symmetry left-right": None, "symmetry half turn": None, "brightness": 0.75, "saturation": 0.05}
@@ -31,11 +31,11 @@ class RulesBench:
     prior: PriorConfig = PriorConfig(steps=100)
 
 
-def ways(world: World, config: RulesBench) -> dict[str, Callable[[list[int], list[Term]], Tensor]]:
+def ways(world: TinyWorld, config: RulesBench) -> dict[str, Callable[[list[int], list[Term]], Tensor]]:
     """How images of some seeds come about: (seeds, terms) -> (B, 3, 32, 32)."""
     def find(seeds: list[int], terms: list[Term]) -> Tensor:
         start = torch.zeros(len(seeds), 3, SIZE, SIZE, device=world.device)
-        return find_images(world.denoise, terms, start, config.prior, seeds)[0]
+        return optimize_images(world.denoise, terms, start, config.prior, seeds)[0]
     return {"sampling": lambda seeds, terms: world.sample(seeds, config.steps),
             "guided sampling": lambda seeds, terms: world.sample(seeds, config.steps, terms),
             "prior": find}

@@ -15,7 +15,7 @@ from ppap_core.tinyworld.scenes import CLASSES, Scenes, draw, truth
 from ppap_core.viz.plots import contact_sheet, save_picture
 
 from .latent_world import LatentWorld, eps_sigmas, flow_sigmas
-from .networks import load_judge, load_second_judge
+from .networks import load_held_out_judge, load_judge
 from .tiny_world import load_world
 
 COUNT, STEPS, CONFIDENT = 1000, 32, 0.9
@@ -67,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     scenes = draw(range(COUNT))
     print("| network | " + " | ".join(f"noise {sigma:g}" for sigma in NOISE) + " |\n|---|" + "---:|" * len(NOISE))
-    for role, load in (("guider", load_guider), ("judge", load_judge), ("second judge", load_second_judge)):
+    for role, load in (("guider", load_guider), ("judge", load_judge), ("second judge", load_held_out_judge)):
         for task in TASKS:
             scored = (score(load(task), scenes, sigma) for sigma in NOISE)
             print(f"| {role}, {task} | " + " | ".join(f"{each:.3f}" for each in scored) + " |", flush=True)

@@ -18,7 +18,7 @@ from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.latents import LatentSpace, Stem
 from ppap_core.guiders.preprocess import timm_preprocess
-from ppap_core.noise import as_seen, expand
+from ppap_core.noise import expand, to_vp
 from ppap_core.sampling import Denoiser
 
 from .costs import once
@@ -173,7 +173,7 @@ def denoiser(name: str, device: str, dtype: torch.dtype = torch.float32, scale: 
         if "addition_embed_type" in config else None
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        seen = as_seen(x, sigma).to(dtype).repeat(2, 1, 1, 1)
+        seen = to_vp(x, sigma).to(dtype).repeat(2, 1, 1, 1)
         noise = unet(seen, level, encoder_hidden_states=words, added_cond_kwargs=added).sample.float()
         without, within = noise.chunk(2)
         return x - expand(sigma, x) * (without + scale * (within - without))

@@ -12,27 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core.guidance.autoguidance import Autoguidance, autoguided
-from ppap_core.guidance.prior import PriorConfig, find_images
+from ppap_core.guidance.prior import PriorConfig, optimize_images
 from ppap_core.guidance.shift import guided
 from ppap_core.guidance.terms import Term
 from ppap_core.guidance.training_free import METHODS, sample_training_free
 from ppap_core.guiders.guider import Guider
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.files import read_json, write_bytes, write_json
-from ppap_core.noise import NoiseInterval, as_seen, expand
+from ppap_core.noise import NoiseInterval, expand, to_vp
 from ppap_core.sampling import Denoiser, sample_euler
 from ppap_core.tinyworld.loaders import SIZE, condition
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 from ppap_core.tinyworld.scenes import Scenes, draw, truth
 from ppap_core.viz.plots import line_plot, save_picture
 
-from .ablations import VARIANTS
+from .ablations import ABLATIONS
 from .bad_models import Model, bad_version
 from .costs import ratio_in_turn
 from .evaluation import LESS_IS_BETTER, MEASURES, Reference, judge_all, reference
 from .networks import load_conditional_denoiser
-from .tiny_world import NOISE, World, load_world
-from .training import COSTS, Report, Training, changes, make_guider, name_of
+from .tiny_world import NOISE, TinyWorld, load_world
+from .training import COSTS, Report, Training, changes, config_hash, make_guider
 
 TABLES = Path(__file__).parent / "rows"
 SEARCHED, MEASURED = 1000, 100_000  # the first scene whose truth is asked for, in the search and at the setting it finds
@@ -106,11 +106,11 @@ def bench(table: Table, folder: Path, report: Report, only: Sequence[str] = ()) 
     rows = []
     for row in table.rows:
         if not only or row.row in only:
-            rows.append(measured(world, table, row, real, folder, lambda line, row=row: report(f"{row.row}: {line}")))
+            rows.append(run_row(world, table, row, real, folder, lambda line, row=row: report(f"{row.row}: {line}")))
     return rows if only or not table.reference else with_agreement(world, table, rows, folder, report)
 
 
-def measured(world: World, table: Table, row: Row, real: Reference, folder: Path, report: Report) -> dict:
+def run_row(world: TinyWorld, table: Table, row: Row, real: Reference, folder: Path, report: Report) -> dict:
     """One row: the search, and what is measured at the setting it finds."""
     of_row = {"task": table.task, "steps": table.steps, "scenes": table.scenes, "way": row.way, "variant": row.variant,
               "settings": row.settings, "training": changes(row.training),
@@ -124,7 +124,7 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
             good = of(row.settings["good"]) if "good" in row.settings else None
             return Pair(good, of(row.settings["bad"])), dict.fromkeys(COSTS, 0)
         plain, cost = make_guider(world, row.training, table.steps, folder, report)
-        return VARIANTS[row.variant](plain) if row.variant else plain, cost
+        return ABLATIONS[row.variant](plain) if row.variant else plain, cost
 
     def sample(setting: dict) -> Callable[[Sequence[int], Scenes], Tensor]:
         return sampler(world, row, guider()[0], setting, row.steps or table.steps, table.schedule)
@@ -135,24 +135,24 @@ def measured(world: World, table: Table, row: Row, real: Reference, folder: Path
                               label=table.label)
             report(f"{setting} {found.score:.3f}, Frechet {found.frechet:.1f}, {images} images")
             return {"setting": setting, **asdict(found)}
-        return kept(folder / "measured" / f"{name_of(of_row | setting | {'first': first, 'images': images})}.json", measure)
+        return kept(folder / "measured" / f"{config_hash(of_row | setting | {'first': first, 'images': images})}.json", measure)
 
     searched = [point(setting, SEARCHED, table.search) for setting in row.points] if len(row.points) > 1 else []
     sign = -1 if table.choose == "frechet" or table.task in LESS_IS_BETTER else 1
     best = max(searched, key=lambda found: sign * found[table.choose])["setting"] if searched else row.points[0]
-    costs = kept(folder / "costs" / f"{name_of(of_row | best)}.json",
+    costs = kept(folder / "costs" / f"{config_hash(of_row | best)}.json",
                  lambda: guider()[1] | cost_of(world, sample(best), table.steps))
     return {"row": row.row, "way": row.way, "training": changes(row.training), **costs,
             **point(best, row.scenes_from, table.images), "searched": searched}
 
 
-def with_agreement(world: World, table: Table, rows: list[dict], folder: Path, report: Report) -> list[dict]:
+def with_agreement(world: TinyWorld, table: Table, rows: list[dict], folder: Path, report: Report) -> list[dict]:
     """The rows, and for guiders how far they are from the table's reference."""
     wanted = next(each for each in table.rows if each.row == table.reference).training
     best, _ = make_guider(world, wanted, table.steps, folder, report)
     for row, found in zip(table.rows, rows, strict=True):
         if row.way == "guidance" and not row.variant:
-            name = name_of({"task": table.task, "steps": table.steps, "of": changes(row.training), "with": changes(wanted)})
+            name = config_hash({"task": table.task, "steps": table.steps, "of": changes(row.training), "with": changes(wanted)})
             guider, _ = make_guider(world, row.training, table.steps, folder, report)
             found["agreement"] = kept(folder / "agreement" / f"{name}.json", partial(agreement, world, guider, best))
     return rows
@@ -165,7 +165,7 @@ def kept(file: Path, make: Callable[[], dict]) -> dict:
     return read_json(file)
 
 
-def sampler(world: World, row: Row, guider: Guider | Pair, setting: dict, steps: int,
+def sampler(world: TinyWorld, row: Row, guider: Guider | Pair, setting: dict, steps: int,
             schedule: str = "karras") -> Callable[[Sequence[int], Scenes], Tensor]:
     """How a row makes images for scenes: (their numbers, the scenes) -> (B, 3, 32, 32)."""
     def sample(numbers: Sequence[int], scenes: Scenes) -> Tensor:
@@ -179,12 +179,12 @@ def sampler(world: World, row: Row, guider: Guider | Pair, setting: dict, steps:
             return sample_euler(autoguided(of_class, of_any, interval(**setting)), x, sigmas)
         if row.way == "autoguidance":
             given = [condition(scenes.label)] if row.settings["told"] else []
-            good = in_half(world, guider.good) if guider.good else told(world, *given) if given else world.denoise
-            return sample_euler(autoguided(good, in_half(world, guider.bad, *given), interval(**setting)), x, sigmas)
+            good = in_bfloat16(world, guider.good) if guider.good else told(world, *given) if given else world.denoise
+            return sample_euler(autoguided(good, in_bfloat16(world, guider.bad, *given), interval(**setting)), x, sigmas)
         aimed = guider.aim(truth(scenes, guider.task))
         if row.way == "prior":
             level, config = row.settings.get("level", 0.0), {k: v for k, v in row.settings.items() if k != "level"}
-            return find_images(world.denoise, [Term(aimed, **setting)], torch.zeros_like(x), PriorConfig(**config), seeds,
+            return optimize_images(world.denoise, [Term(aimed, **setting)], torch.zeros_like(x), PriorConfig(**config), seeds,
                                level=level)[0]
         if row.way in METHODS:
             method = replace(METHODS[row.way], **row.settings, **setting)
@@ -193,13 +193,13 @@ def sampler(world: World, row: Row, guider: Guider | Pair, setting: dict, steps:
     return sample
 
 
-def told(world: World, given: Tensor) -> Denoiser:
+def told(world: TinyWorld, given: Tensor) -> Denoiser:
     """The denoiser's sibling that knows the class. Guided away from itself without the class by `autoguided`, it makes
     classifier-free guidance (Ho & Salimans 2022)."""
-    return in_half(world, conditional_denoiser(world.device), given)
+    return in_bfloat16(world, conditional_denoiser(world.device), given)
 
 
-def in_half(world: World, model: Model, *given: Tensor) -> Denoiser:
+def in_bfloat16(world: TinyWorld, model: Model, *given: Tensor) -> Denoiser:
     """A model with what it is told, in the precision of the world's own."""
     return lambda x, sigma: replace(world, denoiser=model).denoise(x, sigma, *given)
 
@@ -215,7 +215,7 @@ def conditional_denoiser(device: torch.device) -> nn.Module:
     return load_conditional_denoiser().to(device)
 
 
-def cost_of(world: World, sample: Callable[[Sequence[int], Scenes], Tensor], steps: int, count: int = 32,
+def cost_of(world: TinyWorld, sample: Callable[[Sequence[int], Scenes], Tensor], steps: int, count: int = 32,
             repeats: int = 3) -> dict:
     """Passes of the denoiser for each image, and seconds over those of plain sampling, in turn."""
     numbers, scenes = range(count), draw(range(count)).to(world.device)
@@ -235,14 +235,14 @@ def cost_of(world: World, sample: Callable[[Sequence[int], Scenes], Tensor], ste
 
 
 @torch.no_grad()
-def agreement(world: World, guider: Guider, wanted: Guider, scenes: int = 256) -> dict:
+def agreement(world: TinyWorld, guider: Guider, wanted: Guider, scenes: int = 256) -> dict:
     """Mean distance of a guider's answers from those of a network that was trained on noise, by noise level."""
     image, found = draw(range(scenes)).image.to(world.device), {}
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(world.device)
     for level in LEVELS:
         sigma = image.new_full((scenes,), level)
         x = image + expand(sigma, image) * noise
-        answer, best = (each.predict(as_seen(x, sigma) if each.view == "noisy" else world.denoise(x, sigma), sigma)
+        answer, best = (each.predict(to_vp(x, sigma) if each.view == "noisy" else world.denoise(x, sigma), sigma)
                         for each in (guider, wanted))
         found[f"{level:g}"] = float(TASKS[guider.task].distance(answer, best).mean())
     return found

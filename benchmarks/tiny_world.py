@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core.experts.bank import base_network
-from ppap_core.experts.samples import Recorder, SampleStore, Trajectories
+from ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from ppap_core.guidance.shift import guided
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider, clean
@@ -17,7 +17,7 @@ from ppap_core.sampling import karras_sigmas, sample_euler
 from ppap_core.tinyworld.loaders import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider
 from ppap_core.tinyworld.scenes import draw, truth
 
-from .networks import load_judge, load_second_judge
+from .networks import load_held_out_judge, load_judge
 from .ppap_reference import ddim_sigmas
 
 SCHEDULES = {"karras": partial(karras_sigmas, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX), "ddim": ddim_sigmas}
@@ -25,7 +25,7 @@ NOISE = 200_000_000  # the noise for a scene is that of its number + this: one g
 
 
 @dataclass(frozen=True)
-class World:
+class TinyWorld:
     """A denoiser, the guider of one task and the judges that never guide, on one device."""
 
     denoiser: nn.Module
@@ -55,22 +55,22 @@ class World:
 
     def sample_recorded(self, seeds: Sequence[int], steps: int, terms: Sequence[Term] = ()) -> tuple[Tensor, Trajectories]:
         """Images and how they came about, for a store."""
-        recorder = Recorder()
-        images = sample_euler(guided(recorder.listen(self.denoise), terms), *self.start(seeds, steps))
+        recorder = TrajectoryRecorder()
+        images = sample_euler(guided(recorder.wrap(self.denoise), terms), *self.start(seeds, steps))
         return images, recorder.trajectories(seeds)
 
 
-def load_world(task: str = "class") -> World:
+def load_world(task: str = "class") -> TinyWorld:
     """The bundled world, on a GPU when there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = World(load_denoiser().to(device), load_guider(task), (load_judge(task), load_second_judge(task)),
+    world = TinyWorld(load_denoiser().to(device), load_guider(task), (load_judge(task), load_held_out_judge(task)),
                   load_judge("class"), device)
     for guider in (world.guider, *world.judges, world.class_judge):
         base_network(guider).to(device)
     return world
 
 
-def generate_store(world: World, folder: Path, count: int, steps: int, report: Callable[[str], None],
+def generate_store(world: TinyWorld, folder: Path, count: int, steps: int, report: Callable[[str], None],
                    weight: float = 0.0) -> SampleStore:
     """At least `count` images of the world's own model, for distillation.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from examples.priors.networks import load_tour_prior
 from examples.priors.salesman import distances, insert_edges, length, nearest_neighbour, solve, two_opt
 from examples.priors.tours import adjacency, cities, renderer
-from ppap_core.guidance.prior import PriorConfig, optimise_prior
+from ppap_core.guidance.prior import PriorConfig, run_prior
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import Denoiser
 
@@ -43,7 +43,7 @@ def find_edges(denoise: Denoiser, places: list[Tensor], seeds: list[int], search
     """How much of each edge the prior wants, (B, V, V), for cities (V, 2) of B instances; i depends on seeds[i] only."""
     count = len(places[0])
     start = search.spread * seeded_noise(seeds, (count, count))
-    points, _ = optimise_prior(denoise, [], start, search.prior, seeds, render=renderer(places, search.temperature))
+    points, _ = run_prior(denoise, [], start, search.prior, seeds, render=renderer(places, search.temperature))
     return adjacency(points, search.temperature)
 
 

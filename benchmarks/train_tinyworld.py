@@ -29,7 +29,7 @@ from ppap_core.io.files import (
     with_prefix,
     without_prefix,
 )
-from ppap_core.noise import SIGMA_DATA, as_seen, expand
+from ppap_core.noise import SIGMA_DATA, expand, to_vp
 from ppap_core.sampling import Denoiser
 from ppap_core.tinyworld.latents import (
     SCALE,
@@ -83,7 +83,7 @@ def conditional_denoiser() -> TinyDenoiser:
 
 def conditional_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
     """The denoiser's loss with the class told or not, (B,)."""
-    given = known_or_not(scenes.label, generator)
+    given = label_dropout(scenes.label, generator)
     return denoiser_loss(lambda x, sigma: net(x, sigma, given), scenes, generator)
 
 
@@ -132,7 +132,7 @@ def autoencoder_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator)
 
 def flow_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
     """Error of the velocity at logit-normal times (Esser et al. 2024, section 3.1), (B,)."""
-    given = known_or_not(scenes.label, generator)
+    given = label_dropout(scenes.label, generator)
     x, t, target = flow_state(scenes.latent, generator)
     return (net(x, t, given[:, None], given).float() - target).square().flatten(1).mean(1)
 
@@ -165,21 +165,21 @@ class Controlled(nn.Module):
 def control_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
     """The flow model's error under control, (B,)."""
     x, t, target = flow_state(scenes.latent, generator)
-    velocity = net(x, t, known_or_not(scenes.label, generator, 0.5), scenes.hint)
+    velocity = net(x, t, label_dropout(scenes.label, generator, 0.5), scenes.hint)
     return (velocity.float() - target).square().flatten(1).mean(1)
 
 
 def eps_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
     """Error of the noise at timesteps drawn evenly (Ho et al. 2020, eq. 14), (B,)."""
-    latent, given = scenes.latent, known_or_not(scenes.label, generator)
+    latent, given = scenes.latent, label_dropout(scenes.label, generator)
     timestep = torch.randint(1000, (len(latent),), generator=generator)
     sigma = timestep_sigmas()[timestep].to(latent)
     noise = torch.randn(latent.shape, generator=generator).to(latent)
-    found = net(as_seen(latent + expand(sigma, latent) * noise, sigma), timestep.to(latent), given)
+    found = net(to_vp(latent + expand(sigma, latent) * noise, sigma), timestep.to(latent), given)
     return (found.float() - noise).square().flatten(1).mean(1)
 
 
-def known_or_not(label: Tensor, generator: torch.Generator, share: float = 1 / 7) -> Tensor:
+def label_dropout(label: Tensor, generator: torch.Generator, share: float = 1 / 7) -> Tensor:
     """The condition of each scene, for a share of them none: the model learns to do without, (B, CONDITIONS)."""
     without = torch.rand(len(label), generator=generator) < share
     return condition(label.masked_fill(without.to(label.device), -1))

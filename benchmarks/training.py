@@ -18,13 +18,13 @@ from ppap_core.experts.samples import Pairs, SampleStore, trajectory_pairs
 from ppap_core.guiders.guider import Guider
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.files import load_tensors, read_json, save_tensors, write_json
-from ppap_core.noise import as_seen, expand
+from ppap_core.noise import expand, to_vp
 from ppap_core.rng import seeded
 from ppap_core.schedules import ExpertSchedule
 from ppap_core.tinyworld.scenes import draw, truth
 
 from . import ppap_reference
-from .tiny_world import World, generate_store
+from .tiny_world import TinyWorld, generate_store
 from .train_tinyworld import LOSSES
 
 Report = Callable[[str], None]
@@ -70,7 +70,7 @@ class Networks(nn.Module):
         return self.nets[self.schedule.index(float(sigma[0]))](image)
 
 
-def make_guider(world: World, training: Training, steps: int, folder: Path, report: Report) -> tuple[Guider, dict]:
+def make_guider(world: TinyWorld, training: Training, steps: int, folder: Path, report: Report) -> tuple[Guider, dict]:
     """The world's guider after a training, and what it cost; what the folder holds already is not done again.
 
     steps: of the sampler that makes the images to distil from.
@@ -78,7 +78,7 @@ def make_guider(world: World, training: Training, steps: int, folder: Path, repo
     if not training.edges and not training.original:
         return replace(world.guider, view=training.view), dict.fromkeys(COSTS, 0)
     schedule = ppap_reference.schedule() if training.original else ExpertSchedule(tuple(training.edges))
-    folder = folder / f"{world.guider.task}_{name_of(changes(training) | {'of': steps})}"
+    folder = folder / f"{world.guider.task}_{config_hash(changes(training) | {'of': steps})}"
     lora = LoraSpec(ppap_reference.RANK, ppap_reference.ALPHA) if training.original else \
         LoraSpec(training.rank, training.rank, tuple(training.targets))
     net = Networks(base_network(world.guider), schedule) if training.whole else \
@@ -113,7 +113,7 @@ def narrow(bank: ExpertBank, ranks: Sequence[int]) -> None:
         bank.load(index, weights)
 
 
-def train_experts(world: World, bank: ExpertBank, training: Training, store: SampleStore, folder: Path,
+def train_experts(world: TinyWorld, bank: ExpertBank, training: Training, store: SampleStore, folder: Path,
            on_step: Callable[[int, int, float], None]) -> None:
     """Distil the experts as the core does, or in one of the ways that are here to be compared with it."""
     if training.original:
@@ -151,38 +151,38 @@ def learn(net: nn.Module, training: Training, folder: Path, loss: Callable[[int,
         part.load_state_dict(tensors) if part else net.load(index, tensors)
 
 
-def label_loss(world: World, net: nn.Module, training: Training, index: int, step: int) -> Tensor:
+def label_loss(world: TinyWorld, net: nn.Module, training: Training, index: int, step: int) -> Tensor:
     """Of the answers for fresh noisy scenes, whose truth is exact, (B,)."""
     first = LABELLED + (index * training.steps + step) * training.batch
     scenes, generator = draw(range(first, first + training.batch)), seeded(LABELLED, index, step)
     sigma = net.schedule[index].sample(training.batch, generator)
     noisy = scenes.image + expand(sigma, scenes.image) * torch.randn(scenes.image.shape, generator=generator)
     noisy, sigma = noisy.to(world.device), sigma.to(world.device)
-    seen = as_seen(noisy, sigma) if training.view == "noisy" else world.denoise(noisy, sigma)
+    seen = to_vp(noisy, sigma) if training.view == "noisy" else world.denoise(noisy, sigma)
     answer = replace(world.guider, net=net).predict(seen, sigma)
     return LOSSES[world.guider.task](answer, truth(scenes, world.guider.task).to(world.device))
 
 
-def draws_loss(world: World, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
+def draws_loss(world: TinyWorld, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
     """Distillation with several draws of noise for each answer of the teacher, noisy view, (B,)."""
     generator, count = seeded(0, index, step), training.batch // training.draws
     images = store.batch(step, count, index * 2**64).to(world.device)
     sigma = bank.schedule[index].sample(count * training.draws, generator).to(world.device)
     teacher, repeated = (each.repeat_interleave(training.draws, 0) for each in (world.answer(images), images))
     noise = torch.randn(repeated.shape, generator=generator).to(world.device)
-    seen = as_seen(repeated + expand(sigma, repeated) * noise, sigma)
+    seen = to_vp(repeated + expand(sigma, repeated) * noise, sigma)
     return TASKS[world.guider.task].distance(with_experts(world.guider, bank).predict(seen, sigma), teacher)
 
 
-def jitter_loss(world: World, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
+def jitter_loss(world: TinyWorld, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
     """Distillation with noise on what is seen, as large as `jitter` at high noise and less at low, (B,)."""
     pairs = trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view)
     noise = torch.randn(pairs.seen.shape, generator=seeded(0, index, step, 1))
-    pairs = pairs._replace(seen=pairs.seen + training.jitter * as_seen(expand(pairs.sigma, noise) * noise, pairs.sigma))
+    pairs = pairs._replace(seen=pairs.seen + training.jitter * to_vp(expand(pairs.sigma, noise) * noise, pairs.sigma))
     return distill_loss(world.guider, bank, pairs.to(world.device))
 
 
-def features_loss(world: World, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
+def features_loss(world: TinyWorld, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
     """Distillation of the features before the head beside the answers, (B,)."""
     pairs = trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view).to(world.device)
     prepare, base = world.guider.preprocess, base_network(world.guider)
@@ -219,6 +219,6 @@ def changes(training: Training) -> dict:
             if getattr(training, each.name) != each.default}
 
 
-def name_of(value: dict) -> str:
+def config_hash(value: dict) -> str:
     """A short name for plain values, the same in every process."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.evaluation import judge_all, reference
-from benchmarks.tiny_world import NOISE, World, generate_store, load_world
+from benchmarks.tiny_world import NOISE, TinyWorld, generate_store, load_world
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.experts.checkpoint import save_bank
-from ppap_core.experts.distill import DistillConfig, disagreement, distill, starts_warm
+from ppap_core.experts.distill import DistillConfig, distill, teacher_distance, uses_warm_start
 from ppap_core.experts.samples import SampleStore
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider
@@ -51,7 +51,7 @@ def shares(store: SampleStore, count: int) -> ExpertSchedule:
     return ExpertSchedule.equal_shares(count, levels[0], levels[-1], levels)
 
 
-def distil_view(world: World, view: str, store: SampleStore, folder: Path, report: Report) -> Guider:
+def distil_view(world: TinyWorld, view: str, store: SampleStore, folder: Path, report: Report) -> Guider:
     """Five experts of one view, saved; goes on where an earlier call was stopped."""
     bank = ExpertBank(base_network(world.guider), shares(store, EXPERTS), LoraSpec(rank=2, alpha=2), view).to(world.device)
 
@@ -59,21 +59,21 @@ def distil_view(world: World, view: str, store: SampleStore, folder: Path, repor
         if (step + 1) % 100 == 0:
             report(f"{view} view: expert {index + 1} of {EXPERTS}, step {step + 1}, loss {loss:.3f}")
 
-    training = replace(TRAINING, warm_start=starts_warm(view))
+    training = replace(TRAINING, warm_start=uses_warm_start(view))
     distill(world.guider, bank, store, training, folder / f"experts_{view}", on_step)
     save_bank(folder / f"experts_{view}.safetensors", bank, world.guider)
     return with_experts(world.guider, bank)
 
 
-def plot_disagreement(world: World, plain: Guider, experts: Guider, store: SampleStore, path: Path) -> None:
+def plot_disagreement(world: TinyWorld, plain: Guider, experts: Guider, store: SampleStore, path: Path) -> None:
     """How far plain guider and experts are from the answer on the image that it became, by noise level."""
-    series = {name: disagreement(plain, other, store, shares(store, STEPS), device=world.device)
+    series = {name: teacher_distance(plain, other, store, shares(store, STEPS), device=world.device)
               for name, other in (("plain guider", plain), ("five experts", experts))}
     save_picture(line_plot(series, f"Distance from the answer on the finished image, {plain.view} view", "noise level sigma",
                            "KL, lower is better", log_x=True), path)
 
 
-def write_results(world: World, rows: dict[str, Term | None], folder: Path, report: Report) -> None:
+def write_results(world: TinyWorld, rows: dict[str, Term | None], folder: Path, report: Report) -> None:
     """Sample and judge every row; a contact sheet, results.json and results.md."""
     real, sheet, results = reference(world.class_judge, 2048, SIZE, world.device), {}, []
 

@@ -49,7 +49,7 @@ def expand(sigma: Tensor, like: Tensor) -> Tensor:
     return sigma.to(like).reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def as_seen(x: Tensor, sigma: Tensor) -> Tensor:
+def to_vp(x: Tensor, sigma: Tensor) -> Tensor:
     """x / sqrt(1 + sigma^2): a noisy state on the paper's variance-preserving scale, (B, C, H, W).
 
     It is what an expert of the noisy view is trained on and judges; pixel values stay near [-1, 1] at every noise level.

@@ -21,7 +21,7 @@ Soft = Callable[[Tensor], Tensor]
 LABELS = TASKS["segmentation"][0]
 WALL, SHAPE = 0.84, 0.02  # mean share of the wall, and of each shape, in the maps of scenes
 SCALE = 2.75              # of a one-hot map around these, so that its spread is SIGMA_DATA: -2.3 to 0.4, and 0 to 2.7
-SOFT = 0.2                # a label this much more present is e times as probable, where a one-hot map has 1
+LABEL_TEMPERATURE = 0.2                # a label this much more present is e times as probable, where a one-hot map has 1
 
 
 def one_hot(segmentation: Tensor) -> Tensor:
@@ -47,12 +47,12 @@ def label_map(points: Tensor) -> Tensor:
 
 def soft_labels(points: Tensor) -> Tensor:
     """Probabilities of the labels of each pixel, (B, 9, H, W)."""
-    return (presence(points) / SOFT).softmax(1)
+    return (presence(points) / LABEL_TEMPERATURE).softmax(1)
 
 
 def soft_wall(points: Tensor) -> Tensor:
     """Probabilities of wall and of any shape, (B, 2, H, W), by the presence of the wall alone: nothing is said of shapes."""
-    wall = ((2 * presence(points)[:, :1] - 1) / SOFT).sigmoid()
+    wall = ((2 * presence(points)[:, :1] - 1) / LABEL_TEMPERATURE).sigmoid()
     return torch.cat([wall, 1 - wall], dim=1)
 
 

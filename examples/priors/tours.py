@@ -91,7 +91,7 @@ def drawer(places: Sequence[Tensor]) -> Render:
 
 
 def renderer(places: Sequence[Tensor], temperature: float) -> Render:
-    """`drawer` of the `adjacency` of a point: a render for `optimise_prior`, differentiable."""
+    """`drawer` of the `adjacency` of a point: a render for `run_prior`, differentiable."""
     draw = drawer(places)
     return lambda point: draw(adjacency(point, temperature))
 

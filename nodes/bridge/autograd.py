@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ...ppap_core.training.loop import Attempt
+from ...ppap_core.training.loop import RunStep
 from .memory import log
 
 
@@ -19,8 +19,8 @@ def autograd():
         yield
 
 
-NO_WAY_BACK = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
-HOW_ELSE = "start ComfyUI with --disable-dynamic-vram, or choose 'in the prediction' as gradient"
+NOT_DIFFERENTIABLE_HINTS = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
+DYNAMIC_VRAM_ADVICE = "start ComfyUI with --disable-dynamic-vram, or choose 'in the prediction' as gradient"
 
 
 def for_gradients(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
@@ -31,7 +31,7 @@ def for_gradients(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patche
         return model.clone()
     if model.cached_patcher_init is None:
         raise ValueError("gradients cannot pass this model under dynamic VRAM, and its loader does not load it twice: "
-                         f"{HOW_ELSE}")
+                         f"{DYNAMIC_VRAM_ADVICE}")
     return model.get_non_dynamic_delegate()
 
 
@@ -49,7 +49,7 @@ def make_differentiable(guider: Any) -> None:
     for each in (guider.model_patcher, *guider.loaded_models):
         if is_dynamic(each):
             raise ValueError(f"gradients cannot pass {type(each.model).__name__}, which is beside the model, under dynamic "
-                             f"VRAM: {HOW_ELSE}")
+                             f"VRAM: {DYNAMIC_VRAM_ADVICE}")
         if hasattr(each, "unpin_all_weights"):
             each.unpin_all_weights()
     beside = [guider.inner_model, *(getattr(each, "model", None) for each in guider.loaded_models)]
@@ -87,7 +87,7 @@ def differentiable_networks():
         management.in_training, management.NUM_STREAMS = True, 0
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NO_WAY_BACK):
+        if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NOT_DIFFERENTIABLE_HINTS):
             raise
         raise ValueError("gradients do not pass through this model, or through something that is applied to it "
                          f"({str(error).splitlines()[0]}): it cannot be trained, and elsewhere "
@@ -96,13 +96,13 @@ def differentiable_networks():
         management.in_training, management.NUM_STREAMS = before, streams
 
 
-def with_gradients(net: torch.nn.Module) -> Attempt:
+def with_gradients(net: torch.nn.Module) -> RunStep:
     """How passes with gradients through a network are done: as ComfyUI does them in training. From the first time on that
     memory runs out, what is kept for the gradient goes to main memory, which is slower.
     """
     lean = False
 
-    def attempt(passes: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run_step(passes: Callable[[], torch.Tensor]) -> torch.Tensor:
         nonlocal lean
         if not lean:
             try:
@@ -112,13 +112,13 @@ def with_gradients(net: torch.nn.Module) -> Attempt:
                 log.info("memory runs out with a gradient through the model: going on with main memory, and more slowly")
         lean = True  # only here is the error gone, and with it the half-built graph that its frames hold
         comfy.model_management.soft_empty_cache()
-        with differentiable_networks(), kept_in_main_memory(net):
+        with differentiable_networks(), save_activations_on_cpu(net):
             return passes()
-    return attempt
+    return run_step
 
 
 @contextmanager
-def kept_in_main_memory(net: torch.nn.Module):
+def save_activations_on_cpu(net: torch.nn.Module):
     """What a pass keeps for its gradient waits in main memory, as copies that work in place cannot change.
 
     Unlike computing again, this is exact for every network: many of ComfyUI's blocks change what they were given. Weights

@@ -11,14 +11,14 @@ from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
-from ...ppap_core.guidance.autoguidance import away
-from ...ppap_core.training.lora import Changes, LowRank, beside
+from ...ppap_core.guidance.autoguidance import autoguidance_delta
+from ...ppap_core.training.lora import Adapters, LoraUpdate, with_adapters
 from . import latents, noise_levels
 from .latents import Patcher
 from .memory import compute_type
 
 KEY = "ppap_autoguidance"
-INSIDE = "diffusion_model."
+DIFFUSION_MODEL_PREFIX = "diffusion_model."
 Ask = Callable[[dict], Tensor]  # the arguments of a post-CFG function -> what the bad model predicts there
 
 
@@ -34,7 +34,7 @@ def apply_autoguidance(model: Patcher, bad: Patcher, weight: float, *place: floa
     guided, runs, shared = model.clone(), [], bad.is_clone(model)
 
     def sample(executor, guider, *args: Any, **kwargs: Any) -> Tensor:
-        with (beside_good if shared else on_its_own)(bad, guider, *args) as ask:
+        with (shared_weights_model if shared else separate_model)(bad, guider, *args) as ask:
             runs.append((noise_levels.autoguidance_for(guider.model_patcher, weight, *place), ask))
             try:
                 return executor(guider, *args, **kwargs)
@@ -44,7 +44,7 @@ def apply_autoguidance(model: Patcher, bad: Patcher, weight: float, *place: floa
     def guide(args: dict) -> Tensor:
         settings, ask = runs[-1]
         now = settings.weight_at(noise_levels.ve_level(args["model"].model_sampling, args["sigma"][0]))
-        return args["denoised"] if now == 1 else args["denoised"] + away(args["cond_denoised"], ask(args), now)
+        return args["denoised"] if now == 1 else args["denoised"] + autoguidance_delta(args["cond_denoised"], ask(args), now)
 
     guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sample)
     guided.set_model_sampler_post_cfg_function(guide)
@@ -72,7 +72,7 @@ def require_siblings(model: Patcher, bad: Patcher) -> None:
 
 
 @contextmanager
-def on_its_own(bad: Patcher, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
+def separate_model(bad: Patcher, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
                latent_image: Tensor, denoise_mask: Tensor | None, *more: Any) -> Iterator[Ask]:
     """The bad model as a network of its own, on the good one's conditioning; weight hooks belong to the good one alone."""
     conds = {"positive": [{key: value for key, value in each.items() if key != "hooks"}
@@ -89,14 +89,14 @@ def on_its_own(bad: Patcher, guider: Any, sigmas: Tensor, extra_args: dict, call
 
 
 @contextmanager
-def beside_good(bad: Patcher, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
+def shared_weights_model(bad: Patcher, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
                 *more: Any) -> Iterator[Ask]:
     """The good model's network with the LoRAs of the bad one."""
     good = guider.model_patcher
     changes = difference(good, bad, noise.device, compute_type(good))
 
     def ask(args: dict) -> Tensor:
-        with beside(args["model"].diffusion_model, changes):
+        with with_adapters(args["model"].diffusion_model, changes):
             return predict(bad, args["model"], args["cond"], args)
     yield ask
 
@@ -109,7 +109,7 @@ def predict(bad: Patcher, network: Any, cond: list, args: dict) -> Tensor:
     return comfy.samplers.calc_cond_batch(network, [cond], args["input"], args["sigma"], options)[0]
 
 
-def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.dtype) -> Changes:
+def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.dtype) -> Adapters:
     """What turns the good model's weights into the bad one's. ValueError if that is nothing, or more than LoRAs."""
     strengths: dict[tuple, float] = defaultdict(float)
     patches: dict[tuple, tuple] = {}
@@ -119,19 +119,19 @@ def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.d
                 value, _, offset, _ = patch
                 strengths[key, id(value), offset] += sign * strength
                 patches[key, id(value), offset] = patch
-    changes: dict[str, list[LowRank]] = defaultdict(list)
+    changes: dict[str, list[LoraUpdate]] = defaultdict(list)
     for place, strength in strengths.items():
         if strength:
-            changes[place[0].removeprefix(INSIDE).removesuffix(".weight")].append(
-                low_rank(good, place[0], strength, *patches[place], device, dtype))
+            changes[place[0].removeprefix(DIFFUSION_MODEL_PREFIX).removesuffix(".weight")].append(
+                lora_update(good, place[0], strength, *patches[place], device, dtype))
     if not changes:
         raise ValueError("the bad model is the model itself: connect a weaker one, such as an earlier checkpoint, or the "
                          "same model with another LoRA or another strength of it")
     return dict(changes)
 
 
-def low_rank(good: Patcher, key: str, strength: float, value: Any, of_model: float, offset: tuple[int, int, int] | None,
-             function: Any, device: torch.device, dtype: torch.dtype) -> LowRank:
+def lora_update(good: Patcher, key: str, strength: float, value: Any, of_model: float, offset: tuple[int, int, int] | None,
+             function: Any, device: torch.device, dtype: torch.dtype) -> LoraUpdate:
     """A patch of ComfyUI's as a change beside the weight. ValueError for anything but a plain LoRA."""
     plain = isinstance(value, LoRAAdapter) and not any(part is not None for part in value.weights[3:])
     if not plain or of_model != 1 or function is not None or (offset and offset[0] != 0) or not key.endswith(".weight"):
@@ -141,4 +141,4 @@ def low_rank(good: Patcher, key: str, strength: float, value: Any, of_model: flo
     up, down, alpha = value.weights[:3]
     scale = strength * (1.0 if alpha is None else float(alpha) / len(down))
     down = down.reshape(len(down), *good.get_model_object(key).shape[1:])
-    return LowRank(up.flatten(1).to(device, dtype), down.to(device, dtype), scale, offset and (offset[1], offset[2]))
+    return LoraUpdate(up.flatten(1).to(device, dtype), down.to(device, dtype), scale, offset and (offset[1], offset[2]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...ppap_core.experts.bank import ExpertBank, LoraSpec, base_network
 from ...ppap_core.experts.distill import DistillConfig, distill
-from ...ppap_core.experts.samples import Recorder, SampleStore, Trajectories
+from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import LatentSpace
 from ...ppap_core.io.hashing import digest
@@ -38,8 +38,8 @@ def generate_samples(samples: Samples, count: int, latent: dict, model: Patcher,
 
     settings: cfg, sampler name, scheduler, positive, negative.
     """
-    shape, done = latents.fitting(model, latent).shape, len(samples.store)
-    report, listening, recorder = progress(count * steps), model.clone(), Recorder()
+    shape, done = latents.resize_empty_latent(model, latent).shape, len(samples.store)
+    report, recording_model, recorder = progress(count * steps), model.clone(), TrajectoryRecorder()
 
     def note(args: dict) -> Tensor:
         x, sigma = noise_levels.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
@@ -55,14 +55,14 @@ def generate_samples(samples: Samples, count: int, latent: dict, model: Patcher,
     def one_batch(seeds: list[int]) -> tuple[Tensor, Trajectories]:
         nonlocal done
         noise = seeded_noise(seeds, shape[1:])
-        made = comfy.sample.sample(listening, noise, steps, *settings, torch.zeros_like(noise), seed=seeds[0],
+        made = comfy.sample.sample(recording_model, noise, steps, *settings, torch.zeros_like(noise), seed=seeds[0],
                                    disable_pbar=True,
                                    callback=lambda step, x0, *_: report(done * steps + (step + 1) * len(seeds),
                                                                         latents.preview(model, x0[:1])))
         done += len(seeds)
         return made, recorder.trajectories(seeds)
 
-    listening.set_model_sampler_post_cfg_function(note)
+    recording_model.set_model_sampler_post_cfg_function(note)
     samples.store.fill(count, generate)
 
 
@@ -79,7 +79,7 @@ def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | N
 
 def open_store(name: str, recipe: dict) -> SampleStore:
     """The store of a name. ValueError if it holds images of another recipe."""
-    return SampleStore(paths.output_folder("ppap_samples", paths.file_name(name)), recipe)
+    return SampleStore(paths.output_folder("ppap_samples", paths.checked_file_name(name)), recipe)
 
 
 def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:

@@ -13,13 +13,13 @@ from nodes import common_ksampler
 
 from ...ppap_core.experts.bank import ExpertBank
 from ...ppap_core.guidance.shift import guidance_shift
-from ...ppap_core.guidance.terms import Reading, Term, needs_model
+from ...ppap_core.guidance.terms import Term, TermRecord, needs_model
 from ...ppap_core.guiders.guider import Guider
-from ...ppap_core.training.loop import Attempt
+from ...ppap_core.training.loop import RunStep
 from . import latents, noise_levels
 from .autograd import autograd, for_gradients, make_differentiable, with_gradients
 from .latents import Patcher
-from .memory import compute_type, patcher_of, room_for, settle
+from .memory import compute_type, materialize_on, patcher_of, reserve_gradient_memory
 from .noise_levels import PURE_NOISE
 
 KEY = "ppap"
@@ -52,7 +52,7 @@ class Report:
     """What guidance did in one run."""
 
     names: tuple[str, ...]     # of the terms
-    readings: tuple[Reading, ...]
+    records: tuple[TermRecord, ...]
     levels: int                # of noise at which the model was asked
 
 
@@ -61,15 +61,15 @@ class Run:
 
     def __init__(self, terms: list[Term], sigma_data: float, compute: torch.dtype):
         self.terms, self.sigma_data, self.compute = terms, sigma_data, compute
-        self.readings, self.levels, self.samples = [], set(), None
-        self.attempt: Attempt | None = None  # how passes with gradients are done, once there were any
+        self.records, self.levels, self.samples = [], set(), None
+        self.run_step: RunStep | None = None  # how passes with gradients are done, once there were any
 
     def terms_at(self, sigma: float) -> list[Term]:
         """Where all is noise the prediction hardly depends on it, and a gradient through the model is rounding."""
         return self.terms if sigma <= PURE_NOISE else [replace(term, through=False) for term in self.terms]
 
 
-def core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], see: See | None) -> Term:
+def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], see: See | None) -> Term:
     """A term in the units of a model's noise and on the grid of what is sampled.
 
     see: how its guider sees what is diffused; None for pixels.
@@ -88,7 +88,7 @@ def require_same_space(guider: Guider, model: Patcher) -> None:
                          f"kind is {kind}: use experts that were distilled for a model of this kind, or the plain guider")
 
 
-def eyes_for(terms: Sequence[GuidanceTerm], model: Patcher,
+def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
              vae: comfy.sd.VAE | None) -> tuple[list[See | None], list[torch.nn.Module]]:
     """How each term's guider sees what a model diffuses, and every network that takes part in it.
 
@@ -124,19 +124,19 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     """
     latents.require_supported(model)
     through, runs = any(term.through and term.weight for term in terms), deque(maxlen=4)
-    eyes, networks = eyes_for(terms, model, vae)
+    eyes, networks = decoders_for(terms, model, vae)
     guided = for_gradients(model) if through else model.clone()
 
     def start_run(executor, noise, *args, **kwargs):
         patched = executor.class_obj.model_patcher
         shape = latents.frames_as_images(noise).shape
-        runs.append(Run([core_term(patched, term, shape, see) for term, see in zip(terms, eyes, strict=True)],
+        runs.append(Run([to_core_term(patched, term, shape, see) for term, see in zip(terms, eyes, strict=True)],
                         latents.sigma_data_of(patched), compute_type(patched)))
         runs[-1].samples = executor(noise, *args, **kwargs)
         return runs[-1].samples
 
     def after_loading(executor, guider, sigmas, *args, **kwargs):
-        settle(networks, sigmas.device)
+        materialize_on(networks, sigmas.device)
         if through:
             make_differentiable(guider)
         return executor(guider, sigmas, *args, **kwargs)
@@ -147,15 +147,15 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
             return executor(x, timestep, *args, **kwargs)
         with autograd():
             point = x if x.requires_grad else x.clone().requires_grad_(True)  # a guidance below may have begun already
-            attempt = runs[-1].attempt or with_gradients(executor.class_obj.inner_model)
-            runs[-1].attempt = attempt
-            return attempt(lambda: executor(point, timestep.clone(), *args, **kwargs).detach())
+            run_step = runs[-1].run_step or with_gradients(executor.class_obj.inner_model)
+            runs[-1].run_step = run_step
+            return run_step(lambda: executor(point, timestep.clone(), *args, **kwargs).detach())
 
     def guide(args: dict) -> Tensor:
-        return shifted(args, runs[-1], max_rms)
+        return apply_shift(args, runs[-1], max_rms)
 
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
-    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(asked(terms, eyes), through, KEY))
+    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory(asked(terms, eyes), through, KEY))
     guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, after_loading)
     if through:
         guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)
@@ -165,13 +165,13 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     return guided
 
 
-def shifted(args: dict, run: Run, max_rms: float) -> Tensor:
+def apply_shift(args: dict, run: Run, max_rms: float) -> Tensor:
     """The denoised prediction that a post-CFG function was given, shifted by the terms of a run."""
     denoised, sampling = args["denoised"], args["model"].model_sampling
     x, sigma = noise_levels.to_ve(sampling, args["input"].detach(), args["sigma"])
     run.levels.add(float(sigma[0]))
 
-    def pull_back(gradient: Tensor) -> Tensor:
+    def vjp(gradient: Tensor) -> Tensor:
         gradient = latents.images_as_frames(gradient, denoised)
         [found] = torch.autograd.grad(denoised, args["input"], gradient.to(denoised), retain_graph=True)
         return latents.frames_as_images(found / noise_levels.to_ve(sampling, torch.ones_like(x), args["sigma"])[0])
@@ -179,10 +179,10 @@ def shifted(args: dict, run: Run, max_rms: float) -> Tensor:
     frames, predicted = latents.frames_as_images(x), latents.frames_as_images(denoised.detach())
     found = guidance_shift(run.terms_at(float(sigma[0])), frames, sigma.repeat_interleave(len(frames) // len(x)), predicted,
                            sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute,
-                           pull_back=pull_back)
+                           vjp=vjp)
     if found is None:
         return denoised
-    run.readings += found.readings
+    run.records += found.records
     return denoised + latents.images_as_frames(found.shift, denoised)
 
 
@@ -193,17 +193,17 @@ def applied(model: Patcher) -> tuple:
 
 def report_of(model: Patcher, latent: dict) -> Report:
     """What guidance did while this LATENT was sampled. ValueError if it was not sampled with this MODEL."""
-    names, readings, levels = [], [], set()
+    names, records, levels = [], [], set()
     for *_, runs in applied(model):
         for run in (run for run in runs if _same(run.samples, latent["samples"])):
-            readings += [each._replace(term=each.term + len(names)) for each in run.readings]
+            records += [each._replace(term=each.term + len(names)) for each in run.records]
             levels |= run.levels
             names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(run.terms, 1)]
             break
     if not names:
         raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "
                          "Guidance and the latent that a sampler made with it")
-    return Report(tuple(names), tuple(readings), len(levels))
+    return Report(tuple(names), tuple(records), len(levels))
 
 
 def _same(samples: Tensor | None, latent: Tensor) -> bool:

@@ -12,7 +12,7 @@ from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.tinyworld import loaders as tinyworld
 from . import paths
 from .autograd import autograd
-from .memory import patcher_of, settle
+from .memory import materialize_on, patcher_of
 
 _loaded: WeakValueDictionary[tuple, torch.nn.Module] = WeakValueDictionary()  # keeps no network alive
 
@@ -27,7 +27,7 @@ def guider_sources() -> dict[str, Callable[[str], Guider]]:
 
 def guider_source(name: str) -> Callable[[str], Guider]:
     """What loads the guider of a name in the list. ValueError for any other name."""
-    return paths.choose(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")
+    return paths.lookup(guider_sources(), name, "guider", "put its folder into models/ppap_guiders")
 
 
 def load_guider(name: str, answer: str = "own") -> Guider:
@@ -43,9 +43,9 @@ def load_guider(name: str, answer: str = "own") -> Guider:
     return replace(net.loaded_as, net=net)
 
 
-def ready(guider: Guider) -> torch.device:
+def load_to_device(guider: Guider) -> torch.device:
     """Load a guider's network to look through it right now; returns where it is."""
     loaded = patcher_of(guider.net)
     comfy.model_management.load_models_gpu([loaded])
-    settle([guider.net], loaded.load_device)
+    materialize_on([guider.net], loaded.load_device)
     return loaded.load_device

@@ -97,7 +97,7 @@ def mask_for(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     return F.interpolate(mask, shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def fitting(model: Patcher, latent: dict) -> Tensor:
+def resize_empty_latent(model: Patcher, latent: dict) -> Tensor:
     """The samples of a LATENT as a model diffuses them: an empty one takes on its channels and its size."""
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **{key: latent[key] for key in SIZES
                                                                                if key in latent})

@@ -15,9 +15,9 @@ from ...ppap_core.guidance.memory import gradient_bytes
 from ...ppap_core.guiders.guider import Guider
 
 log = logging.getLogger(__name__)
-SPARE = 1.5  # of what autograd keeps: the backward pass needs room of its own
-THROUGH = 2.0  # of that share for a gradient through the model; what it keeps depends on its kind and is not known before
-SHARE = 1 / 4  # of the device's memory that a gradient may ask for; what needs more is done in parts of the batch
+BACKWARD_OVERHEAD = 1.5  # of what autograd keeps: the backward pass needs room of its own
+MODEL_GRADIENT_FACTOR = 2.0  # of that share for a gradient through the model; what it keeps depends on its kind and is not known before
+MAX_GRADIENT_SHARE = 1 / 4  # of the device's memory that a gradient may ask for; what needs more is done in parts of the batch
 
 
 def patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
@@ -33,7 +33,7 @@ def patcher_of(net: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
     return net.comfy_patcher
 
 
-def settle(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
+def materialize_on(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
     """Make networks differentiable where they are needed.
 
     ComfyUI moves weights in inference mode, which makes them inference tensors; and a plain guider shares its weights
@@ -67,7 +67,7 @@ def load_to_train(networks: Sequence[torch.nn.Module]) -> None:
     """Load networks and free all memory beside them: training keeps what it computes, and asks no model."""
     loaded = [patcher_of(net) for net in networks]
     comfy.model_management.load_models_gpu(loaded, memory_required=1e20, force_full_load=True)
-    settle(networks, loaded[0].load_device)
+    materialize_on(networks, loaded[0].load_device)
 
 
 def compute_type(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
@@ -75,7 +75,7 @@ def compute_type(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
     return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
-class Room(comfy.controlnet.ControlBase):
+class MemoryReservation(comfy.controlnet.ControlBase):
     """Memory that the sampling needs beside the model: asked for as a ControlNet asks for its own."""
 
     def __init__(self, size: float):
@@ -85,14 +85,14 @@ class Room(comfy.controlnet.ControlBase):
     def inference_memory_requirements(self, dtype: torch.dtype) -> float:
         return self.size
 
-    def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> "Room":
-        clone = Room(self.size)
+    def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> "MemoryReservation":
+        clone = MemoryReservation(self.size)
         if autoregister:
             self.multigpu_clones[load_device] = clone
         return clone
 
 
-def room_for(guiders: Sequence[Guider], through: bool, key: str) -> Callable:
+def reserve_gradient_memory(guiders: Sequence[Guider], through: bool, key: str) -> Callable:
     """A wrapper of ComfyUI's prepare_sampling that makes room for the guiders' gradients before the model is loaded.
 
     through: whether gradients go through the model too, which keeps all that it computes.
@@ -102,10 +102,10 @@ def room_for(guiders: Sequence[Guider], through: bool, key: str) -> Callable:
         return max((_memory_of(guider, shape, compute, limit) for guider in guiders), default=0.0)  # one runs after another
 
     def prepare(executor, model, noise_shape, conds: dict, *args: Any, **kwargs: Any) -> tuple:
-        limit = SHARE * comfy.model_management.get_total_memory(model.load_device)
-        size = needed(_as_images(tuple(noise_shape)), compute_type(model), limit) + through * THROUGH * limit
+        limit = MAX_GRADIENT_SHARE * comfy.model_management.get_total_memory(model.load_device)
+        size = needed(_as_images(tuple(noise_shape)), compute_type(model), limit) + through * MODEL_GRADIENT_FACTOR * limit
         others = [each["control"].size for each in conds.get(key, [])]  # of a guidance below this one
-        loaded, _, *more = executor(model, noise_shape, conds | {key: [{"control": Room(max([size, *others]))}]}, *args,
+        loaded, _, *more = executor(model, noise_shape, conds | {key: [{"control": MemoryReservation(max([size, *others]))}]}, *args,
                                     **kwargs)
         return loaded, conds, *more
     return prepare
@@ -120,7 +120,7 @@ def _memory_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, lim
     """Bytes for the gradient of a whole batch, or of as much of it as the limit allows, but at least of one image."""
     def bytes_for(count: int) -> float:
         part = part_of(guider, slice(0, count), shape[0])
-        return SPARE * gradient_bytes(part, (count, *shape[1:]), compute, without=_hung_on(guider))
+        return BACKWARD_OVERHEAD * gradient_bytes(part, (count, *shape[1:]), compute, without=_pack_attributes(guider))
     try:
         whole = bytes_for(shape[0])
         return whole if whole <= limit else max(limit, bytes_for(1))
@@ -130,7 +130,7 @@ def _memory_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, lim
         return 0.0
 
 
-def _hung_on(guider: Guider) -> tuple:
+def _pack_attributes(guider: Guider) -> tuple:
     """What this pack keeps on networks that is not part of them."""
     networks = [each for each in (guider.net, guider.see) if isinstance(each, torch.nn.Module)]
     return tuple(value for net in networks for name, value in vars(net).items() if name in ("comfy_patcher", "loaded_as"))

@@ -54,17 +54,17 @@ def expert_files() -> dict[str, Path]:
 
 def expert_file(name: str) -> Path:
     """An expert file by the name in the list. ValueError for any other name."""
-    return choose(expert_files(), name.replace("\\", "/"), "expert file", "put it into models/ppap_experts")
+    return lookup(expert_files(), name.replace("\\", "/"), "expert file", "put it into models/ppap_experts")
 
 
 def new_expert_file(name: str) -> Path:
     """Where experts of a name are saved."""
-    return Path(folder_paths.get_folder_paths("ppap_experts")[0]) / f"{file_name(name)}.safetensors"
+    return Path(folder_paths.get_folder_paths("ppap_experts")[0]) / f"{checked_file_name(name)}.safetensors"
 
 
 def new_lora_file(name: str) -> Path:
     """Where a LoRA of a name is saved. ValueError for a name that belongs to a LoRA which this pack did not make."""
-    file = Path(folder_paths.get_folder_paths("loras")[0]) / f"{file_name(name)}.safetensors"
+    file = Path(folder_paths.get_folder_paths("loras")[0]) / f"{checked_file_name(name)}.safetensors"
     if file.exists() and "ppap" not in read_header(file)[1]:
         raise ValueError(f"there is a LoRA '{name}' already, which was not made here and would be lost: choose another name")
     return file
@@ -79,21 +79,21 @@ def _state(file: Path) -> str:
     return f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
 
 
-def file_name(name: str) -> str:
+def checked_file_name(name: str) -> str:
     """A name that stays in its folder on every system. ValueError for any other."""
     if not re.fullmatch(r"\w([\w .-]*\w)?", name):
         raise ValueError(f"'{name}' cannot name a file: expected letters, digits, spaces, dots, - and _, without a folder")
     return name
 
 
-def choose(known: dict[str, Any], name: str, what: str, how: str) -> Any:
+def lookup(known: dict[str, Any], name: str, what: str, how: str) -> Any:
     """The value of a name. ValueError that lists the known names."""
     if name not in known:
         raise ValueError(f"there is no {what} '{name}': expected one of {', '.join(known) or 'none yet'}; {how}")
     return known[name]
 
 
-def verdict(check: Callable[..., Any], *args: Any) -> bool | str:
+def validate(check: Callable[..., Any], *args: Any) -> bool | str:
     """The answer that ComfyUI wants of validate_inputs: True, or what is wrong. A linked input, None, is not known yet."""
     if None in args:
         return True

@@ -9,56 +9,56 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...ppap_core.guidance.prior import PriorConfig, find_images
+from ...ppap_core.guidance.prior import PriorConfig, optimize_images
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.sampling import Denoiser
 from ...ppap_core.training.loop import Losses
 from . import latents, noise_levels, paths
 from .autograd import autograd, for_gradients, make_differentiable, with_gradients
-from .fingerprint import about_model, about_terms, about_vae
-from .guidance import GuidanceTerm, asked, core_term, eyes_for
+from .fingerprint import fingerprint_model, fingerprint_terms, fingerprint_vae
+from .guidance import GuidanceTerm, asked, decoders_for, to_core_term
 from .latents import Patcher
-from .memory import patcher_of, room_for, settle
+from .memory import materialize_on, patcher_of, reserve_gradient_memory
 from .progress import progress
-from .sampler import cfg_guider, instead_of_sampling
+from .sampler import cfg_guider, run_inside_sampler
 
 KEY = "ppap_prior"
 
 
 def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negative: list, cfg: float, latent: dict,
            seed: int, config: PriorConfig, vae: comfy.sd.VAE | None, particles: int, **how: Any) -> tuple[dict, Losses]:
-    """The LATENT that was found, and of every step the error of the noise and the energy. how: see `find_images`."""
+    """The LATENT that was found, and of every step the error of the noise and the energy. how: see `optimize_images`."""
     latents.require_supported(model)
-    eyes, networks = eyes_for(terms, model, vae)
+    eyes, networks = decoders_for(terms, model, vae)
     searched = for_gradients(model) if config.jacobian else model.clone()
-    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, room_for(asked(terms, eyes), config.jacobian, KEY))
+    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory(asked(terms, eyes), config.jacobian, KEY))
     searched.set_additional_models(KEY, searched.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
-    given = {**latents.without_sizes(latent), "samples": latents.fitting(model, latent)}
+    given = {**latents.without_sizes(latent), "samples": latents.resize_empty_latent(model, latent)}
     known = model.model.process_latent_in(given["samples"])
-    about = {**about_model(model, positive, negative), "cfg": cfg, "vae": about_vae(vae), "terms": about_terms(terms),
+    about = {**fingerprint_model(model, positive, negative), "cfg": cfg, "vae": fingerprint_vae(vae), "terms": fingerprint_terms(terms),
              "start": digest([given, how["start_noise"]])}
     state = paths.output_folder("ppap_prior", f"{digest([about, asdict(config), seed, particles])}.state.safetensors")
     report = progress(config.steps)
 
     def look(predict: Any, noise: Tensor, extra_args: dict) -> tuple[Tensor, Losses]:
-        settle(networks, noise.device)
+        materialize_on(networks, noise.device)
         if config.jacobian:
             make_differentiable(guider)
         with autograd():
             start = latents.frames_as_images(known.to(noise))
             seeds = range(seed, seed + particles * len(start))
             mask = latent.get("noise_mask")
-            core = [core_term(searched, term, start.shape, see) for term, see in zip(terms, eyes, strict=True)]
+            core = [to_core_term(searched, term, start.shape, see) for term, see in zip(terms, eyes, strict=True)]
             denoise = denoiser(guider.inner_model.model_sampling, predict, extra_args, noise, config.jacobian)
-            images, losses = find_images(
+            images, losses = optimize_images(
                 denoise, core, start, config, seeds, mask=None if mask is None else latents.mask_for(mask, start.shape),
                 particles=particles, frames=len(start) // len(known), sigma_data=latents.sigma_data_of(model), about=about,
-                state_file=state, attempt=with_gradients(guider.inner_model) if config.jacobian else None,
+                state_file=state, run_step=with_gradients(guider.inner_model) if config.jacobian else None,
                 on_step=lambda step, _, points: report(step + 1, latents.preview(model, points[:1])), **how)
             return latents.images_as_frames(images, known), losses
 
     guider = cfg_guider(searched, positive, negative, cfg)
-    images, losses = instead_of_sampling(guider, (particles * len(known), *known.shape[1:]), seed, look)
+    images, losses = run_inside_sampler(guider, (particles * len(known), *known.shape[1:]), seed, look)
     return {**given, "samples": model.model.process_latent_out(images.cpu())}, losses
 
 

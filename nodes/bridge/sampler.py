@@ -19,7 +19,7 @@ def cfg_guider(model: Patcher, positive: list, negative: list, cfg: float) -> co
     return guider
 
 
-def instead_of_sampling(guider: comfy.samplers.CFGGuider, shape: tuple[int, ...], seed: int,
+def run_inside_sampler(guider: comfy.samplers.CFGGuider, shape: tuple[int, ...], seed: int,
                         work: Callable[[Any, Tensor, dict], Any]) -> Any:
     """What work(predict, noise, extra_args) returns, done where a sampler would be at work: ComfyUI has loaded the model and
     prepared its conditioning. noise: zeros of this shape, in the place and the type that the model wants."""

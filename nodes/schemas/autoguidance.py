@@ -99,7 +99,7 @@ class PPAPTrainLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        return paths.verdict(paths.new_lora_file, name)
+        return paths.validate(paths.new_lora_file, name)
 
     @classmethod
     def execute(cls, model, positive, latent, name, steps, rank, batch_size, learning_rate, seed):

@@ -3,12 +3,12 @@ from comfy_api.latest import io
 
 from ...ppap_core.experts.bank import ExpertBank, LoraSpec, with_experts
 from ...ppap_core.experts.checkpoint import load_bank, save_bank
-from ...ppap_core.experts.distill import DistillConfig, starts_warm
-from ...ppap_core.experts.samples import KEPT, from_uint8
+from ...ppap_core.experts.distill import DistillConfig, uses_warm_start
+from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY, from_uint8
 from ...ppap_core.guiders.guider import VIEWS
 from ..bridge import autograd, distillation, fingerprint, latents, paths, progress, sampler, tensors
 from ..bridge.distillation import Samples
-from .io_types import PPAPGuider, PPAPLosses, PPAPSamples
+from .io_types import GuiderType, LossesType, SamplesType
 
 CATEGORY = "PPAP/experts"
 
@@ -19,14 +19,14 @@ class PPAPLoadExperts(io.ComfyNode):
         return io.Schema(
             node_id="PPAPLoadExperts", display_name="Load Experts", category=CATEGORY,
             description="Give a guider the experts that were distilled for it: one small adapter for each range of noise.",
-            inputs=[PPAPGuider.Input("guider", tooltip="The plain guider that the experts were distilled for."),
+            inputs=[GuiderType.Input("guider", tooltip="The plain guider that the experts were distilled for."),
                     io.Combo.Input("file_name", options=list(paths.expert_files()),
                                    tooltip="A file in models/ppap_experts.")],
-            outputs=[PPAPGuider.Output(display_name="guider", tooltip="The guider with its experts.")])
+            outputs=[GuiderType.Output(display_name="guider", tooltip="The guider with its experts.")])
 
     @classmethod
     def validate_inputs(cls, file_name):
-        return paths.verdict(paths.expert_file, file_name)
+        return paths.validate(paths.expert_file, file_name)
 
     @classmethod
     def fingerprint_inputs(cls, file_name, **linked):
@@ -45,14 +45,14 @@ class PPAPSaveExperts(io.ComfyNode):
             node_id="PPAPSaveExperts", display_name="Save Experts", category=CATEGORY, is_output_node=True,
             description="Write a guider's experts into models/ppap_experts, for Load Experts and for other people. "
                         "Only the adapters are written, not the network.",
-            inputs=[PPAPGuider.Input("guider", tooltip="A guider with experts, from Distil Experts."),
+            inputs=[GuiderType.Input("guider", tooltip="A guider with experts, from Distil Experts."),
                     io.String.Input("file_name", default="my experts",
                                     tooltip="Name of the file, without a folder. A file of the same name is replaced.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
     def validate_inputs(cls, file_name):
-        return paths.verdict(paths.new_expert_file, file_name)
+        return paths.validate(paths.new_expert_file, file_name)
 
     @classmethod
     def execute(cls, guider, file_name):
@@ -63,7 +63,7 @@ class PPAPSaveExperts(io.ComfyNode):
         return io.NodeOutput(ui=progress.show_text(cls, f"saved {file.name}"))
 
 
-SHOWN = 16  # of the generated images
+PREVIEW_COUNT = 16  # of the generated images
 
 
 class PPAPGenerateSamples(io.ComfyNode):
@@ -82,7 +82,7 @@ class PPAPGenerateSamples(io.ComfyNode):
                     io.Int.Input("count", default=512, min=64, max=100_000, step=64,
                                  tooltip="How many images at least; they come in files of 64."),
                     io.Int.Input("steps", default=20, min=1, max=1000,
-                                 tooltip=f"Denoising steps for each image; {KEPT} of them are kept for the experts."),
+                                 tooltip=f"Denoising steps for each image; {STEPS_PER_TRAJECTORY} of them are kept for the experts."),
                     io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
                                    tooltip="Classifier-free guidance of the model itself. Neutral: 1."),
                     io.Combo.Input("sampler_name", options=sampler.SAMPLERS, default="euler",
@@ -95,26 +95,26 @@ class PPAPGenerateSamples(io.ComfyNode):
                     io.Vae.Input("vae", optional=True,
                                  tooltip="The model's VAE, if it works on latents: the untouched network looks at the "
                                          "decoded image.")],
-            outputs=[PPAPSamples.Output(display_name="samples",
+            outputs=[SamplesType.Output(display_name="samples",
                                         tooltip="The images and the steps that led to them, for Distil Experts."),
-                     io.Image.Output(tooltip=f"The first {SHOWN} of them.")])
+                     io.Image.Output(tooltip=f"The first {PREVIEW_COUNT} of them.")])
 
     @classmethod
     def validate_inputs(cls, name):
-        return paths.verdict(paths.file_name, name)
+        return paths.validate(paths.checked_file_name, name)
 
     @classmethod
     def execute(cls, model, positive, latent_image, name, count, steps, cfg, sampler_name, scheduler, seed, negative=None,
                 vae=None):
         space = distillation.space_to_distil(model, vae)
         negative = negative or positive
-        about = {**fingerprint.about_model(model, positive, negative), "vae": fingerprint.about_vae(vae),
-                 "shape": list(latents.fitting(model, latent_image).shape), "cfg": cfg, "steps": steps,
+        about = {**fingerprint.fingerprint_model(model, positive, negative), "vae": fingerprint.fingerprint_vae(vae),
+                 "shape": list(latents.resize_empty_latent(model, latent_image).shape), "cfg": cfg, "steps": steps,
                  "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
         samples = Samples(distillation.open_store(name, about), space)
         distillation.generate_samples(samples, count, latent_image, model, vae, steps, cfg, sampler_name, scheduler,
                                       positive, negative)
-        return io.NodeOutput(samples, tensors.image_to_comfy(from_uint8(samples.store.images[:SHOWN])))
+        return io.NodeOutput(samples, tensors.image_to_comfy(from_uint8(samples.store.images[:PREVIEW_COUNT])))
 
 
 class PPAPDistilExperts(io.ComfyNode):
@@ -126,8 +126,8 @@ class PPAPDistilExperts(io.ComfyNode):
                         "range of noise, each learning to say while the image is still noise what the untouched network "
                         "says about the finished one. The diffusion model is not run. No labels, no data set. Cancel loses "
                         "nothing: queue it again and it goes on.",
-            inputs=[PPAPSamples.Input("samples", tooltip="Generated images, from Generate Samples."),
-                    PPAPGuider.Input("guider", tooltip="A plain guider; a target is not needed and is kept."),
+            inputs=[SamplesType.Input("samples", tooltip="Generated images, from Generate Samples."),
+                    GuiderType.Input("guider", tooltip="A plain guider; a target is not needed and is kept."),
                     io.Combo.Input("view", options=[*reversed(VIEWS)],
                                    tooltip="What the experts look at: the model's denoised prediction (stronger), or the "
                                            "noisy image itself (as in the paper)."),
@@ -153,8 +153,8 @@ class PPAPDistilExperts(io.ComfyNode):
                                    tooltip="Of the plain network's classes while it teaches: below 1 they are sharper, so "
                                            "that the experts learn to be surer; the paper uses 0.25. Guiders without "
                                            "classes do not use it. Neutral: 1.")],
-            outputs=[PPAPGuider.Output(display_name="guider", tooltip="The guider with its experts."),
-                     PPAPLosses.Output(display_name="losses", tooltip="The loss of every training step, for Plot Losses.")])
+            outputs=[GuiderType.Output(display_name="guider", tooltip="The guider with its experts."),
+                     LossesType.Output(display_name="losses", tooltip="The loss of every training step, for Plot Losses.")])
 
     @classmethod
     def execute(cls, samples, guider, view, experts, sigma_min, sigma_max, steps, batch_size, learning_rate, rank, alpha,
@@ -162,7 +162,7 @@ class PPAPDistilExperts(io.ComfyNode):
         schedule = distillation.schedule_for(samples, experts, sigma_min, sigma_max)
         bank = distillation.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature,
-                               warm_start=starts_warm(view))
+                               warm_start=uses_warm_start(view))
         losses = distillation.train_experts(samples, guider, bank, config)
         return io.NodeOutput(with_experts(guider, bank), losses)
 

@@ -8,13 +8,13 @@ from ...ppap_core.guiders.guider import VIEWS, Guider
 from ..bridge import guidance, sampler
 from ..bridge.guidance import GuidanceTerm
 from .inputs import IN_PREDICTION, THROUGH_MODEL, limit_input, vae_input
-from .io_types import PPAPGuider, PPAPReport, PPAPTerms
+from .io_types import GuiderType, ReportType, TermsType
 
 CATEGORY = "PPAP/guidance"
 
 
 def terms_input() -> io.Input:
-    return PPAPTerms.Input("terms", tooltip="What steers the sampling, from Guidance Term.")
+    return TermsType.Input("terms", tooltip="What steers the sampling, from Guidance Term.")
 
 
 class PPAPGuidanceTerm(io.ComfyNode):
@@ -24,7 +24,7 @@ class PPAPGuidanceTerm(io.ComfyNode):
             node_id="PPAPGuidanceTerm", display_name="Guidance Term", category=CATEGORY,
             description="How strongly, when and where an aimed guider steers. Chain terms to steer by several guiders at "
                         "once.",
-            inputs=[PPAPGuider.Input("guider", tooltip="A guider with a target."),
+            inputs=[GuiderType.Input("guider", tooltip="A guider with a target."),
                     io.Float.Input("weight", default=0.5, min=-10000.0, max=10000.0, step=0.05,
                                    tooltip="Strength, in the units of strength; negative steers away. 0.5 is a good start "
                                            "for every guider that is balanced. Neutral: 0, the guider is not even asked."),
@@ -44,7 +44,7 @@ class PPAPGuidanceTerm(io.ComfyNode):
                                            "none."),
                     io.Mask.Input("mask", optional=True,
                                   tooltip="Steer only here; without it, everywhere."),
-                    PPAPTerms.Input("terms", optional=True, tooltip="Other terms, to steer by all of them together."),
+                    TermsType.Input("terms", optional=True, tooltip="Other terms, to steer by all of them together."),
                     io.Combo.Input("strength", options=["balanced", "raw"], default="balanced", optional=True,
                                    tooltip="What the weight means. balanced: in each step the image is moved by this share "
                                            "of what is still uncertain of it, whatever the guider. raw: the gradient as it "
@@ -54,7 +54,7 @@ class PPAPGuidanceTerm(io.ComfyNode):
                                            "cheap. through the model: the model says too how the image can change, which "
                                            "is far better and asks for two to three times the time and much memory. A "
                                            "guider of the noisy view has no use for it.")],
-            outputs=[PPAPTerms.Output(display_name="terms", tooltip="This term, after those that came in.")])
+            outputs=[TermsType.Output(display_name="terms", tooltip="This term, after those that came in.")])
 
     @classmethod
     def execute(cls, guider, weight, start_percent, end_percent, factor_at_start, factor_at_end, view, mask=None, terms=(),
@@ -80,8 +80,8 @@ class PPAPCombineTerms(io.ComfyNode):
         return io.Schema(
             node_id="PPAPCombineTerms", display_name="Combine Terms", category=CATEGORY,
             description="Steer by two sets of terms together.",
-            inputs=[PPAPTerms.Input("first", tooltip="Some terms."), PPAPTerms.Input("second", tooltip="Some more.")],
-            outputs=[PPAPTerms.Output(display_name="terms", tooltip="All of them.")])
+            inputs=[TermsType.Input("first", tooltip="Some terms."), TermsType.Input("second", tooltip="Some more.")],
+            outputs=[TermsType.Output(display_name="terms", tooltip="All of them.")])
 
     @classmethod
     def execute(cls, first, second):
@@ -127,7 +127,7 @@ class PPAPGuidedKSampler(io.ComfyNode):
                                    tooltip="How much of the latent is made anew. Neutral for new images: 1, all of it."),
                     limit_input(), vae_input()],
             outputs=[io.Latent.Output(tooltip="The sampled latent."),
-                     PPAPReport.Output(display_name="report", tooltip="What guidance did, for Plot Guidance.")])
+                     ReportType.Output(display_name="report", tooltip="What guidance did, for Plot Guidance.")])
 
     @classmethod
     def execute(cls, model, terms, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,

@@ -5,7 +5,7 @@ from ...ppap_core.guiders.loaders import ANSWERS
 from ...ppap_core.guiders.loaders.hub import download
 from ...ppap_core.guiders.rules import RULES, rule_guider
 from ..bridge import autograd, guider_cache, paths, progress
-from .io_types import PPAPGuider
+from .io_types import GuiderType
 
 CATEGORY = "PPAP/guiders"
 
@@ -26,11 +26,11 @@ class PPAPLoadGuider(io.ComfyNode):
                                            "it sees an image inside: structure (what is where, without colours; DINO or "
                                            "timm), style (textures and colours, without places; timm, such as VGG), "
                                            "embedding (what it is like as a whole).")],
-            outputs=[PPAPGuider.Output(display_name="guider", tooltip="The network, not aimed at anything yet.")])
+            outputs=[GuiderType.Output(display_name="guider", tooltip="The network, not aimed at anything yet.")])
 
     @classmethod
     def validate_inputs(cls, guider_name, answer="own"):
-        return paths.verdict(guider_cache.guider_source, guider_name)
+        return paths.validate(guider_cache.guider_source, guider_name)
 
     @classmethod
     def fingerprint_inputs(cls, guider_name, answer="own"):
@@ -55,7 +55,7 @@ class PPAPDownloadGuider(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, repo_id):
-        return paths.verdict(paths.downloaded_guider, repo_id)
+        return paths.validate(paths.downloaded_guider, repo_id)
 
     @classmethod
     def fingerprint_inputs(cls, repo_id):
@@ -81,7 +81,7 @@ class PPAPRule(io.ComfyNode):
                                    tooltip="colours, layout and edges are aimed at an image; brightness, contrast, "
                                            "saturation and sharpness at a number; symmetry, seamless tiling and smoothness "
                                            "need no target.")],
-            outputs=[PPAPGuider.Output(display_name="guider",
+            outputs=[GuiderType.Output(display_name="guider",
                                        tooltip="The rule, for Aim at Image or Aim at Number, or for Guidance Term at once "
                                                "if it needs no target.")])
 

@@ -6,7 +6,7 @@ from ...ppap_core.viz.plots import loss_plot
 from ..bridge import tensors
 from ..bridge.priors import search
 from .inputs import IN_PREDICTION, THROUGH_MODEL, vae_input
-from .io_types import PPAPTerms
+from .io_types import TermsType
 
 CATEGORY = "PPAP/priors"
 
@@ -54,7 +54,7 @@ class PPAPPlugAndPlayPrior(io.ComfyNode):
                                    tooltip="How the model moves the image. in the prediction: towards its own prediction, "
                                            "cheap. through the model: as published, by the gradient of its error, which "
                                            "asks for two to three times the time and much memory."),
-                    PPAPTerms.Input("terms", optional=True,
+                    TermsType.Input("terms", optional=True,
                                     tooltip="What the image has to meet, from Guidance Term: all that steers sampling "
                                             "works here. balanced: pulls `weight` times as hard as the model. raw: 1 is "
                                             "what probability theory says."),

@@ -1,11 +1,11 @@
 """Nodes that show: losses, what guidance did, what a guider sees."""
 from comfy_api.latest import io
 
-from ...ppap_core.guiders.previews import look_through
+from ...ppap_core.guiders.previews import visualize
 from ...ppap_core.viz.plots import guidance_plot, loss_plot
-from ...ppap_core.viz.summary import readout
+from ...ppap_core.viz.summary import summarize_guidance
 from ..bridge import guidance, guider_cache, progress, tensors
-from .io_types import PPAPGuider, PPAPLosses, PPAPReport
+from .io_types import GuiderType, LossesType, ReportType
 
 CATEGORY = "PPAP/reports"
 
@@ -16,7 +16,7 @@ class PPAPPlotLosses(io.ComfyNode):
         return io.Schema(
             node_id="PPAPPlotLosses", display_name="Plot Losses", category=CATEGORY,
             description="How well each expert learned: one line for each range of noise, lower is better.",
-            inputs=[PPAPLosses.Input("losses", tooltip="From Distil Experts.")],
+            inputs=[LossesType.Input("losses", tooltip="From Distil Experts.")],
             outputs=[io.Image.Output(tooltip="The plot.")])
 
     @classmethod
@@ -31,12 +31,12 @@ class PPAPPlotGuidance(io.ComfyNode):
             node_id="PPAPPlotGuidance", display_name="Plot Guidance", category=CATEGORY,
             description="What guidance did: for each term its energy (lower is closer to the target) and the size of its "
                         "shift, step by step.",
-            inputs=[PPAPReport.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
+            inputs=[ReportType.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
             outputs=[io.Image.Output(tooltip="The plot.")])
 
     @classmethod
     def execute(cls, report):
-        return io.NodeOutput(tensors.image_to_comfy(guidance_plot(report.names, report.readings)))
+        return io.NodeOutput(tensors.image_to_comfy(guidance_plot(report.names, report.records)))
 
 
 class PPAPReadGuidance(io.ComfyNode):
@@ -46,13 +46,13 @@ class PPAPReadGuidance(io.ComfyNode):
             node_id="PPAPReadGuidance", display_name="Read Guidance", category=CATEGORY, is_output_node=True,
             description="What guidance did, in words: in how many steps each term was at work, its energy at first and at "
                         "last (lower is closer to the target), and how far it moved the image.",
-            inputs=[PPAPReport.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
+            inputs=[ReportType.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
             outputs=[io.String.Output(display_name="text", tooltip="One line for each term.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, report):
-        text = readout(report.names, report.readings, report.levels)
+        text = summarize_guidance(report.names, report.records, report.levels)
         return io.NodeOutput(text, ui=progress.show_text(cls, text))
 
 
@@ -64,7 +64,7 @@ class PPAPGuidanceReport(io.ComfyNode):
             description="What guidance did while any sampler made this latent with this steered model.",
             inputs=[io.Model.Input("model", tooltip="The steered model, from Apply Guidance."),
                     io.Latent.Input("latent", tooltip="What a sampler made with it.")],
-            outputs=[PPAPReport.Output(display_name="report", tooltip="For Plot Guidance.")])
+            outputs=[ReportType.Output(display_name="report", tooltip="For Plot Guidance.")])
 
     @classmethod
     def execute(cls, model, latent):
@@ -78,14 +78,14 @@ class PPAPLookThrough(io.ComfyNode):
             node_id="PPAPLookThrough", display_name="Look Through", category=CATEGORY,
             description="What a guider sees in images: how sure it is of each class, a depth map, coloured regions, a mask, "
                         "the number it measures, or how close the image is to what it is aimed at.",
-            inputs=[PPAPGuider.Input("guider", tooltip="Any guider. A target is needed only to show how close an image is "
+            inputs=[GuiderType.Input("guider", tooltip="Any guider. A target is needed only to show how close an image is "
                                                        "to it."),
                     io.Image.Input("image", tooltip="Images without noise.")],
             outputs=[io.Image.Output(tooltip="One picture for each image.")])
 
     @classmethod
     def execute(cls, guider, image):
-        pictures = look_through(guider, tensors.image_from_comfy(image).to(guider_cache.ready(guider)))
+        pictures = visualize(guider, tensors.image_from_comfy(image).to(guider_cache.load_to_device(guider)))
         return io.NodeOutput(tensors.image_to_comfy(pictures))
 
 

@@ -12,14 +12,14 @@ from ...ppap_core.guiders.targets import (
 )
 from ...ppap_core.viz.plots import palette
 from ..bridge import autograd, guider_cache, paths, tensors
-from .io_types import PPAPGuider
+from .io_types import GuiderType
 
 CATEGORY = "PPAP/targets"
 PICTURE, MAP = "a picture", "a map"
 
 
 def aimed_output() -> io.Output:
-    return PPAPGuider.Output(display_name="guider", tooltip="The guider with a target, for Guidance Term.")
+    return GuiderType.Output(display_name="guider", tooltip="The guider with a target, for Guidance Term.")
 
 
 class PPAPAimAtClass(io.ComfyNode):
@@ -28,7 +28,7 @@ class PPAPAimAtClass(io.ComfyNode):
         return io.Schema(
             node_id="PPAPAimAtClass", display_name="Aim at Class", category=CATEGORY,
             description="Tell a classifier which class it should steer towards.",
-            inputs=[PPAPGuider.Input("guider", tooltip="A classifier, with or without experts."),
+            inputs=[GuiderType.Input("guider", tooltip="A classifier, with or without experts."),
                     io.String.Input("classes", default="star",
                                     tooltip="A class by name or number, such as: star. A comma begins the next image of the "
                                             "batch: star, disk, heart, ring. A plus puts several into one image, each with "
@@ -49,11 +49,11 @@ class PPAPAimAtText(io.ComfyNode):
             node_id="PPAPAimAtText", display_name="Aim at Text", category=CATEGORY,
             description="Say in words what a text-image network should see in the image, or what a network that marks "
                         "things should mark.",
-            inputs=[PPAPGuider.Input("guider", tooltip="A network that knows texts: CLIP, SigLIP, CLIPSeg."),
+            inputs=[GuiderType.Input("guider", tooltip="A network that knows texts: CLIP, SigLIP, CLIPSeg."),
                     io.String.Input("text", default="a photo of a lighthouse", multiline=True,
                                     tooltip="What the image shall show, as in a caption. One line is for the whole batch; "
                                             "several lines are for one image each.")],
-            outputs=[PPAPGuider.Output(display_name="guider",
+            outputs=[GuiderType.Output(display_name="guider",
                                        tooltip="CLIP and SigLIP: the guider with a target, for Guidance Term. CLIPSeg: the "
                                                "guider that marks what the text says, for Aim at Mask and Look Through.")])
 
@@ -70,7 +70,7 @@ class PPAPAimAtImage(io.ComfyNode):
             node_id="PPAPAimAtImage", display_name="Aim at Image", category=CATEGORY,
             description="Show a guider an image that it should see again: the same depth, regions, class, style, structure, "
                         "colours, or whatever it looks for.",
-            inputs=[PPAPGuider.Input("guider", tooltip="Any network or rule that looks at images, with or without experts."),
+            inputs=[GuiderType.Input("guider", tooltip="Any network or rule that looks at images, with or without experts."),
                     io.Image.Input("image", tooltip="One image for the whole batch, or one for each image of it."),
                     io.Combo.Input("image_is", options=[PICTURE, MAP], default=PICTURE,
                                    tooltip="a picture: the guider looks at it, and what it sees becomes the target. a map: "
@@ -81,7 +81,7 @@ class PPAPAimAtImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, image, image_is):
-        picture = tensors.image_from_comfy(image).to(guider_cache.ready(guider))
+        picture = tensors.image_from_comfy(image).to(guider_cache.load_to_device(guider))
         with autograd.autograd():
             target = (image_target if image_is == PICTURE else map_target)(guider, picture)
         return io.NodeOutput(guider.aim(target))
@@ -93,7 +93,7 @@ class PPAPAimAtMask(io.ComfyNode):
         return io.Schema(
             node_id="PPAPAimAtMask", display_name="Aim at Mask", category=CATEGORY,
             description="Say where something shall be: paint the place, and name the class.",
-            inputs=[PPAPGuider.Input("guider", tooltip="A segmentation network, or CLIPSeg after Aim at Text."),
+            inputs=[GuiderType.Input("guider", tooltip="A segmentation network, or CLIPSeg after Aim at Text."),
                     io.Mask.Input("mask", tooltip="White where the thing shall be, of any size, over the whole image. One "
                                                   "mask for the whole batch, or one for each image of it."),
                     io.String.Input("name", default="star",
@@ -113,7 +113,7 @@ class PPAPAimAtNumber(io.ComfyNode):
         return io.Schema(
             node_id="PPAPAimAtNumber", display_name="Aim at Number", category=CATEGORY,
             description="Say how bright, sharp, colourful or beautiful an image shall be, to a guider that measures it.",
-            inputs=[PPAPGuider.Input("guider", tooltip="A rule such as brightness, or a network that gives a score."),
+            inputs=[GuiderType.Input("guider", tooltip="A rule such as brightness, or a network that gives a score."),
                     io.Float.Input("number", default=0.5, min=-1000.0, max=1000.0, step=0.01,
                                    tooltip="What the guider shall measure; Look Through shows what it measures in any "
                                            "image. Neutral: what the image has already; no steering at all is weight 0 in "
@@ -140,7 +140,7 @@ class PPAPPalette(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, colours):
-        return paths.verdict(palette, colours)
+        return paths.validate(palette, colours)
 
     @classmethod
     def execute(cls, colours):
@@ -154,11 +154,11 @@ class PPAPCutOuts(io.ComfyNode):
             node_id="PPAPCutOuts", display_name="Cut-outs", category=CATEGORY,
             description="Let a network look at parts of the image too, not only at the whole: it sees details that are lost "
                         "in the small picture it makes of the whole.",
-            inputs=[PPAPGuider.Input("guider", tooltip="A network for classes, texts, embeddings, style or scores."),
+            inputs=[GuiderType.Input("guider", tooltip="A network for classes, texts, embeddings, style or scores."),
                     io.Int.Input("count", default=8, min=0, max=64,
                                  tooltip="How many parts are judged beside the whole image, others at each noise level; "
                                          "each costs as much as the whole. Neutral: 0, only the whole image.")],
-            outputs=[PPAPGuider.Output(display_name="guider", tooltip="The guider that looks at parts too; a target that it "
+            outputs=[GuiderType.Output(display_name="guider", tooltip="The guider that looks at parts too; a target that it "
                                                                       "had is kept.")])
 
     @classmethod

@@ -64,7 +64,7 @@ class PPAPClassConditioning(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, classes):
-        return paths.verdict(class_labels, classes)
+        return paths.validate(class_labels, classes)
 
     @classmethod
     def execute(cls, classes):

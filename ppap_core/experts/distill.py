@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
-from ..noise import as_seen
+from ..noise import to_vp
 from ..sampling import Denoiser
 from ..schedules import ExpertSchedule
-from ..training.loop import optimise
+from ..training.loop import optimize
 from .bank import ExpertBank, with_experts
 from .samples import Pairs, SampleStore, fresh_pairs, trajectory_pairs
 
@@ -36,7 +36,7 @@ class DistillConfig:
     warm_start: bool = False   # an expert starts as its neighbour of less noise ended; else as the plain network
 
 
-def starts_warm(view: str) -> bool:
+def uses_warm_start(view: str) -> bool:
     """Whether experts of a view had better start as their neighbour ended: measured in docs/benchmark.md, "improvements"."""
     return view == "noisy"
 
@@ -54,7 +54,7 @@ def distill_loss(guider: Guider, bank: ExpertBank, pairs: Pairs, temperature: fl
     return TASKS[guider.task].distance(student.predict(student.look(pairs.seen, pairs.sigma), pairs.sigma), teacher)
 
 
-def draw_pairs(bank: ExpertBank, index: int, store: SampleStore, step: int, config: DistillConfig,
+def sample_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, config: DistillConfig,
                denoise: Denoiser | None = None) -> Pairs:
     """What a training step learns from: a pure function of its arguments, so that a resumed run is the same run."""
     place = (store, bank.schedule, index, step, config.batch, config.seed)
@@ -62,7 +62,7 @@ def draw_pairs(bank: ExpertBank, index: int, store: SampleStore, step: int, conf
         return trajectory_pairs(*place, bank.view)
     if bank.view == "denoised" and denoise is None:
         raise ValueError("with fresh noise, experts of the denoised view look at the model's predictions: give the denoiser")
-    return fresh_pairs(*place, as_seen if bank.view == "noisy" else denoise, next(bank.parameters()).device)
+    return fresh_pairs(*place, to_vp if bank.view == "noisy" else denoise, next(bank.parameters()).device)
 
 
 def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleStore,
@@ -78,10 +78,10 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
         device = parameters[0].device
 
         def loss(step: int) -> Tensor:
-            pairs = draw_pairs(bank, index, store, step, config, denoise)
+            pairs = sample_batch(bank, index, store, step, config, denoise)
             return distill_loss(guider, bank, pairs.to(device), config.temperature).mean()
 
-        return optimise(dict(zip(bank.weights(index), parameters, strict=True)), loss, config.steps, config.lr,
+        return optimize(dict(zip(bank.weights(index), parameters, strict=True)), loss, config.steps, config.lr,
                         f"expert {index} of {guider.name}", _about(guider, bank, index, store, config), state_file,
                         config.save_every, on_step and partial(on_step, index))
 
@@ -94,7 +94,7 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: Distil
     ValueError, before any is trained, if one has nothing to learn from.
     """
     for index in range(0 if config.fresh_noise else len(bank.schedule)):
-        draw_pairs(bank, index, store, 0, config)
+        sample_batch(bank, index, store, 0, config)
     losses = []
     for index in range(len(bank.schedule)):
         if config.warm_start and index:
@@ -107,7 +107,7 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: Distil
 
 
 @torch.no_grad()
-def disagreement(guider: Guider, other: Guider, store: SampleStore, schedule: ExpertSchedule, size: int = 64,
+def teacher_distance(guider: Guider, other: Guider, store: SampleStore, schedule: ExpertSchedule, size: int = 64,
                  device: torch.device | str = "cpu") -> list[tuple[float, float]]:
     """(noise level, distance) for each interval of a schedule: how far `other`, on what it sees of noisy images, is on
     average from the plain guider's answer on the images that they became.

@@ -7,25 +7,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..io.files import claim, load_tensors, save_tensors
-from ..noise import as_seen, expand
+from ..io.files import ensure_manifest, load_tensors, save_tensors
+from ..noise import expand, to_vp
 from ..rng import seeded
 from ..sampling import Denoiser
 from ..schedules import ExpertSchedule
 
-SHARD = 64  # images in one file: what an interruption can lose
-KEPT = 6    # steps of each trajectory that are kept
+SHARD_SIZE = 64  # images in one file: what an interruption can lose
+STEPS_PER_TRAJECTORY = 6    # steps of each trajectory that are kept
 
 
 class Trajectories(NamedTuple):
     """Some steps on the way to each image: what the experts of either view look at, and how much noise there was."""
 
     sigmas: Tensor    # (B, K)
-    noisy: Tensor     # (B, K, C, h, w), as_seen
+    noisy: Tensor     # (B, K, C, h, w), to_vp
     denoised: Tensor  # (B, K, C, h, w)
 
 
-class Recorder:
+class TrajectoryRecorder:
     """Notes what a model was asked and what it answered while a batch was sampled, whatever sampler asked."""
 
     def __init__(self):
@@ -33,17 +33,17 @@ class Recorder:
 
     def note(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
         """One call of the model: the VE state (B, C, h, w), its noise level (B,), the prediction."""
-        self.calls.append((sigma.cpu(), as_seen(x, sigma).half().cpu(), denoised.half().cpu()))
+        self.calls.append((sigma.cpu(), to_vp(x, sigma).half().cpu(), denoised.half().cpu()))
 
-    def listen(self, denoise: Denoiser) -> Denoiser:
+    def wrap(self, denoise: Denoiser) -> Denoiser:
         """The same denoiser, overheard."""
-        def overheard(x: Tensor, sigma: Tensor) -> Tensor:
+        def recording_model(x: Tensor, sigma: Tensor) -> Tensor:
             denoised = denoise(x, sigma)
             self.note(x, sigma, denoised)
             return denoised
-        return overheard
+        return recording_model
 
-    def trajectories(self, seeds: Sequence[int], kept: int = KEPT) -> Trajectories:
+    def trajectories(self, seeds: Sequence[int], kept: int = STEPS_PER_TRAJECTORY) -> Trajectories:
         """Of each image one call of each of `kept` equal parts of the trajectory, by its seed; and forgets them all."""
         calls, self.calls = self.calls, []
         if not calls:
@@ -75,7 +75,7 @@ class SampleStore:
     """
 
     def __init__(self, folder: Path | str, recipe: dict):
-        self.folder, self.recipe = Path(folder), claim(folder, recipe)
+        self.folder, self.recipe = Path(folder), ensure_manifest(folder, recipe)
 
     def _shard(self, index: int) -> Path:
         return self.folder / f"shard_{index:05d}.safetensors"
@@ -84,7 +84,7 @@ class SampleStore:
         shards = 0
         while self._shard(shards).exists():
             shards += 1
-        return shards * SHARD
+        return shards * SHARD_SIZE
 
     def fill(self, count: int, generate: Callable[[list[int]], tuple[Tensor, Trajectories]],
              on_shard: Callable[[int, Tensor], None] | None = None) -> None:
@@ -95,18 +95,18 @@ class SampleStore:
         """
         seed = int(self.recipe.get("seed", 0))
         while (have := len(self)) < count:
-            images, paths = generate(list(range(seed + have, seed + have + SHARD)))
-            if len(images) != SHARD or any(len(part) != SHARD for part in paths):
-                raise ValueError(f"{len(images)} images and {len(paths.sigmas)} trajectories were made of {SHARD} seeds: "
+            images, paths = generate(list(range(seed + have, seed + have + SHARD_SIZE)))
+            if len(images) != SHARD_SIZE or any(len(part) != SHARD_SIZE for part in paths):
+                raise ValueError(f"{len(images)} images and {len(paths.sigmas)} trajectories were made of {SHARD_SIZE} seeds: "
                                  "expected one of each for every seed")
             if not all(bool(torch.isfinite(part).all()) for part in (images, *paths)):
                 raise ValueError("the model generated NaN or infinite values, in its images or on the way to them: expected "
                                  "finite ones; try another precision or another sampler")
-            save_tensors(self._shard(have // SHARD), {"images": to_uint8(images), **paths._asdict()}, {"first": have})
+            save_tensors(self._shard(have // SHARD_SIZE), {"images": to_uint8(images), **paths._asdict()}, {"first": have})
             for name in self.__dict__.keys() - {"folder", "recipe"}:
                 del self.__dict__[name]
             if on_shard:
-                on_shard(have + SHARD, images)
+                on_shard(have + SHARD_SIZE, images)
 
     @cached_property
     def images(self) -> Tensor:
@@ -132,7 +132,7 @@ class SampleStore:
         count = len(self)
         if count == 0:
             raise ValueError(f"{self.folder.name} holds no images yet: generate samples first")
-        shards = (load_tensors(self._shard(index))[0] for index in range(count // SHARD))
+        shards = (load_tensors(self._shard(index))[0] for index in range(count // SHARD_SIZE))
         try:
             return torch.cat([shard[name] for shard in shards])
         except KeyError:
@@ -167,7 +167,7 @@ def fresh_pairs(store: SampleStore, schedule: ExpertSchedule, index: int, step: 
                 see: Callable[[Tensor, Tensor], Tensor], device: torch.device | str = "cpu") -> Pairs:
     """Pairs as the paper has them: images, some mirrored, under noise that is drawn anew.
 
-    see(x, sigma): what the expert looks at, `as_seen` or a denoiser, which is asked on the device. For stores of a model
+    see(x, sigma): what the expert looks at, `to_vp` or a denoiser, which is asked on the device. For stores of a model
     that diffuses pixels.
     """
     if store.noisy.shape[2:] != store.images.shape[1:]:

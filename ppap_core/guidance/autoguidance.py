@@ -26,7 +26,7 @@ class Autoguidance:
         return 1 + (self.weight - 1) * self.ramp(sigma) if sigma in self.window else 1.0
 
 
-def away(good: Tensor, bad: Tensor, weight: float) -> Tensor:
+def autoguidance_delta(good: Tensor, bad: Tensor, weight: float) -> Tensor:
     """(weight - 1) (good - bad): what guidance by a worse prediction adds to any prediction.
 
     good + away is eq. 3 of the paper, bad + weight (good - bad); the sum over several worse ones is eq. 6, where the one
@@ -39,5 +39,5 @@ def autoguided(good: Denoiser, bad: Denoiser, settings: Autoguidance) -> Denoise
     """A denoiser guided by a bad version of itself: a denoiser again, which any sampler and other guidance take."""
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         prediction, weight = good(x, sigma), settings.weight_at(float(sigma[0]))
-        return prediction if weight == 1 else prediction + away(prediction, bad(x, sigma), weight)
+        return prediction if weight == 1 else prediction + autoguidance_delta(prediction, bad(x, sigma), weight)
     return denoise

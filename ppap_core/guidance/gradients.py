@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ..guiders.guider import Guider, has_network
 from ..guiders.tasks import TASKS
-from ..noise import as_seen
+from ..noise import to_vp
 from ..sampling import Denoiser
 
 HALF = (torch.float16, torch.bfloat16)
-PullBack = Callable[[Tensor], Tensor]
+Vjp = Callable[[Tensor], Tensor]
 log = logging.getLogger(__name__)
 
 
-def differentiable(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, PullBack]:
+def differentiable(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Vjp]:
     """The prediction (B, C, H, W), and a function that makes a gradient in it a gradient in x: one more pass of the model.
 
     ValueError if the denoiser lets no gradient through.
@@ -26,10 +26,10 @@ def differentiable(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor,
     with torch.inference_mode(False), torch.enable_grad():
         point = x.detach().clone().requires_grad_(True)
         denoised = denoise(point, sigma.detach().clone())
-    return denoised.detach(), pull_back_to(point, denoised)
+    return denoised.detach(), make_vjp(point, denoised)
 
 
-def pull_back_to(x: Tensor, denoised: Tensor) -> PullBack:
+def make_vjp(x: Tensor, denoised: Tensor) -> Vjp:
     """A gradient in a prediction (B, C, H, W) -> the gradient in the x it was computed from."""
     if not denoised.requires_grad:
         raise ValueError("the denoiser lets no gradient through: give one that computes its prediction without "
@@ -100,7 +100,7 @@ def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype
 def _energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype | None) -> tuple[Tensor, int]:
     """The same, and how many values an image has that the network sees."""
     with _computing_in(compute, guider, point.device.type):
-        image = guider.look(as_seen(point, sigma) if guider.view == "noisy" else point, sigma)
+        image = guider.look(to_vp(point, sigma) if guider.view == "noisy" else point, sigma)
         energy = guider.energy(_full(image), sigma)  # a picture is resized in full precision
     return _full(energy), image[0].numel()
 
@@ -120,7 +120,7 @@ def _loss_scale(guider: Guider, values: int, compute: torch.dtype | None) -> flo
     """Factor of the energy that keeps small gradients from vanishing in float16, whose smallest number is 6e-8."""
     if compute != torch.float16:
         return 1.0
-    counted = values if TASKS[guider.task].per_value else 1  # such an energy is that many times larger
+    counted = values if TASKS[guider.task].sum_over_pixels else 1  # such an energy is that many times larger
     return 2.0 ** (10 - round(math.log2(counted)))
 
 

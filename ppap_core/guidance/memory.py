@@ -19,10 +19,10 @@ def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute: torch.dtype 
 
     with torch.inference_mode(False), torch.enable_grad():
         mode, kept = FakeTensorMode(allow_non_fake_inputs=True), {}
-        net, weights = _hollow(guider.net, mode, without)
+        net, weights = _to_fake(guider.net, mode, without)
         see = guider.see
         if isinstance(see, nn.Module):
-            see, more = _hollow(see, mode, without)
+            see, more = _to_fake(see, mode, without)
             weights += more
         elif getattr(see, "__self__", None) is guider.net:
             see = getattr(net, see.__name__)
@@ -40,7 +40,7 @@ def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute: torch.dtype 
     return sum(storage.nbytes() for number, storage in kept.items() if number not in own)
 
 
-def _hollow(net: nn.Module, mode, without: tuple) -> tuple[nn.Module, list[Tensor]]:
+def _to_fake(net: nn.Module, mode, without: tuple) -> tuple[nn.Module, list[Tensor]]:
     """A copy of a network whose weights have no numbers, and these weights; what the network does cannot change it."""
     tensors = [*net.parameters(), *net.buffers()]
     with mode:

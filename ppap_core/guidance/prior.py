@@ -16,9 +16,9 @@ from ..guiders.guider import clean
 from ..noise import expand
 from ..rng import seeded, seeded_noise
 from ..sampling import Denoiser, karras_sigmas, sample_euler
-from ..training.loop import Attempt, Losses, optimise
+from ..training.loop import Losses, RunStep, optimize
 from .gradients import differentiable, energy_gradient, finite
-from .shift import mask_for, rms, term_gradient, uncertainty
+from .shift import mask_for, posterior_std, rms, term_gradient
 from .terms import Term
 
 Render = Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ class PriorConfig:
                              f"{self.sigma_from} and {self.steps}")
 
 
-def annealed(config: PriorConfig) -> list[float]:
+def sigma_schedule(config: PriorConfig) -> list[float]:
     """The noise level of every step: linear in log sigma with a cosine on top, both running out together."""
     left = [1 - step / max(config.steps - 1, 1) for step in range(config.steps)]
     turn = 2 * math.pi * config.waves
@@ -55,24 +55,24 @@ def annealed(config: PriorConfig) -> list[float]:
     return [config.sigma_to * (config.sigma_from / config.sigma_to) ** height for height in heights]
 
 
-def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
+def run_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
                    render: Render | None = None, sigma_data: float = 0.5, about: dict | None = None,
                    state_file: Path | None = None, on_step: OnFound | None = None,
-                   attempt: Attempt | None = None) -> tuple[Tensor, Losses]:
+                   run_step: RunStep | None = None) -> tuple[Tensor, Losses]:
     """The points (B, ...) found from `start`, and of every step the two things that were lowered, as means of the batch.
 
     Lowered are the error of the noise, |D(x) - image|^2 / sigma^2 with x = image + sigma noise, and the energies of the
     terms. The error's gradient is scaled to that of -log p(x), which it is without the Jacobian (Poole et al. 2023) and, if
     images were Gaussian with the spread sigma_data, with it: at weight 1, raw, what is found is the most probable image
     given what the guiders ask for. A balanced term pulls `weight` times as hard as the prior. Guiders look at what they look
-    at in guidance: as_seen(x), or the prediction D(x), whose gradient goes through the model where config says so, whatever
+    at in guidance: to_vp(x), or the prediction D(x), whose gradient goes through the model where config says so, whatever
     the term says; windows and ramps mean the noise level of the step.
 
     Point i depends on start[i], what the terms hold for it, and seeds[i] only. about, state_file, attempt: of `optimise`,
     which goes on where a run was stopped. ValueError for another number of seeds and where gradients do not pass.
     """
     _require_seeds(seeds, start)
-    levels, terms = annealed(config), [replace(term, through=config.jacobian) for term in terms]
+    levels, terms = sigma_schedule(config), [replace(term, through=config.jacobian) for term in terms]
     with torch.inference_mode(False):
         point = start.detach().clone().requires_grad_(True)
 
@@ -86,9 +86,9 @@ def optimise_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, conf
         towards = (_size(levels[step], sigma_data) * gradient * image).sum()
         return torch.stack([error.mean() + (towards - towards.detach()), energy.mean()])
 
-    losses = optimise({"point": point}, loss, config.steps, config.lr * sigma_data, "the prior",
+    losses = optimize({"point": point}, loss, config.steps, config.lr * sigma_data, "the prior",
                       {**(about or {}), "prior": asdict(config), "seeds": list(seeds)}, state_file,
-                      on_step=on_step and (lambda step, parts: on_step(step, parts, point.detach())), attempt=attempt)
+                      on_step=on_step and (lambda step, parts: on_step(step, parts, point.detach())), run_step=run_step)
     return point.detach(), losses
 
 
@@ -102,15 +102,15 @@ def _pull(denoise: Denoiser, terms: Sequence[Term], image: Tensor, noise: Tensor
     """For one draw of noise: error of the noise for each value (B,), energy (B,), and the gradient (B, C, H, W)."""
     level = float(sigma[0])
     x = image + level * noise
-    denoised, pull_back = differentiable(denoise, x, sigma) if jacobian else (_plainly(denoise, x, sigma), None)
+    denoised, vjp = differentiable(denoise, x, sigma) if jacobian else (_plainly(denoise, x, sigma), None)
     error, energies = ((denoised - image) / level).square().flatten(1).mean(1), image.new_zeros(len(image))
     off = (image - denoised) / level**2
-    prior = finite((off - pull_back(off)) * (1 + (sigma_data / level) ** 2) if pull_back else off, "the prior", level)
+    prior = finite((off - vjp(off)) * (1 + (sigma_data / level) ** 2) if vjp else off, "the prior", level)
     gradient = prior
     for term in terms:
         strength = term.strength(level)
         if strength != 0:
-            energy, pull = term_gradient(term, x, sigma, denoised, uncertainty(level, sigma_data), pull_back)
+            energy, pull = term_gradient(term, x, sigma, denoised, posterior_std(level, sigma_data), vjp)
             pull = pull * expand(rms(prior), pull) if term.balanced else pull
             energies, gradient = energies + energy, gradient + strength * pull
     return error, energies, gradient
@@ -126,7 +126,7 @@ def _size(sigma: float, sigma_data: float) -> float:
     return sigma * math.hypot(sigma, sigma_data) / sigma_data
 
 
-def find_images(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
+def optimize_images(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
                 start_noise: float = 1.0, mask: Tensor | None = None, particles: int = 1, frames: int = 1,
                 level: float = 0.0, steps: int = 10, sigma_data: float = 0.5, **run: Any) -> tuple[Tensor, Losses]:
     """The whole search for images (B, C, H, W): from `start` under noise, with a clean-up, the best of several particles.
@@ -134,23 +134,23 @@ def find_images(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config:
     start_noise: in spreads of the data; 0: from `start` as it is. mask (B|1, 1, H, W) in [0, 1]: where images may change;
     None: everywhere. particles: how many searches there are for each image, for which seeds has to hold a number each, one
     round of all images after another. frames: how many images in a row are one video, of which all or none are taken.
-    level, steps: of `clean_up`. run: what else `optimise_prior` takes.
+    level, steps: of `clean_up`. run: what else `run_prior` takes.
     """
     start = start.repeat(particles, 1, 1, 1)
     _require_seeds(seeds, start)
-    terms = [several(term, particles) for term in terms]
-    free = None if mask is None else mask_for(_again(mask, particles), start)
+    terms = [repeat_term(term, particles) for term in terms]
+    free = None if mask is None else mask_for(_repeat(mask, particles), start)
     render = None if free is None else lambda point: start + free * (point - start)
     noise = start_noise * sigma_data * seeded_noise(seeds, tuple(start.shape[1:])).to(start)
-    points, losses = optimise_prior(denoise, terms, start + noise, config, seeds, render=render, sigma_data=sigma_data,
+    points, losses = run_prior(denoise, terms, start + noise, config, seeds, render=render, sigma_data=sigma_data,
                                     **run)
-    tidy = clean_up(denoise, render(points) if render else points, level, config.sigma_to, steps, seeds)
+    tidy = renoise_and_sample(denoise, render(points) if render else points, level, config.sigma_to, steps, seeds)
     images = render(tidy) if render else tidy
     energies = energy_of(terms, images).unflatten(0, (-1, frames)).mean(1)
     return best_of(images.unflatten(0, (-1, frames)), energies, particles).flatten(0, 1), losses
 
 
-def clean_up(denoise: Denoiser, image: Tensor, sigma: float, sigma_to: float, steps: int, seeds: Sequence[int]) -> Tensor:
+def renoise_and_sample(denoise: Denoiser, image: Tensor, sigma: float, sigma_to: float, steps: int, seeds: Sequence[int]) -> Tensor:
     """Images (B, C, H, W) after noise of level sigma and sampling from there (Meng et al. 2022). 0 changes nothing."""
     if sigma == 0:
         return image
@@ -158,14 +158,14 @@ def clean_up(denoise: Denoiser, image: Tensor, sigma: float, sigma_to: float, st
     return sample_euler(denoise, image + sigma * noise, karras_sigmas(steps, min(sigma_to, sigma), sigma))
 
 
-def several(term: Term, particles: int) -> Term:
+def repeat_term(term: Term, particles: int) -> Term:
     """The term for a batch that is there `particles` times in a row: what it holds for each image is repeated."""
     guider = term.guider
-    parts = {name: _again(getattr(guider, name), particles) for name in ("target", "prompt")}
-    return replace(term, guider=replace(guider, **parts), mask=_again(term.mask, particles))
+    parts = {name: _repeat(getattr(guider, name), particles) for name in ("target", "prompt")}
+    return replace(term, guider=replace(guider, **parts), mask=_repeat(term.mask, particles))
 
 
-def _again(value: Tensor | None, particles: int) -> Tensor | None:
+def _repeat(value: Tensor | None, particles: int) -> Tensor | None:
     return value if value is None or len(value) == 1 else value.repeat(particles, *(1,) * (value.ndim - 1))
 
 

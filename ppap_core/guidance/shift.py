@@ -13,45 +13,45 @@ from torch import Tensor
 
 from ..noise import expand
 from ..sampling import Denoiser
-from .gradients import PullBack, differentiable, energy_gradient, finite
-from .terms import Reading, Shift, Term, needs_model
+from .gradients import Vjp, differentiable, energy_gradient, finite
+from .terms import Shift, Term, TermRecord, needs_model
 
 ROUNDING = 1e-6  # of an energy, or of 1 if that is more
 
 
 def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Tensor, *, sigma_data: float = 0.5,
                    max_rms: float = math.inf, compute: torch.dtype | None = None,
-                   pull_back: PullBack | None = None) -> Shift | None:
+                   vjp: Vjp | None = None) -> Shift | None:
     """The sum of all terms' shifts, to be added to the denoised prediction, or None where no term is at work.
 
     x (B, C, H, W): the noisy state image + sigma * noise; sigma (B,), one value; denoised (B, C, H, W): the prediction.
-    A guider of the noisy view judges as_seen(x):    -sigma^2 weight dE/dx (the paper; exact for an exact E).
+    A guider of the noisy view judges to_vp(x):    -sigma^2 weight dE/dx (the paper; exact for an exact E).
     One of the denoised view judges the prediction:  -r^2 weight dE/d denoised, with the variance of the image given x
     under a Gaussian prior, r^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2), so that a weight means the same in both;
-    with `through`:                                  -sigma^2 weight dE(denoised)/dx, for which pull_back is needed.
+    with `through`:                                  -sigma^2 weight dE(denoised)/dx, for which vjp is needed.
     Balanced terms only take the direction of the gradient, for each sample alone: their shift has the root mean square
     weight * r, inside their mask, whatever the scale of the energy: a share of what is still uncertain.
 
     max_rms: upper limit for the root mean square of the summed shift of each sample, in units of the data; infinity
     changes nothing. compute: the type that the guiders' networks compute in; None or float32 changes nothing.
-    pull_back: a gradient in `denoised` -> the gradient in x, as `differentiable` gives it; called once for each such term.
+    vjp: a gradient in `denoised` -> the gradient in x, as `differentiable` gives it; called once for each such term.
     Works under torch.inference_mode(), as long as the guiders' weights were made outside of it.
     """
-    level, total, readings = _common_level(sigma), None, []
-    reach = uncertainty(level, sigma_data)
+    level, total, records = _common_level(sigma), None, []
+    reach = posterior_std(level, sigma_data)
     for index, term in enumerate(terms):
         strength = term.strength(level)
         if strength == 0:
             continue
-        energy, gradient = term_gradient(term, x, sigma, denoised, reach, pull_back, compute)
+        energy, gradient = term_gradient(term, x, sigma, denoised, reach, vjp, compute)
         in_prediction = term.guider.view == "denoised" and not term.needs_model
         part = -strength * (reach if term.balanced else (reach if in_prediction else level) ** 2) * gradient
-        readings.append(Reading(index, level, energy, rms(part)))
+        records.append(TermRecord(index, level, energy, rms(part)))
         total = part if total is None else total + part
-    return None if total is None else Shift(_limit(total, max_rms), readings)
+    return None if total is None else Shift(_limit(total, max_rms), records)
 
 
-def term_gradient(term: Term, x: Tensor, sigma: Tensor, denoised: Tensor, reach: float, pull_back: PullBack | None = None,
+def term_gradient(term: Term, x: Tensor, sigma: Tensor, denoised: Tensor, reach: float, vjp: Vjp | None = None,
                   compute: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Energy (B,) of a term and its gradient inside its mask, (B, C, H, W); of a balanced term only the direction.
 
@@ -59,9 +59,9 @@ def term_gradient(term: Term, x: Tensor, sigma: Tensor, denoised: Tensor, reach:
     """
     energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
     if term.balanced:
-        gradient = felt(gradient, energy, reach)
+        gradient = drop_negligible_gradients(gradient, energy, reach)
     if term.needs_model:
-        gradient = pulled(gradient, pull_back)
+        gradient = vjp_normalized(gradient, vjp)
     gradient = finite(gradient, term.guider.name, float(sigma[0]))
     mask = None if term.mask is None else mask_for(term.mask, gradient)
     if term.balanced:
@@ -74,8 +74,8 @@ def guided(denoise: Denoiser, terms: Sequence[Term], *, sigma_data: float = 0.5,
     """A denoiser with guidance: a denoiser again, so that guidance stacks and any sampler takes it."""
     def denoise_guided(x: Tensor, sigma: Tensor) -> Tensor:
         through = needs_model(terms, float(sigma.max()))
-        denoised, pull_back = differentiable(denoise, x, sigma) if through else (denoise(x, sigma), None)
-        shift = guidance_shift(terms, x, sigma, denoised, sigma_data=sigma_data, max_rms=max_rms, pull_back=pull_back)
+        denoised, vjp = differentiable(denoise, x, sigma) if through else (denoise(x, sigma), None)
+        shift = guidance_shift(terms, x, sigma, denoised, sigma_data=sigma_data, max_rms=max_rms, vjp=vjp)
         if shift is None:
             return denoised
         if on_shift:
@@ -84,20 +84,20 @@ def guided(denoise: Denoiser, terms: Sequence[Term], *, sigma_data: float = 0.5,
     return denoise_guided
 
 
-def uncertainty(sigma: float, sigma_data: float) -> float:
+def posterior_std(sigma: float, sigma_data: float) -> float:
     """Standard deviation of the data given a noisy state, under a Gaussian prior."""
     return sigma * sigma_data / math.hypot(sigma, sigma_data)
 
 
-def pulled(gradient: Tensor, pull_back: PullBack | None) -> Tensor:
+def vjp_normalized(gradient: Tensor, vjp: Vjp | None) -> Tensor:
     """A gradient in the prediction as one in x; on the way it has a size of 1, which half precision can hold."""
-    if pull_back is None:
-        raise ValueError("a term's gradient shall go through the model: expected pull_back, as differentiable() gives it")
+    if vjp is None:
+        raise ValueError("a term's gradient shall go through the model: expected vjp, as differentiable() gives it")
     size = expand(rms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
-    return pull_back(gradient / size).to(gradient) * size
+    return vjp(gradient / size).to(gradient) * size
 
 
-def felt(gradient: Tensor, energy: Tensor, reach: float) -> Tensor:
+def drop_negligible_gradients(gradient: Tensor, energy: Tensor, reach: float) -> Tensor:
     """Without the samples whose energy would not feel a step as far as `reach`: their gradient is rounding, no direction."""
     gain = rms(gradient) * reach * gradient[0].numel()
     return gradient * expand(gain > ROUNDING * energy.abs().clamp_min(1), gradient)

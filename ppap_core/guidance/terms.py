@@ -34,7 +34,7 @@ class Term:
         return self.weight * self.ramp(sigma)
 
 
-class Reading(NamedTuple):
+class TermRecord(NamedTuple):
     """What one term did at one noise level."""
 
     term: int         # its place among the terms
@@ -47,9 +47,9 @@ class Shift(NamedTuple):
     """What guidance adds to a prediction (B, C, H, W), and what each term at work did."""
 
     shift: Tensor
-    readings: list[Reading]
+    records: list[TermRecord]
 
 
 def needs_model(terms: Sequence[Term], sigma: float) -> bool:
-    """Whether terms at work at a noise level need `pull_back`."""
+    """Whether terms at work at a noise level need `vjp`."""
     return any(term.needs_model and term.strength(sigma) != 0 for term in terms)

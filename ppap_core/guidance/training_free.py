@@ -27,7 +27,7 @@ from ..rng import seeded
 from ..sampling import Denoiser
 from .gradients import differentiable, energy_at, finite
 
-SURE = 1e-6  # as p -> 1, float32 holds -log p as a rounding or as 0: divided by that, a gradient looks like a fault
+MIN_ENERGY = 1e-6  # as p -> 1, float32 holds -log p as a rounding or as 0: divided by that, a gradient looks like a fault
 
 Offsets = Sequence[Tensor | float]  # of the perturbed predictions, each (B, C, H, W); 0.0 is the prediction itself
 
@@ -50,7 +50,7 @@ RHO_RULES: dict[str, RhoRule] = {  # (step, x - D, energy (B,), g) -> A(g)
     # LGD-MC: x_(t-1) += rho grad
     "state": lambda step, noise, energy, g: _vp(step) * g,
     # DPS: x_(t-1) += rho grad / |log p|
-    "energy": lambda step, noise, energy, g: _vp(step) * g / expand(energy.abs().clamp_min(SURE), g),
+    "energy": lambda step, noise, energy, g: _vp(step) * g / expand(energy.abs().clamp_min(MIN_ENERGY), g),
     # FreeDoM: a step as long as rms(eps) sqrt(1 - abar_t) / sqrt(abar_t) times the prediction's share in the DDPM step,
     # sqrt(abar_(t-1)) (1 - abar_t / abar_(t-1)) / (1 - abar_t); for each sample, where the published one is for the batch
     "noise": lambda step, noise, energy, g: (1 - (step.following / step.sigma) ** 2) * g * expand(_rms(noise) / _rms(g), g),
@@ -139,11 +139,11 @@ def _step(denoise: Denoiser, guider: Guider, x: Tensor, step: Step, method: Trai
     """The state at the next noise level."""
     level = x.new_full((len(x),), step.sigma)
     look = (lambda x, sigma: denoise(x, sigma).clamp(-1, 1)) if method.clip else denoise
-    denoised, pull_back = differentiable(look, x, level) if method.rho else (look(x, level), None)
+    denoised, vjp = differentiable(look, x, level) if method.rho else (look(x, level), None)
     following = denoised + (x - denoised) * (step.following / step.sigma)
     if method.rho:
         value, gradient = _energy_gradient(guider, denoised, offsets)
-        shift = RHO_RULES[method.rho_rule](step, x - denoised, value, pull_back(gradient))
+        shift = RHO_RULES[method.rho_rule](step, x - denoised, value, vjp(gradient))
         following = following - method.rho * finite(shift, guider.name, step.sigma)
     if method.mu:
         factor, share = MU_RULES[method.mu_rule](step)

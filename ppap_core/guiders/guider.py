@@ -60,7 +60,7 @@ class Guider:
 
         energies = [loss(part) for part in (image, *cut_outs(image, self.cutouts, float(sigma[0])))]
         energy = sum(energies) / len(energies)
-        return energy * image[0].numel() if task.per_value else energy
+        return energy * image[0].numel() if task.sum_over_pixels else energy
 
     def score(self, image: Tensor, sigma: Tensor) -> Tensor:
         """How well each image meets the target, (B,) in [0, 1]. Judge with a network that did not guide."""

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 Size = tuple[int, int]
 
 
-def _stretch(image: Size, size: Size, multiple: float) -> Size:
+def _exact(image: Size, size: Size, multiple: float) -> Size:
     """Exactly this height and width."""
     return size
 
 
-def _shortest(image: Size, size: Size, multiple: float) -> Size:
+def _shortest_edge(image: Size, size: Size, multiple: float) -> Size:
     """The shorter edge becomes size[0], unless the longer would exceed size[1]; up to the next multiple."""
     short, long = min(image), max(image)
     edge = size[1] * short / long if long / short * size[0] > size[1] else size[0]
@@ -30,18 +30,18 @@ def _cover(image: Size, size: Size, multiple: float) -> Size:
     return tuple(round(side / ratio) for side in image)
 
 
-def _least(image: Size, size: Size, multiple: float) -> Size:
+def _contain(image: Size, size: Size, multiple: float) -> Size:
     """One scale for both edges, of the two that reach the size the one closer to 1; to the nearest multiple."""
     scale = min((wanted / side for wanted, side in zip(size, image, strict=True)), key=lambda s: abs(1 - s))
     return tuple(max(int(round(scale * side / multiple) * multiple), 1) for side in image)
 
 
-def _own(image: Size, size: Size, multiple: float) -> Size:
+def _native(image: Size, size: Size, multiple: float) -> Size:
     """The image's own size, down to the next multiple."""
     return tuple(max(side // multiple, 1) * multiple for side in image)
 
 
-def _patches(image: Size, size: Size, multiple: float) -> Size:
+def _max_patches(image: Size, size: Size, multiple: float) -> Size:
     """As large as size[0] patches of `multiple` pixels allow, close to the image's own proportions."""
     def at(scale: float) -> Size:
         return tuple(max(math.ceil(side * scale / multiple), 1) * multiple for side in image)
@@ -54,7 +54,7 @@ def _patches(image: Size, size: Size, multiple: float) -> Size:
 
 
 FITS: dict[str, Callable[[Size, Size, float], Size]] = {
-    "stretch": _stretch, "shortest": _shortest, "cover": _cover, "least": _least, "own": _own, "patches": _patches}
+    "stretch": _exact, "shortest": _shortest_edge, "cover": _cover, "least": _contain, "own": _native, "patches": _max_patches}
 """How a size follows from that of the image: (image size, the network's size, multiple) -> (height, width)."""
 
 
@@ -156,17 +156,17 @@ def _size_of(config: dict, kind: str) -> tuple[Size, str, float, Size | None]:
                      "the file again from the network's own page")
 
 
-ENDLESS = 10**6  # an edge that no image reaches
+NO_LIMIT = 10**6  # an edge that no image reaches
 
 
 def _shorter_edge(config: dict, kind: str, edge: int, longest: int | None,
                   crop: Size | None) -> tuple[Size, str, float, Size | None]:
     share = config.get("crop_pct") or (0.875 if kind.startswith(("ConvNext", "Levit")) else None)
     if share and edge < 384:
-        return (int(edge / share), ENDLESS), "shortest", 1, (edge, edge)
+        return (int(edge / share), NO_LIMIT), "shortest", 1, (edge, edge)
     if share or "do_split_image" in config:  # large ConvNeXt stretch; EoMT reads squares
         return (edge, edge), "stretch", 1, None
-    return (edge, longest or ENDLESS), "shortest", config.get("size_divisor") or 1, crop
+    return (edge, longest or NO_LIMIT), "shortest", config.get("size_divisor") or 1, crop
 
 
 def _both_edges(config: dict, size: Size, crop: Size | None) -> tuple[Size, str, float, Size | None]:
@@ -185,5 +185,5 @@ def timm_preprocess(data: dict) -> Preprocess:
     if data.get("crop_mode") == "squash":
         return Preprocess(resized, **numbers, crop=size)
     if size[0] == size[1]:
-        return Preprocess((resized[0], ENDLESS), **numbers, fit="shortest", crop=size)
+        return Preprocess((resized[0], NO_LIMIT), **numbers, fit="shortest", crop=size)
     return Preprocess(resized, **numbers, fit="cover", crop=size)

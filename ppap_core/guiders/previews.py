@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..viz.plots import bar_picture, depth_picture, label_picture, note_picture
+from ..viz.plots import bar_chart, depth_picture, label_picture, note_picture
 from .guider import Guider, clean
 
 SIDE = 256  # of pictures that are not maps
 
 
 @torch.no_grad()
-def look_through(guider: Guider, images: Tensor) -> Tensor:
+def visualize(guider: Guider, images: Tensor) -> Tensor:
     """What the guider sees in clean images (B, 3, H, W), as pictures (B, 3, h, w).
 
     Maps as maps, classes as bars, numbers in words, what rules read as small pictures; of all else, such as an embedding,
@@ -24,7 +24,7 @@ def look_through(guider: Guider, images: Tensor) -> Tensor:
 
 
 def _classes(guider: Guider, images: Tensor, output: Tensor) -> Tensor:
-    return torch.cat([bar_picture(_best(row, guider.labels)) for row in output.softmax(1)])
+    return torch.cat([bar_chart(_best(row, guider.labels)) for row in output.softmax(1)])
 
 
 def _best(shares: Tensor, labels: tuple[str, ...], count: int = 8) -> dict[str, float]:
@@ -46,7 +46,7 @@ def _closeness(guider: Guider, images: Tensor, output: Tensor) -> Tensor:
                              "Aim it, and how close an image is to the target is shown here."])
         return note.expand(len(images), -1, -1, -1)
     energies, scores = guider.energy(images, clean(images)), guider.score(images, clean(images))
-    return torch.cat([bar_picture({f"energy {energy:.4g}, met to": score})
+    return torch.cat([bar_chart({f"energy {energy:.4g}, met to": score})
                       for energy, score in zip(energies.tolist(), scores.tolist(), strict=True)])
 
 

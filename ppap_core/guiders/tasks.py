@@ -15,7 +15,7 @@ class Task(NamedTuple):
     loss: Callable[[Tensor, Tensor], Tensor]      # (output, target): what guidance lowers
     distance: Callable[[Tensor, Tensor], Tensor]  # (student output, teacher output): what distillation lowers
     score: Callable[[Tensor, Tensor], Tensor]     # (output, target) in [0, 1], 1 = condition met
-    per_value: bool = False                       # the energy counts once for each value of the image
+    sum_over_pixels: bool = False                       # the energy counts once for each value of the image
 
 
 def _full(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def mask_agreement(logits: Tensor, target: Tensor) -> Tensor:
     return 1 - (_full(logits).sigmoid() - _full(target)).abs().flatten(1).mean(1)
 
 
-NATS = 100.0  # of a cosine: the temperature that text-image networks are trained with (CLIP: Radford et al. 2021)
+CLIP_LOGIT_SCALE = 100.0  # of a cosine: the temperature that text-image networks are trained with (CLIP: Radford et al. 2021)
 
 
 def cosine(embedding: Tensor, target: Tensor) -> Tensor:
@@ -92,19 +92,19 @@ def cosine(embedding: Tensor, target: Tensor) -> Tensor:
     return F.cosine_similarity(_full(embedding), _full(target), dim=1)
 
 
-def half_square(output: Tensor, target: Tensor) -> Tensor:
+def half_mse(output: Tensor, target: Tensor) -> Tensor:
     """Half the mean squared difference, (B, ...) and (B|1, ...) -> (B,)."""
     return (_full(output) - _full(target)).square().flatten(1).mean(1) / 2
 
 
-def relative_square(student: Tensor, teacher: Tensor) -> Tensor:
+def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared difference in units of the teacher's own size, so that its range does not matter, (B,)."""
-    return half_square(student, teacher) / half_square(teacher, torch.zeros_like(teacher)).clamp_min(1e-6)
+    return half_mse(student, teacher) / half_mse(teacher, torch.zeros_like(teacher)).clamp_min(1e-6)
 
 
-def closeness(output: Tensor, target: Tensor) -> Tensor:
+def proximity(output: Tensor, target: Tensor) -> Tensor:
     """1 where they are equal, 1/2 where they differ by 1, (B,)."""
-    return 1 / (1 + (2 * half_square(output, target)).sqrt())
+    return 1 / (1 + (2 * half_mse(output, target)).sqrt())
 
 
 TASKS: dict[str, Task] = {
@@ -112,11 +112,11 @@ TASKS: dict[str, Task] = {
     "depth": Task(depth_difference, depth_difference, lambda output, target: correlation(output, target).clamp_min(0)),
     "segmentation": Task(pixel_cross_entropy, kl, pixel_accuracy),
     "mask": Task(mask_cross_entropy, mask_kl, mask_agreement),
-    "embedding": Task(lambda output, target: NATS * (1 - cosine(output, target)),
+    "embedding": Task(lambda output, target: CLIP_LOGIT_SCALE * (1 - cosine(output, target)),
                       lambda student, teacher: 1 - cosine(student, teacher),
                       lambda output, target: cosine(output, target).clamp_min(0)),
-    "number": Task(half_square, half_square, closeness, per_value=True),
-    **dict.fromkeys(("features", "style", "structure"), Task(half_square, relative_square, closeness, per_value=True)),
+    "number": Task(half_mse, half_mse, proximity, sum_over_pixels=True),
+    **dict.fromkeys(("features", "style", "structure"), Task(half_mse, normalized_mse, proximity, sum_over_pixels=True)),
 }
 
 

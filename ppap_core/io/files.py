@@ -106,7 +106,7 @@ def read_json(path: Path | str) -> dict:
     return value
 
 
-def claim(folder: Path | str, recipe: dict) -> dict:
+def ensure_manifest(folder: Path | str, recipe: dict) -> dict:
     """Make a folder the place of one recipe, kept in its manifest.json; returns the recipe as JSON has it.
 
     ValueError naming what differs when the folder holds the results of another recipe.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..guiders.latents import LatentSpace
 from ..io.files import load_tensors
-from ..noise import as_seen, expand
+from ..noise import expand, to_vp
 from .loaders import CONDITIONS, WEIGHTS, load_weights
 from .networks.autoencoder import TinyAutoencoder
 from .networks.denoiser import TinyUNet
@@ -93,7 +93,7 @@ class TinyEps(TinyUNet):
 def denoise_by_eps(net: TinyEps, x: Tensor, sigma: Tensor, given: Tensor) -> Tensor:
     """Expected latent of x = latent + sigma noise (B, 16, h, w) by the noise-predicting model, at the nearest timestep."""
     timestep = (timestep_sigmas().to(x).log()[None] - sigma.log()[:, None]).abs().argmin(1)
-    return x - expand(sigma, x) * net(as_seen(x, sigma), timestep.to(x), given)
+    return x - expand(sigma, x) * net(to_vp(x, sigma), timestep.to(x), given)
 
 
 def load_autoencoder(folder: Path = WEIGHTS) -> TinyAutoencoder:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..noise import expand
 from ..rng import seeded
-from .loop import Attempt, optimise
-from .lora import Changes, LowRank, beside, fits
+from .loop import RunStep, optimize
+from .lora import Adapters, LoraUpdate, supports_lora, with_adapters
 
 Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images (B, C, H, W), noise like them, share of the noise schedule (B,)) -> (denoised prediction, noise level (B,))"""
@@ -28,24 +28,24 @@ class FineTune:
     save_every: int = 50
 
 
-def fresh_changes(net: nn.Module, rank: int, seed: int) -> dict[str, LowRank]:
+def fresh_changes(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdate]:
     """For every layer that can have one a change that is nothing yet; as LoRA starts, up is zero and down is random."""
     changes = {}
     for name, layer in net.named_modules():
-        if fits(layer):
+        if supports_lora(layer):
             weight = layer.weight
             down = torch.empty(rank, *weight.shape[1:])
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=seeded(seed, len(changes)))
             up = torch.zeros(weight.shape[0], rank)
-            changes[name] = LowRank(*(each.to(weight.device).requires_grad_(True) for each in (up, down)))
+            changes[name] = LoraUpdate(*(each.to(weight.device).requires_grad_(True) for each in (up, down)))
     if not changes:
         raise ValueError(f"{type(net).__name__} has no Linear or Conv2d layer that could be fine-tuned")
     return changes
 
 
 def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune, about: dict, sigma_data: float = 1.0,
-              state_file: Path | None = None, on_step: Callable[[int, float, Changes], None] | None = None,
-              attempt: Attempt | None = None) -> tuple[dict[str, LowRank], list[float]]:
+              state_file: Path | None = None, on_step: Callable[[int, float, Adapters], None] | None = None,
+              run_step: RunStep | None = None) -> tuple[dict[str, LoraUpdate], list[float]]:
     """Low-rank changes of `net`, the network inside `predict`, that make it better on images (n, C, H, W), and the losses.
 
     The loss is EDM's (Karras et al. 2022, eq. 8), which is that of noise prediction at low noise and of velocity at high.
@@ -61,23 +61,23 @@ def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune
             chosen = images[torch.randint(len(images), (config.batch,), generator=generator)]
             noise = torch.randn(chosen.shape, generator=generator).to(chosen)
             share = torch.rand(config.batch, generator=generator)
-            with beside(net, {name: [change] for name, change in changes.items()}):
+            with with_adapters(net, {name: [change] for name, change in changes.items()}):
                 denoised, sigma = predict(chosen, noise, share)
             weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
             return (expand(weight, chosen) * (denoised - chosen).square()).mean()
 
         parameters = {f"{name}.{part}": getattr(change, part) for name, change in changes.items() for part in ("up", "down")}
-        losses = optimise(parameters, loss, config.steps, config.lr, "the fine-tuning",
+        losses = optimize(parameters, loss, config.steps, config.lr, "the fine-tuning",
                           about | {"config": {key: value for key, value in asdict(config).items() if key != "save_every"},
                                    "images": list(images.shape)},
                           state_file, config.save_every, on_step and (lambda step, value: on_step(step, value, changes)),
-                          attempt)
+                          run_step)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return changes, losses
 
 
-def as_lora(changes: dict[str, LowRank], prefix: str) -> dict[str, Tensor]:
+def as_lora(changes: dict[str, LoraUpdate], prefix: str) -> dict[str, Tensor]:
     """The changes under the names of a LoRA file, copied: prefix, then the layer's name."""
     found = {}
     for name, change in changes.items():

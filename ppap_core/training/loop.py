@@ -12,13 +12,13 @@ from ..io.files import load_tensors, optimizer_tensors, restore_optimizer, save_
 Losses = list[float] | list[list[float]]
 """Of every step, or of every step in parts."""
 
-Attempt = Callable[[Callable[[], Tensor]], Tensor]
+RunStep = Callable[[Callable[[], Tensor]], Tensor]
 """(the passes of a step) -> what they return"""
 
 
-def optimise(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps: int, lr: float, what: str, about: dict,
+def optimize(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps: int, lr: float, what: str, about: dict,
              state_file: Path | None = None, save_every: int = 100, on_step: Callable[[int, float], None] | None = None,
-             attempt: Attempt | None = None) -> Losses:
+             run_step: RunStep | None = None) -> Losses:
     """Lower loss(step) by AdamW with a rate that falls to zero like a cosine; returns the loss of every step.
 
     parameters: by name, with requires_grad on; they are changed in place. loss(step) must be a function of the step alone,
@@ -45,7 +45,7 @@ def optimise(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
         try:
             for step in range(done, steps):
                 once = partial(passes, step)
-                value = attempt(once) if attempt else once()
+                value = run_step(once) if run_step else once()
                 optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
                 optimizer.step()
                 losses.append(value.tolist())

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraUpdate:
     """scale * up @ down, to be added to a layer's weight (out, in) or (out, in, k, k): up (out, r), down (r, in[, k, k])."""
 
     up: Tensor
@@ -26,15 +26,15 @@ class LowRank:
         return self.scale * F.conv2d(low, up[:, :, None, None])
 
 
-Changes = dict[str, Sequence[LowRank]]  # by the name of a layer
+Adapters = dict[str, Sequence[LoraUpdate]]  # by the name of a layer
 
 
 @contextmanager
-def beside(net: nn.Module, changes: Changes) -> Iterator[None]:
+def with_adapters(net: nn.Module, changes: Adapters) -> Iterator[None]:
     """In here the layers of a network behave as if their weights had these changes. ValueError for what is no such layer."""
     layers = dict(net.named_modules())
     for name in changes:
-        if not fits(layers.get(name)):
+        if not supports_lora(layers.get(name)):
             raise ValueError("a low-rank change is for Linear layers and for Conv2d layers that are ungrouped and padded by "
                              f"zeros, and {name} is {layers.get(name, 'no layer of the network')}")
     hooks = [layers[name].register_forward_hook(partial(_add, parts)) for name, parts in changes.items()]
@@ -45,13 +45,13 @@ def beside(net: nn.Module, changes: Changes) -> Iterator[None]:
             hook.remove()
 
 
-def fits(layer: nn.Module | None) -> bool:
+def supports_lora(layer: nn.Module | None) -> bool:
     """Whether a layer can have a low-rank change."""
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
     return isinstance(layer, nn.Linear) or plain
 
 
-def _add(parts: Sequence[LowRank], layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add(parts: Sequence[LoraUpdate], layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     across = -1 if isinstance(layer, nn.Linear) else 1
     output = output.clone()  # a layer may hand out what others still need
     for part in parts:

@@ -34,7 +34,7 @@ def palette(words: str, size: int = 64) -> Tensor:
 
 INK, PAPER, GRID = (40, 40, 46), (255, 255, 255), (225, 225, 230)
 Points = Sequence[tuple[float, float]]
-INSIDE, LONG = 4, 40  # names of lines that find room among the lines, and the length of one that finds none
+MAX_INLINE_LABELS, MAX_LABEL_LENGTH = 4, 40  # names of lines that find room among the lines, and the length of one that finds none
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -95,8 +95,8 @@ def line_plot(series: dict[str, Points], title: str, x_label: str, y_label: str,
     draw, small = ImageDraw.Draw(picture), _font(12)
     shown = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)
                     and (x > 0 or not log_x) and (y > 0 or not log_y)] for name, points in series.items()}
-    numbered = len(shown) > INSIDE and all(len(line) == 1 for line in shown.values())
-    beside = len(shown) > INSIDE or max(map(len, shown), default=0) > LONG
+    numbered = len(shown) > MAX_INLINE_LABELS and all(len(line) == 1 for line in shown.values())
+    beside = len(shown) > MAX_INLINE_LABELS or max(map(len, shown), default=0) > MAX_LABEL_LENGTH
     labels = [f"{index}  {name}" if numbered else name for index, name in enumerate(shown, 1)]
     widest = int(max(map(small.getlength, labels), default=0))
     left, right, top, bottom = 70, width - 20 - (widest + 38 if beside else 0), 44, height - 52
@@ -204,15 +204,15 @@ def loss_plot(losses: dict[str, Sequence[float]], title: str = "Distillation: di
     return line_plot({name: smooth(values) for name, values in losses.items()}, title, "step", "loss", log_y=True)
 
 
-def guidance_plot(names: Sequence[str], readings: Sequence) -> Tensor:
+def guidance_plot(names: Sequence[str], records: Sequence) -> Tensor:
     """Energy and size of the shift of every term, step by step.
 
     readings: `guidance.Reading`s of one run. A step is a noise level, because some samplers ask twice at one level.
     """
-    steps = {sigma: step for step, sigma in enumerate(sorted({each.sigma for each in readings}, reverse=True))}
+    steps = {sigma: step for step, sigma in enumerate(sorted({each.sigma for each in records}, reverse=True))}
     energy: dict[str, dict[int, float]] = {name: {} for name in names}
     size: dict[str, dict[int, float]] = {name: {} for name in names}
-    for each in readings:
+    for each in records:
         energy[names[each.term]][steps[each.sigma]] = each.energy.mean().item()
         size[names[each.term]][steps[each.sigma]] = each.rms.mean().item()
     return torch.cat([
@@ -221,7 +221,7 @@ def guidance_plot(names: Sequence[str], readings: Sequence) -> Tensor:
                                     (size, "Size of the shift (root mean square)", "rms"))], dim=2)
 
 
-def bar_picture(shares: dict[str, float], size: tuple[int, int] = (256, 256)) -> Tensor:
+def bar_chart(shares: dict[str, float], size: tuple[int, int] = (256, 256)) -> Tensor:
     """Named shares in [0, 1] as horizontal bars; size is (height, width) in pixels."""
     from PIL import Image, ImageDraw
 

@@ -172,7 +172,7 @@ def test_what_is_no_bad_model_is_said_in_words(bench: Bench):
 
 
 def test_samples_of_a_guided_model_are_not_taken_for_those_of_another(bench: Bench):
-    scene, about = bench.scene(FLOW), bench.comfy.pack.nodes.bridge.fingerprint.about_model
+    scene, about = bench.scene(FLOW), bench.comfy.pack.nodes.bridge.fingerprint.fingerprint_model
     weak, weaker = with_strength(scene, 0.5), with_strength(scene, 0.2)
     models = [scene.model, *(guided(bench, scene, bad, weight, **place).model for bad, weight, place in (
         (weak, 2.0, {}), (weak, 2.5, {}), (weak, 2.0, {"end_percent": 0.5}), (weaker, 2.0, {}), (sibling(FLOW), 2.0, {})))]

@@ -469,7 +469,7 @@ def test_a_cache_that_skips_predictions_skips_their_guidance(bench: Bench, famil
     assert not torch.equal(plain, ksampler(bench, scene)), "nothing was cached"
     assert torch.equal(neutral, plain) and guided.isfinite().all() and not torch.equal(guided, plain)
     [report] = bench.comfy("PPAPGuidanceReport", model=guidance.model, latent={"samples": guided})
-    assert (len(report.readings) < scene.steps) == skips
+    assert (len(report.records) < scene.steps) == skips
 
 
 @pytest.mark.parametrize("family", [EPS, FLOW, VIDEO])
@@ -488,7 +488,7 @@ def test_guided_ksampler_reports_each_step_and_each_picture(bench: Bench, family
                                  scheduler=scene.scheduler)
     assert torch.equal(latent["samples"], ksampler(bench, bench.guide(scene)))
     pictures = scene.latent["samples"][:, 0].flatten(0, -3).shape[0]
-    assert [len(reading.energy) for reading in report.readings] == [pictures] * scene.steps
+    assert [len(reading.energy) for reading in report.records] == [pictures] * scene.steps
 
 
 # Order on the MODEL wire

@@ -200,7 +200,7 @@ def test_terms_look_each_in_its_own_way(comfy, world: LatentWorld):
     terms = term(world.guider, view="noisy", terms=term(world.guider, terms=term(world.experts("flow", "denoised"))))
     [guided] = comfy("PPAPApplyGuidance", model=world.model("flow"), terms=terms, max_rms=0.0, vae=world.vae)
     [report] = comfy("PPAPGuidanceReport", model=guided, latent={"samples": world.sample(guided)})
-    energies = [[each.energy for each in report.readings if each.term == term][0] for term in range(3)]
+    energies = [[each.energy for each in report.records if each.term == term][0] for term in range(3)]
     assert not any(torch.equal(a, b) for a, b in zip(energies, energies[1:], strict=False))
 
 
@@ -322,7 +322,7 @@ def test_what_guidance_did_is_told_in_words(comfy, world: LatentWorld):
     [text] = comfy("PPAPReadGuidance", report=report)
     idle, busy = text.splitlines()
     assert "at work in none of 5 steps" in idle
-    assert "of 5 steps, energy" in busy and len({each.sigma for each in report.readings}) < 5
+    assert "of 5 steps, energy" in busy and len({each.sigma for each in report.records}) < 5
 
 
 def test_latents_without_colours_or_pictures_are_refused_in_words(comfy, world: LatentWorld):
@@ -345,7 +345,7 @@ def test_samples_of_a_model_that_is_guided_through_a_vae_have_a_recipe_of_their_
                     factor_at_start=1.0, factor_at_end=1.0, view="own")
     models = [comfy("PPAPApplyGuidance", model=world.model("flow"), terms=terms, max_rms=0.0, vae=vae)[0]
               for vae in (None, world.vae)]
-    recipes = [comfy.pack.nodes.bridge.fingerprint.about_model(model)["model"] for model in models]
+    recipes = [comfy.pack.nodes.bridge.fingerprint.fingerprint_model(model)["model"] for model in models]
     assert recipes[0] != recipes[1]
 
 

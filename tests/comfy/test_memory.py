@@ -205,7 +205,7 @@ def test_the_conditioning_of_the_sampling_stays_as_it_was(comfy, world: World):
     import comfy.controlnet
 
     given, conds = [], {"positive": [{"control": comfy.controlnet.ControlBase()}]}
-    wrapper = world.comfy.pack.nodes.bridge.memory.room_for([world.guider], False, "ppap")
+    wrapper = world.comfy.pack.nodes.bridge.memory.reserve_gradient_memory([world.guider], False, "ppap")
 
     def executor(model, noise_shape, conds, model_options=None):
         given.append((conds, model_options))

@@ -122,8 +122,8 @@ def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
 
 def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
     model = world.model
-    core_term = comfy.pack.nodes.bridge.guidance.core_term
-    terms = [core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
+    to_core_term = comfy.pack.nodes.bridge.guidance.to_core_term
+    terms = [to_core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
              for a, b in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))]
     edge = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
     for sigma in (80.0, 1e9, edge, 1.0, 0.02, 0.0):
@@ -131,7 +131,7 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
 
 
 def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: World):
-    term = comfy.pack.nodes.bridge.guidance.core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
+    term = comfy.pack.nodes.bridge.guidance.to_core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
                                                (1, 3, 32, 32), None)
     assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
 
@@ -166,7 +166,7 @@ def test_a_balanced_weight_means_the_same_for_every_guider(comfy, world: World):
     for guider in (world.guider, bright):
         _, report = comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(guider, weight=0.2, strength="balanced"),
                           max_rms=0.0, **world.settings())
-        for each in report.readings:
+        for each in report.records:
             uncertain = each.sigma * 0.5 / (each.sigma**2 + 0.25) ** 0.5
             assert each.rms.tolist() == pytest.approx([0.2 * uncertain] * 3, rel=1e-3)
     assert not torch.equal(world.guided(world.term(strength="balanced")), world.guided(world.term()))
@@ -197,13 +197,13 @@ def test_two_applied_guidances_add_up_like_combined_terms(comfy, world: World):
     latent = {"samples": world.sample(nested)}
     [report] = comfy("PPAPGuidanceReport", model=nested, latent=latent)
     assert report.names == ("1: tinyworld/guider_class", "2: tinyworld/guider_class")
-    assert {each.term for each in report.readings} == {0, 1}
+    assert {each.term for each in report.records} == {0, 1}
 
 
 def test_the_guided_ksampler_is_the_stock_one_on_a_guided_model(comfy, world: World):
     latent, report = comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.3, **world.settings())
     assert torch.equal(latent["samples"], world.guided(max_rms=0.3))
-    assert len(report.readings) == 5
+    assert len(report.records) == 5
     [plot] = comfy("PPAPPlotGuidance", report=report)
     assert plot.shape == (1, 600, 720, 3) and plot.std() > 0
 
@@ -211,7 +211,7 @@ def test_the_guided_ksampler_is_the_stock_one_on_a_guided_model(comfy, world: Wo
 def test_the_report_counts_noise_levels_not_calls(comfy, world: World):
     latent, report = comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.0,
                            **world.settings(sampler_name="heun"))
-    assert len(report.readings) > 5 and len({each.sigma for each in report.readings}) == 5
+    assert len(report.records) > 5 and len({each.sigma for each in report.records}) == 5
 
 
 def test_guiders_are_counted_among_the_loaded_models(world: World):
@@ -399,7 +399,7 @@ def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: 
 
 
 def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
-    about = comfy.pack.nodes.bridge.fingerprint.about_model
+    about = comfy.pack.nodes.bridge.fingerprint.fingerprint_model
     again = World(comfy)
     assert about(world.model, world.conditioning) == about(again.model, again.conditioning)
     [strong], [weak] = (comfy("PPAPApplyGuidance", model=world.model, terms=world.term(weight=weight), max_rms=0.0)
@@ -413,7 +413,7 @@ def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_o
     """A search or a store that was made with other settings must not be taken for this one."""
     from comfy.controlnet import T2IAdapter
 
-    about = comfy.pack.nodes.bridge.fingerprint.about_model
+    about = comfy.pack.nodes.bridge.fingerprint.fingerprint_model
 
     def controlled(hint: float, strength: float, weights: float = 0.0, end: float = 1.0) -> list:
         control = T2IAdapter(torch.nn.Conv2d(3, 4, 1), 4, 8, None)
@@ -444,9 +444,9 @@ def test_the_recipe_of_experts_does_not_depend_on_the_one_that_is_active(comfy, 
     names = []
     for index in (0, 1):
         experts.net.select(index)
-        names.append(recipe.about_model(model)["model"])
+        names.append(recipe.fingerprint_model(model)["model"])
     other = world.experts(seed=1)
-    assert names[0] == names[1] and recipe.about_terms(world.term(other)) != recipe.about_terms(world.term(experts))
+    assert names[0] == names[1] and recipe.fingerprint_terms(world.term(other)) != recipe.fingerprint_terms(world.term(experts))
 
 
 def test_a_guided_ksampler_gives_back_what_it_need_not_sample_or_cannot(comfy, world: World):

@@ -11,7 +11,7 @@ from test_latent_world import LatentWorld
 from test_nodes_in_process import World
 from torch import Tensor
 
-from ppap_core.guidance.prior import PriorConfig, find_images
+from ppap_core.guidance.prior import PriorConfig, optimize_images
 from ppap_core.guidance.terms import Term
 from ppap_core.tinyworld.loaders import load_denoiser, load_guider
 
@@ -65,7 +65,7 @@ def test_every_kind_of_model_is_a_prior(bench: Bench, family: str, gradient: dic
 def test_in_pixels_the_node_finds_what_the_core_finds(pixels: World, gradient: dict):
     found = find(pixels, of(pixels), pixels.term(weight=0.5, strength="balanced"), **gradient)
     guider = load_guider("class").aim(pixels.guider.target)
-    images, _ = find_images(load_denoiser(), [Term(guider, 0.5, balanced=True)], torch.zeros(3, 3, 32, 32),
+    images, _ = optimize_images(load_denoiser(), [Term(guider, 0.5, balanced=True)], torch.zeros(3, 3, 32, 32),
                             PriorConfig(6, 1.0, 5.0, 0.1, jacobian=bool(gradient)), [3, 4, 5])
     off = (found - images).abs()  # Adam turns rounding into steps where gradients are small
     assert off.mean() < 1e-3 and off.max() < 0.2

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from comfy_server import Server
-from graphs import posted, quick
+from helpers.comfy_server import Server
+from helpers.graphs import posted, quick
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "workflows"
 NAMES = sorted(file.stem for file in SAVED.glob("*.json") if file.stem != "posted")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from node_schemas import lost, schemas_of
+from helpers.node_schemas import lost, schemas_of
 
 SNAPSHOT = Path(__file__).parents[1] / "fixtures" / "node_schemas.json"
 

@@ -22,7 +22,7 @@ def short(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[in
     real = autograd.with_gradients
 
     def runs_out(net: torch.nn.Module) -> Callable:
-        attempt, calls = real(net), []
+        run_step, calls = real(net), []
 
         def once(passes: Callable[[], Tensor]) -> Tensor:
             def first() -> Tensor:
@@ -32,7 +32,7 @@ def short(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[in
                     failed.append(len(failed))
                     raise torch.OutOfMemoryError("out of memory")
                 return found
-            return attempt(first)
+            return run_step(first)
         return once
     bridge = bench.comfy.pack.nodes.bridge
     for module in (bridge.guidance, bridge.priors, bridge.lora_training):
@@ -58,7 +58,7 @@ def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Bench, short
 @pytest.mark.parametrize("family", [EPS, FLOW])
 def test_weights_stay_and_all_else_is_copied(bench: Bench, family: str):
     autograd, net = bench.comfy.pack.nodes.bridge.autograd, bench.scene(family).model.model.diffusion_model
-    with autograd.autograd(), autograd.kept_in_main_memory(net):
+    with autograd.autograd(), autograd.save_activations_on_cpu(net):
         x, weight = torch.ones(3, requires_grad=True), next(net.parameters()).detach().clone()
         y = x * weight.sum()
         y = (z := y.exp()).sin()
@@ -67,7 +67,7 @@ def test_weights_stay_and_all_else_is_copied(bench: Bench, family: str):
     scale = weight.sum()
     expected = scale * scale.exp() * scale.exp().cos()
     torch.testing.assert_close(found, expected.expand(3))
-    with autograd.autograd(), autograd.kept_in_main_memory(net):
+    with autograd.autograd(), autograd.save_activations_on_cpu(net):
         layer = next(part for part in net.modules() if isinstance(part, torch.nn.Linear))
         kept = torch.nn.functional.linear(torch.ones(1, layer.in_features, requires_grad=True), layer.weight).grad_fn
         assert kept._saved_mat2.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppap_core.experts.samples import Recorder, Trajectories
+from ppap_core.experts.samples import Trajectories, TrajectoryRecorder
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.preprocess import Preprocess
 from ppap_core.noise import expand
@@ -40,10 +40,10 @@ WAY = (20.0, 4.0, 1.5, 0.7, 0.3, 0.05)  # noise levels of a made-up trajectory
 
 def ways(ends: Tensor, seed: int = 0, levels: Sequence[float] = WAY) -> Trajectories:
     """Made-up trajectories: each end under noise of each level, and what `shrink` makes of it."""
-    recorder = Recorder()
+    recorder = TrajectoryRecorder()
     for place, sigma in enumerate(levels):
         x = ends + sigma * randn(*ends.shape, seed=1000 * seed + place)
-        recorder.listen(shrink)(x, level(sigma, x))
+        recorder.wrap(shrink)(x, level(sigma, x))
     return recorder.trajectories(range(len(ends)), len(levels))
 
 

@@ -39,7 +39,7 @@ class GaussianMixture:
     def guider(self) -> Guider:
         """The exact noise-aware classifier p(class | x), as a guider of the noisy view.
 
-        It undoes `as_seen`; its preprocessing changes nothing, because its images are not pictures.
+        It undoes `to_vp`; its preprocessing changes nothing, because its images are not pictures.
         """
         def net(seen: Tensor, sigma: Tensor) -> Tensor:
             return self.log_likelihood(seen * (1 + expand(sigma, seen) ** 2).sqrt(), sigma)

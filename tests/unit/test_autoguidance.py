@@ -7,7 +7,7 @@ from helpers import images, level, randn, small_guider
 from helpers.gaussian import GaussianMixture
 
 from ppap_core.cli import main
-from ppap_core.guidance.autoguidance import Autoguidance, autoguided, away
+from ppap_core.guidance.autoguidance import Autoguidance, autoguidance_delta, autoguided
 from ppap_core.guidance.shift import guided
 from ppap_core.guidance.terms import Term
 from ppap_core.noise import NoiseInterval
@@ -42,7 +42,7 @@ def test_several_worse_predictions_are_the_published_sum():
     main, without, bad = (randn(2, *SHAPE, seed=seed, dtype=torch.float64) for seed in range(3))
     share, weight = 0.3, 2.5
     for_without, for_bad = (1 - share) * (weight - 1) + 1, share * (weight - 1) + 1
-    found = main + away(main, without, for_without) + away(main, bad, for_bad)
+    found = main + autoguidance_delta(main, without, for_without) + autoguidance_delta(main, bad, for_bad)
     torch.testing.assert_close(found, weight * main - (weight - 1) * (0.7 * without + 0.3 * bad), **EXACT)
 
 

@@ -11,16 +11,16 @@ from benchmarks import bad_models as siblings
 from benchmarks import ppap_reference as original
 from benchmarks import rules as rules_bench
 from benchmarks import tables as module
-from benchmarks.ablations import VARIANTS, JointOverMarginal, Smooth
+from benchmarks.ablations import ABLATIONS, JointOverMarginal, Smooth
 from benchmarks.bad_models import DAMAGED, KINDS, TUNED, bad_version
-from benchmarks.tables import Row, bench, in_half, interval, read_table, sampler, told
+from benchmarks.tables import Row, bench, in_bfloat16, interval, read_table, sampler, told
 from benchmarks.tiny_world import NOISE, generate_store, load_world
 from benchmarks.training import Training, changes, make_guider
 from ppap_core.cli import main
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.experts.samples import SampleStore, from_uint8
 from ppap_core.guidance.autoguidance import autoguided
-from ppap_core.guidance.prior import PriorConfig, find_images
+from ppap_core.guidance.prior import PriorConfig, optimize_images
 from ppap_core.guidance.terms import Term
 from ppap_core.guidance.training_free import METHODS
 from ppap_core.guiders.guider import Guider, clean
@@ -175,7 +175,7 @@ def test_a_bundled_table_can_be_read_and_names_only_what_there_is(file, monkeypa
     assert len(set(names)) == len(names) and (not table.reference or table.reference in names)
     for row in table.rows:
         assert row.way in {"nothing", "guidance", "told", "autoguidance", "prior", *METHODS}
-        assert row.variant in {"", *VARIANTS} and row.points
+        assert row.variant in {"", *ABLATIONS} and row.points
         if row.training.edges:
             assert ExpertSchedule(tuple(row.training.edges))
         if row.way == "autoguidance":
@@ -219,7 +219,7 @@ def test_a_damaged_denoiser_is_worse_in_the_same_way_each_time(kind, given, tmp_
     world, scenes = load_world(), draw(range(2))
     sigma = torch.full((2,), 0.5)
     x = scenes.image + 0.5 * randn(2, 3, 32, 32)
-    bad = in_half(world, bad_version(kind, bool(given), tmp_path, world.device), *given)
+    bad = in_bfloat16(world, bad_version(kind, bool(given), tmp_path, world.device), *given)
     good = told(world, *given) if given else world.denoise
     with torch.no_grad():
         once, again, undamaged = bad(x, sigma), bad(x, sigma), good(x, sigma)
@@ -231,7 +231,7 @@ def test_a_damaged_denoiser_is_worse_in_the_same_way_each_time(kind, given, tmp_
 def test_a_true_sibling_is_bundled_and_worse_than_the_denoiser(is_told, tmp_path):
     world, scenes = load_world(), draw(range(16))
     given = [torch.eye(16)[scenes.label]] if is_told else []
-    bad = in_half(world, bad_version(KINDS[0], is_told, tmp_path, world.device), *given)
+    bad = in_bfloat16(world, bad_version(KINDS[0], is_told, tmp_path, world.device), *given)
     good = told(world, *given) if is_told else world.denoise
     for sigma in (torch.full((16,), each) for each in (0.3, 1.0, 3.0)):
         x = scenes.image + sigma[0] * randn(16, 3, 32, 32)
@@ -270,7 +270,7 @@ def test_a_way_of_the_table_of_priors_is_a_search_from_the_noise_of_the_scene():
     row = Row("prior", "prior", settings={"steps": 3})
     found = sampler(world, row, world.guider, {"weight": 1.0, "balanced": True}, 16)([0, 1], scenes)
     aimed = world.guider.aim(scenes.label)
-    expected, _ = find_images(world.denoise, [Term(aimed, 1.0, balanced=True)], torch.zeros(2, 3, 32, 32), PriorConfig(3),
+    expected, _ = optimize_images(world.denoise, [Term(aimed, 1.0, balanced=True)], torch.zeros(2, 3, 32, 32), PriorConfig(3),
                               [NOISE, NOISE + 1])
     assert torch.equal(found, expected)
     tidy = replace(row, settings={"steps": 3, "level": 0.5})
@@ -373,7 +373,7 @@ def test_softplus_takes_the_place_of_every_relu_and_of_nothing_else():
     guider, picture = load_guider("class"), draw(range(4)).image
     with torch.no_grad():
         plain, soft, sharp = (each.predict(picture, clean(picture)) for each in
-                              (guider, VARIANTS["softplus"](guider), replace(guider, net=Smooth(guider.net, 1e4))))
+                              (guider, ABLATIONS["softplus"](guider), replace(guider, net=Smooth(guider.net, 1e4))))
         assert not torch.allclose(plain, soft, atol=0.1) and torch.allclose(plain, sharp, atol=1e-2)
         assert torch.equal(plain, guider.predict(picture, clean(picture))), "only inside"
 
@@ -384,7 +384,7 @@ def test_elucd_with_equal_temperatures_is_the_cross_entropy():
     plain = guider.energy(picture, clean(picture))
     assert torch.allclose(JointOverMarginal(**values, marginal=1.0).energy(picture, clean(picture)), plain, atol=1e-5)
     assert not torch.allclose(JointOverMarginal(**values).energy(picture, clean(picture)), plain, atol=0.1)
-    assert VARIANTS["elucd"](guider).aim(torch.tensor([1])).marginal == 0.5, "aiming keeps the temperatures"
+    assert ABLATIONS["elucd"](guider).aim(torch.tensor([1])).marginal == 0.5, "aiming keeps the temperatures"
 
 
 def different_experts() -> Guider:
@@ -398,7 +398,7 @@ def different_experts() -> Guider:
 
 def test_blended_experts_meet_on_the_edge_and_are_themselves_away_from_it():
     guider, picture = different_experts(), images(2)
-    blended = VARIANTS["blended"](guider)
+    blended = ABLATIONS["blended"](guider)
     with torch.no_grad():
         for sigma in (level(0.7, picture), level(1.5, picture)):
             assert torch.equal(blended.predict(picture, sigma), guider.predict(picture, sigma))
@@ -410,7 +410,7 @@ def test_blended_experts_meet_on_the_edge_and_are_themselves_away_from_it():
 
 def test_averaging_is_the_mean_over_the_same_noise_each_time():
     guider, picture = load_guider("class"), images(2)
-    averaged = VARIANTS["averaged"](guider)
+    averaged = ABLATIONS["averaged"](guider)
     with torch.no_grad():
         once, again, plain = (each.predict(picture, clean(picture)) for each in (averaged, averaged, guider))
     assert torch.equal(once, again) and not torch.allclose(once, plain, atol=1e-3)

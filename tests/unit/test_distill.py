@@ -22,14 +22,22 @@ from helpers import (
 )
 
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
-from ppap_core.experts.distill import DistillConfig, disagreement, distill, distill_expert, distill_loss, draw_pairs
-from ppap_core.experts.samples import SHARD, Pairs, Recorder, SampleStore, Trajectories, fresh_pairs, trajectory_pairs
+from ppap_core.experts.distill import DistillConfig, distill, distill_expert, distill_loss, sample_batch, teacher_distance
+from ppap_core.experts.samples import (
+    SHARD_SIZE,
+    Pairs,
+    SampleStore,
+    Trajectories,
+    TrajectoryRecorder,
+    fresh_pairs,
+    trajectory_pairs,
+)
 from ppap_core.guidance.shift import guidance_shift
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import IgnoreSigma, clean
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.files import load_tensors
-from ppap_core.noise import as_seen
+from ppap_core.noise import to_vp
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import karras_sigmas, sample_euler
 from ppap_core.schedules import ExpertSchedule
@@ -59,7 +67,7 @@ def make_bank(guider, view: str = "denoised", rank: int = 2, seed: int = 0) -> E
 @pytest.fixture
 def store(tmp_path) -> SampleStore:
     store = SampleStore(tmp_path / "store", {"seed": 0})
-    store.fill(SHARD, made)
+    store.fill(SHARD_SIZE, made)
     return store
 
 
@@ -100,11 +108,11 @@ def test_without_noise_a_new_expert_has_nothing_to_learn():
 @pytest.mark.parametrize("view", VIEWS)
 def test_an_expert_sees_in_guidance_what_it_saw_in_distillation(store, view):
     """Of fresh noise to the bit, of a trajectory up to the half precision that it is kept in."""
-    guider, seen, states, recorder = small_guider(), [], [], Recorder()
+    guider, seen, states, recorder = small_guider(), [], [], TrajectoryRecorder()
     bank = make_bank(guider, view)
     def see(x, sigma):
         states.append((x, sigma))
-        return as_seen(x, sigma) if view == "noisy" else shrink(x, sigma)
+        return to_vp(x, sigma) if view == "noisy" else shrink(x, sigma)
     fresh = fresh_pairs(store, bank.schedule, 1, 0, 1, 0, see)
     (x, sigma), = states
     recorder.note(x, sigma, shrink(x, sigma))
@@ -125,7 +133,7 @@ def test_no_gradient_reaches_the_teacher_or_the_denoiser(store, view):
     bank = make_bank(guider, view)
     factor = torch.nn.Parameter(torch.tensor(0.8))
     with bank.trainable(1):
-        distill_loss(guider, bank, draw_pairs(bank, 1, store, 0, FRESH, lambda x, sigma: x * factor)).sum().backward()
+        distill_loss(guider, bank, sample_batch(bank, 1, store, 0, FRESH, lambda x, sigma: x * factor)).sum().backward()
     assert factor.grad is None and all(parameter.grad is None for parameter in guider.net.parameters())
     assert any(parameter.grad is not None for parameter in bank.parameters())
 
@@ -136,9 +144,9 @@ def test_no_gradient_reaches_the_teacher_or_the_denoiser(store, view):
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_pairs_of_a_step_are_those_of_bank_and_config(store, view, config):
     bank = make_bank(small_guider(), view)
-    found = draw_pairs(bank, 2, store, 5, config, shrink)
+    found = sample_batch(bank, 2, store, 5, config, shrink)
     if config.fresh_noise:
-        expected = fresh_pairs(store, bank.schedule, 2, 5, 3, 4, {"noisy": as_seen, "denoised": shrink}[view])
+        expected = fresh_pairs(store, bank.schedule, 2, 5, 3, 4, {"noisy": to_vp, "denoised": shrink}[view])
     else:
         expected = trajectory_pairs(store, bank.schedule, 2, 5, 3, 4, view)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -165,7 +173,7 @@ def test_only_fresh_noise_in_the_denoised_view_asks_the_model(store):
 def test_the_model_is_asked_about_fresh_noise_where_the_bank_is(store):
     """On a device that every machine has, and that no tensor gets to by itself."""
     asked, bank = [], make_bank(small_guider()).to("meta")
-    pairs = draw_pairs(bank, 1, store, 0, FRESH, lambda x, sigma: asked.append((x.device, sigma.device)) or x)
+    pairs = sample_batch(bank, 1, store, 0, FRESH, lambda x, sigma: asked.append((x.device, sigma.device)) or x)
     assert asked == [(torch.device("meta"),) * 2] and {part.device.type for part in pairs} == {"meta"}
 
 
@@ -265,7 +273,7 @@ def test_looking_through_the_experts_in_the_middle_of_a_training_does_not_change
     quiet, watched = make_bank(guider), make_bank(guider)
     losses = distill_expert(guider, quiet, 1, store, CONFIG)
     def preview(index, step, loss):
-        disagreement(guider, with_experts(guider, watched), store, watched.schedule, size=2)
+        teacher_distance(guider, with_experts(guider, watched), store, watched.schedule, size=2)
     assert distill_expert(guider, watched, 1, store, CONFIG, on_step=preview) == losses
     assert same(quiet.weights(1), watched.weights(1))
 
@@ -314,13 +322,13 @@ def tiny(tmp_path_factory) -> tuple[SampleStore, SampleStore]:
     """Images of the bundled denoiser and their trajectories: to learn from, and held out."""
     denoiser, stores = load_denoiser(), []
     def generate(seeds):
-        recorder, sigmas = Recorder(), karras_sigmas(5, SIGMA_MIN, SIGMA_MAX)
+        recorder, sigmas = TrajectoryRecorder(), karras_sigmas(5, SIGMA_MIN, SIGMA_MAX)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            found = sample_euler(recorder.listen(denoiser), seeded_noise(seeds, (3, SIZE, SIZE)) * SIGMA_MAX, sigmas)
+            found = sample_euler(recorder.wrap(denoiser), seeded_noise(seeds, (3, SIZE, SIZE)) * SIGMA_MAX, sigmas)
         return found, recorder.trajectories(seeds)
     for name, seed in (("train", 0), ("test", 1000)):
         stores.append(SampleStore(tmp_path_factory.mktemp(name), {"seed": seed}))
-        stores[-1].fill(SHARD, generate)
+        stores[-1].fill(SHARD_SIZE, generate)
     return tuple(stores)
 
 
@@ -330,7 +338,7 @@ def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_t
     guider, (store, held_out) = replace(load_guider("class"), view=view), tiny
     bank = ExpertBank(base_network(guider), ExpertSchedule((0.05, 5.0, 80.0)), LoraSpec(rank=4), view)
     distill_expert(guider, bank, 1, store, DistillConfig(steps=40, batch=8, lr=3e-3, fresh_noise=fresh))
-    plain, expert = (disagreement(guider, judge, held_out, bank.schedule) for judge in (guider, with_experts(guider, bank)))
+    plain, expert = (teacher_distance(guider, judge, held_out, bank.schedule) for judge in (guider, with_experts(guider, bank)))
     assert expert[1][1] < 0.8 * plain[1][1]
     assert expert[0] == pytest.approx(plain[0], rel=1e-4)  # of the expert that was not trained
 
@@ -338,9 +346,9 @@ def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_t
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_disagreement_of_the_plain_network_grows_from_about_nothing_with_the_noise(tmp_path, view):
     store, guider = SampleStore(tmp_path, {"seed": 0}), small_guider(view=view)
-    ends = images(SHARD)
-    store.fill(SHARD, lambda seeds: (ends, ways(ends, levels=(3.0, 0.1, 1e-3))))
-    found = disagreement(guider, guider, store, ExpertSchedule((1e-4, 0.01, 1.0, 10.0)), size=16)
+    ends = images(SHARD_SIZE)
+    store.fill(SHARD_SIZE, lambda seeds: (ends, ways(ends, levels=(3.0, 0.1, 1e-3))))
+    found = teacher_distance(guider, guider, store, ExpertSchedule((1e-4, 0.01, 1.0, 10.0)), size=16)
     assert [at for at, _ in found] == pytest.approx([1e-3, 0.1, 3.0])
     assert abs(found[0][1]) < 1e-5 and 10 * found[0][1] < found[1][1] < found[2][1]
 
@@ -354,7 +362,7 @@ def test_the_disagreement_has_one_value_for_each_interval_also_where_experts_cha
     for index in range(3):
         disturb(bank, index, seed=10 * index + 1)
     other = with_experts(guider, bank)
-    found = disagreement(guider, other, store, schedule, size=40)
+    found = teacher_distance(guider, other, store, schedule, size=40)
     assert len(found) == len(schedule)
     for index, (at, value) in enumerate(found):
         pairs = trajectory_pairs(store, schedule, index, 0, 40, -1, view)
@@ -420,10 +428,10 @@ def test_the_state_of_another_distillation_is_refused_and_left_alone(store, tmp_
     elif change == "expert":
         index = 2
     elif change == "images":
-        store.fill(2 * SHARD, made)
+        store.fill(2 * SHARD_SIZE, made)
     elif change == "store":
         store = SampleStore(tmp_path / "another store", {"seed": 5})
-        store.fill(SHARD, made)
+        store.fill(SHARD_SIZE, made)
     with says(ValueError, "state.safetensors", f"({word} is", "delete"):
         distill_expert(guider, bank, index, store, config, state)
     assert state.read_bytes() == kept

@@ -16,9 +16,9 @@ from ppap_core.experts.distill import distill_loss
 from ppap_core.experts.samples import Pairs
 from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.loaders import load_guider
-from ppap_core.guiders.loaders.transformers import class_times_mask
+from ppap_core.guiders.loaders.transformers import semantic_logits
 from ppap_core.guiders.targets import aim_at_text, class_target, image_target, mask_target, number_target
-from ppap_core.noise import as_seen
+from ppap_core.noise import to_vp
 from ppap_core.schedules import ExpertSchedule
 
 pytest.importorskip("timm")
@@ -115,7 +115,7 @@ def test_three_experts_start_as_the_plain_network_learn_alone_and_come_back_from
     before = [experts.predict(image, level(sigma, image)) for sigma in (0.1, 10.0)]
     with bank.trainable(1) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-        pairs = Pairs(image, as_seen(image + randn(*image.shape, seed=3), level(1.0, image)), level(1.0, image))
+        pairs = Pairs(image, to_vp(image + randn(*image.shape, seed=3), level(1.0, image)), level(1.0, image))
         for _ in range(2):
             loss = distill_loss(guider, bank, pairs)
             optimizer.zero_grad()
@@ -332,7 +332,7 @@ def test_a_class_that_is_hardly_there_yet_has_a_gradient_in_float16():
 
     image = torch.full((1, 3, 20, 20), -2.0, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
-        found = class_times_mask(model, image)[:, 0]
+        found = semantic_logits(model, image)[:, 0]
     assert found.dtype == torch.float32 and -12 < found.mean() < -9
     [gradient] = torch.autograd.grad(1024 * found.mean(), image)
     assert gradient.isfinite().all() and gradient.abs().min() > 0

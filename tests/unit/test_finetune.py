@@ -9,7 +9,7 @@ from torch import nn
 from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.noise import expand
 from ppap_core.training.finetune import FineTune, as_lora, fine_tune, fresh_changes
-from ppap_core.training.lora import LowRank, beside
+from ppap_core.training.lora import LoraUpdate, with_adapters
 
 CONFIG = FineTune(steps=60, rank=2, batch=3, lr=0.02, save_every=10)
 
@@ -46,7 +46,7 @@ def tuned(net: Net, config: FineTune = CONFIG, **options):
 def error(net: Net, changes: dict) -> float:
     predict, shown = task(net)
     noise = torch.randn(shown.shape, generator=torch.Generator().manual_seed(77))
-    with beside(net, {name: [change] for name, change in changes.items()}):
+    with with_adapters(net, {name: [change] for name, change in changes.items()}):
         return float((predict(shown, noise, torch.linspace(0, 1, 5))[0] - shown).square().mean())
 
 
@@ -122,7 +122,7 @@ def test_it_works_under_inference_mode():
 
 
 def test_the_file_has_the_names_and_shapes_of_a_lora():
-    changes = {"a.b": LowRank(torch.ones(5, 2), torch.ones(2, 3)), "c": LowRank(torch.ones(5, 4), torch.ones(4, 3, 3, 3))}
+    changes = {"a.b": LoraUpdate(torch.ones(5, 2), torch.ones(2, 3)), "c": LoraUpdate(torch.ones(5, 4), torch.ones(4, 3, 3, 3))}
     found = {name: tuple(tensor.shape) for name, tensor in as_lora(changes, "net.").items()}
     assert found == {"net.a.b.lora_up.weight": (5, 2), "net.a.b.lora_down.weight": (2, 3), "net.a.b.alpha": (),
                      "net.c.lora_up.weight": (5, 4, 1, 1), "net.c.lora_down.weight": (4, 3, 3, 3), "net.c.alpha": ()}
@@ -134,7 +134,7 @@ def test_layers_that_cannot_be_changed_are_left_out():
                         nn.Linear(5, 6))
     changes = fresh_changes(net, 2, 0)
     assert [*changes] == ["2"]
-    with beside(net, {name: [change] for name, change in changes.items()}):
+    with with_adapters(net, {name: [change] for name, change in changes.items()}):
         net(torch.zeros(1, 3, 7, 7))
 
 

@@ -161,8 +161,8 @@ def wavy(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 def test_a_gradient_through_the_model_is_the_finite_difference_of_the_energy_of_the_prediction(task):
     guider = small_guider(task, "denoised", dtype=torch.float64)
     x, sigma, _ = situation(dtype=torch.float64)
-    denoised, pull_back = differentiable(wavy, x, sigma)
-    shift = guidance_shift([Term(guider, through=True)], x, sigma, denoised, pull_back=pull_back).shift
+    denoised, vjp = differentiable(wavy, x, sigma)
+    shift = guidance_shift([Term(guider, through=True)], x, sigma, denoised, vjp=vjp).shift
     direction, step = randn(B, 3, H, W, seed=4, dtype=torch.float64), 1e-5
     def moved(by):
         return guider.energy(wavy(x + by * direction, sigma), sigma)
@@ -217,7 +217,7 @@ def test_a_model_that_cannot_be_gone_through_is_said_in_words():
     x, sigma, denoised = situation()
     with says(ValueError, "lets no gradient through", "torch.no_grad"):
         guided(torch.no_grad()(smooth), [Term(small_guider(), through=True)])(x, sigma)
-    with says(ValueError, "expected pull_back"):
+    with says(ValueError, "expected vjp"):
         guidance_shift([Term(small_guider(), through=True)], x, sigma, denoised)
 
 
@@ -238,7 +238,7 @@ def test_guidance_lowers_the_energy(view):
     x, sigma, denoised = situation(0.5)
     shift = guidance_shift([Term(guider, 0.05)], x, sigma, denoised)
     before, after = (energy_gradient(guider, x + more, sigma, denoised + more)[0] for more in (0.0, shift.shift))
-    assert torch.equal(shift.readings[0].energy, before) and bool((after < before).all())
+    assert torch.equal(shift.records[0].energy, before) and bool((after < before).all())
 
 
 # Neutral values
@@ -302,16 +302,16 @@ def test_two_terms_are_the_sum_of_each():
     both = guidance_shift(terms, x, sigma, denoised)
     each = [guidance_shift([term], x, sigma, denoised) for term in terms]
     torch.testing.assert_close(both.shift, each[0].shift + each[1].shift)
-    assert [reading.term for reading in both.readings] == [0, 1]
-    for reading, alone in zip(both.readings, each, strict=True):
-        assert torch.equal(reading.energy, alone.readings[0].energy) and reading.sigma == 1.5
+    assert [reading.term for reading in both.records] == [0, 1]
+    for reading, alone in zip(both.records, each, strict=True):
+        assert torch.equal(reading.energy, alone.records[0].energy) and reading.sigma == 1.5
         torch.testing.assert_close(reading.rms, alone.shift.square().mean(dim=(1, 2, 3)).sqrt())
 
 
 def test_a_term_that_is_off_keeps_the_places_of_the_others():
     x, sigma, denoised = situation()
     terms = [Term(small_guider("class"), 0.0), Term(small_guider("depth"))]
-    assert [reading.term for reading in guidance_shift(terms, x, sigma, denoised).readings] == [1]
+    assert [reading.term for reading in guidance_shift(terms, x, sigma, denoised).records] == [1]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -325,7 +325,7 @@ def test_an_image_in_a_batch_is_guided_as_it_is_alone(task, view):
         one = slice(i, i + 1)
         alone = guidance_shift([Term(guider.aim(guider.target[one]), 3.0)], x[one], sigma[one], denoised[one], max_rms=0.01)
         torch.testing.assert_close(together.shift[one], alone.shift, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(together.readings[0].rms[one], alone.readings[0].rms, rtol=1e-4, atol=0)
+        torch.testing.assert_close(together.records[0].rms[one], alone.records[0].rms, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -358,7 +358,7 @@ def test_the_limit_holds_for_each_image_and_keeps_its_direction(limit):
     torch.testing.assert_close(held.shift.square().mean(dim=(1, 2, 3)).sqrt(), sizes.clamp_max(limit), rtol=1e-4, atol=0)
     expected = free.shift * (limit / sizes).clamp_max(1)[:, None, None, None]
     torch.testing.assert_close(held.shift, expected, rtol=1e-4, atol=1e-9)
-    assert torch.equal(held.readings[0].rms, free.readings[0].rms)  # readings tell the size before the limit
+    assert torch.equal(held.records[0].rms, free.records[0].rms)  # readings tell the size before the limit
 
 
 # Windows and ramps
@@ -424,7 +424,7 @@ def test_guidance_leaves_no_gradient_and_changes_none_of_its_inputs():
     kept = x.clone(), sigma.clone(), denoised.clone()
     shift = guidance_shift([Term(guider)], x, sigma, denoised)
     assert all(torch.equal(a, b) for a, b in zip(kept, (x, sigma, denoised), strict=True))
-    assert not shift.shift.requires_grad and not x.requires_grad and not shift.readings[0].energy.requires_grad
+    assert not shift.shift.requires_grad and not x.requires_grad and not shift.records[0].energy.requires_grad
     assert all(parameter.grad is None for parameter in guider.net.parameters())
 
 
@@ -435,7 +435,7 @@ def test_a_guided_denoiser_reports_its_shifts_and_stacks():
     inner = guided(smooth, [first], on_shift=seen.append)
     out = guided(inner, [second], on_shift=seen.append)(x, sigma)
     torch.testing.assert_close(out, smooth(x, sigma) + seen[0].shift + seen[1].shift)
-    assert [len(shift.readings) for shift in seen] == [1, 1]
+    assert [len(shift.records) for shift in seen] == [1, 1]
 
 
 # Half precision
@@ -463,7 +463,7 @@ class Watch(torch.nn.Module):
 @pytest.mark.parametrize("view", VIEWS)
 def test_full_precision_changes_no_bit(view, compute):
     plain, other = (guidance_shift([Term(small_guider(view=view))], *situation(), compute=each) for each in (None, compute))
-    assert torch.equal(other.shift, plain.shift) and torch.equal(other.readings[0].energy, plain.readings[0].energy)
+    assert torch.equal(other.shift, plain.shift) and torch.equal(other.records[0].energy, plain.records[0].energy)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -571,7 +571,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_guided_in_parts_as_in_one(room
     whole = guidance_shift([Term(guider, 2.0, mask=mask)], *situation(count=5))
     parts = guidance_shift([Term(small, 2.0, mask=mask)], *situation(count=5))
     torch.testing.assert_close(parts.shift, whole.shift, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(parts.readings[0].energy, whole.readings[0].energy)
+    torch.testing.assert_close(parts.records[0].energy, whole.records[0].energy)
     assert small.net.counts == asked
 
 

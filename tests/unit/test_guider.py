@@ -27,7 +27,7 @@ def test_energy_and_score_compare_the_output_for_the_preprocessed_image(task):
     guider, image = small_guider(task), images()
     output = guider.net.net(guider.preprocess(image))
     loss = TASKS[task].loss(output, TARGETS[task])
-    assert torch.equal(guider.energy(image, clean(image)), loss * (3 * H * W) if TASKS[task].per_value else loss)
+    assert torch.equal(guider.energy(image, clean(image)), loss * (3 * H * W) if TASKS[task].sum_over_pixels else loss)
     assert torch.equal(guider.score(image, clean(image)), TASKS[task].score(output, TARGETS[task]))
 
 
@@ -148,7 +148,7 @@ def test_with_parts_the_energy_is_the_mean_over_the_image_and_its_parts(task):
     guider, image = small_guider(task), images()
     parts = [image, *cut_outs(image, 5, 1.5)]
     expected = sum(TASKS[task].loss(guider.predict(part, clean(part)), guider.target) for part in parts) / 6
-    expected = expected * 3 * H * W if TASKS[task].per_value else expected
+    expected = expected * 3 * H * W if TASKS[task].sum_over_pixels else expected
     torch.testing.assert_close(replace(guider, cutouts=5).energy(image, level(1.5, image)), expected)
 
 

@@ -4,7 +4,7 @@ import torch
 from helpers import randn, says
 from torch import nn
 
-from ppap_core.training.lora import LowRank, beside
+from ppap_core.training.lora import LoraUpdate, with_adapters
 
 
 def network() -> nn.Sequential:
@@ -14,12 +14,12 @@ def network() -> nn.Sequential:
                              nn.Linear(6, 9)).double().requires_grad_(False)
 
 
-def change(out: int, *shape: int, scale: float = 0.7, rows: tuple[int, int] | None = None, seed: int = 0) -> LowRank:
+def change(out: int, *shape: int, scale: float = 0.7, rows: tuple[int, int] | None = None, seed: int = 0) -> LoraUpdate:
     up, down = randn(out, 2, seed=seed, dtype=torch.float64), randn(2, *shape, seed=seed + 1, dtype=torch.float64)
-    return LowRank(up, down, scale, rows)
+    return LoraUpdate(up, down, scale, rows)
 
 
-def weight(part: LowRank) -> torch.Tensor:
+def weight(part: LoraUpdate) -> torch.Tensor:
     return part.scale * (part.up @ part.down.flatten(1)).reshape(len(part.up), *part.down.shape[1:])
 
 
@@ -33,7 +33,7 @@ def test_a_change_beside_the_weight_is_the_change_in_the_weight():
         for part in parts:
             first, count = part.rows or (0, len(part.up))
             merged[int(name)].weight[first:first + count] += weight(part)
-    with beside(net, CHANGES):
+    with with_adapters(net, CHANGES):
         found = net(x)
     torch.testing.assert_close(found, merged(x), rtol=0, atol=1e-12)
     assert not torch.allclose(found, network()(x))
@@ -41,7 +41,7 @@ def test_a_change_beside_the_weight_is_the_change_in_the_weight():
 
 def test_afterwards_the_network_is_what_it_was_bit_for_bit_also_after_a_fault():
     net, x = network(), randn(2, 3, 8, 6, dtype=torch.float64)
-    with pytest.raises(KeyError), beside(net, CHANGES):
+    with pytest.raises(KeyError), with_adapters(net, CHANGES):
         raise KeyError
     assert torch.equal(net(x), network()(x)) and all(torch.equal(*each) for each in zip(
         net.state_dict().values(), network().state_dict().values(), strict=True))
@@ -50,12 +50,12 @@ def test_afterwards_the_network_is_what_it_was_bit_for_bit_also_after_a_fault():
 def test_gradients_pass_a_change():
     net, x = network(), randn(2, 3, 8, 6, dtype=torch.float64).requires_grad_(True)
     up = CHANGES["3"][0].up.clone().requires_grad_(True)
-    with beside(net, {"3": [LowRank(up, CHANGES["3"][0].down, rows=(2, 4))]}):
+    with with_adapters(net, {"3": [LoraUpdate(up, CHANGES["3"][0].down, rows=(2, 4))]}):
         net(x).square().sum().backward()
     assert x.grad.abs().max() > 0 and up.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize(("name", "words"), [("2", "Flatten"), ("9", "no layer")])
 def test_what_is_no_layer_is_said_in_words(name, words):
-    with says(ValueError, words, name), beside(network(), {name: [change(4, 6)]}):
+    with says(ValueError, words, name), with_adapters(network(), {name: [change(4, 6)]}):
         raise AssertionError

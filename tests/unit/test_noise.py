@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import images, randn, says
 
-from ppap_core.noise import EVERYWHERE, NoiseInterval, as_seen, expand, flow_to_ve
+from ppap_core.noise import EVERYWHERE, NoiseInterval, expand, flow_to_ve, to_vp
 from ppap_core.schedules import ExpertSchedule
 
 SCHEDULES = [
@@ -150,13 +150,13 @@ def test_noise_levels_multiply_each_image_of_a_batch():
 def test_an_expert_sees_pixels_of_unit_size_at_every_noise_level():
     for sigma in (0.05, 1.0, 30.0):
         image = randn(3, 3, 40, 56, seed=1)
-        seen = as_seen(image + sigma * randn(3, 3, 40, 56, seed=2), torch.full((3,), sigma))
+        seen = to_vp(image + sigma * randn(3, 3, 40, 56, seed=2), torch.full((3,), sigma))
         assert seen.std(dim=(1, 2, 3)).tolist() == pytest.approx([1.0] * 3, abs=0.05)
 
 
 def test_an_expert_sees_a_clean_image_as_it_is():
     x = images()
-    assert torch.equal(as_seen(x, x.new_zeros(3)), x)
+    assert torch.equal(to_vp(x, x.new_zeros(3)), x)
 
 
 def test_a_flow_state_becomes_the_same_image_with_ve_noise():

@@ -6,14 +6,14 @@ import pytest
 import torch
 from helpers import images, randn, says, small_guider
 
-from ppap_core.guidance.terms import Reading
+from ppap_core.guidance.terms import TermRecord
 from ppap_core.guiders.guider import clean
-from ppap_core.guiders.previews import look_through
+from ppap_core.guiders.previews import visualize
 from ppap_core.guiders.rules import RULES, rule_guider
 from ppap_core.guiders.targets import image_target, map_target
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.viz.plots import (
-    bar_picture,
+    bar_chart,
     colour,
     contact_sheet,
     depth_picture,
@@ -89,9 +89,9 @@ def test_the_loss_of_every_expert_is_drawn():
 
 
 def test_the_readings_of_guidance_are_drawn():
-    readings = [Reading(k, sigma, torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.2]))
+    records = [TermRecord(k, sigma, torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.2]))
                 for sigma in (5.0, 1.0, 0.1) for k in (0, 1)]
-    assert is_picture(guidance_plot(["one", "two"], readings)) and is_picture(guidance_plot(["one"], []))
+    assert is_picture(guidance_plot(["one", "two"], records)) and is_picture(guidance_plot(["one"], []))
 
 
 def test_a_contact_sheet_shows_every_row_under_its_name():
@@ -131,7 +131,7 @@ def test_labels_drawn_in_colours_are_read_back_even_from_a_picture_of_8_bits(cou
 
 
 def test_shares_are_drawn_as_bars():
-    assert is_picture(bar_picture({"red fox": 0.9, "tabby": 0.1, "none": 0.0}), 256, 256)
+    assert is_picture(bar_chart({"red fox": 0.9, "tabby": 0.1, "none": 0.0}), 256, 256)
 
 
 def test_sentences_are_broken_at_the_border():
@@ -157,7 +157,7 @@ def is_batch(pictures: torch.Tensor, count: int) -> bool:
 @pytest.mark.parametrize("task", TASKS)
 def test_what_any_guider_sees_is_one_picture_for_each_image(task, count):
     guider, image = ask(small_guider(task)), images(count)
-    aimed, free = look_through(guider, image), look_through(replace(guider, target=None), image)
+    aimed, free = visualize(guider, image), visualize(replace(guider, target=None), image)
     assert is_batch(aimed, count) and is_batch(free, count)
     assert torch.equal(aimed, free) == (task in ("class", "depth", "segmentation", "mask"))
 
@@ -166,26 +166,26 @@ def test_what_any_guider_sees_is_one_picture_for_each_image(task, count):
 def test_what_any_rule_reads_is_one_picture_for_each_image(name):
     guider, image = rule_guider(name), images()
     for each in (guider, guider.aim(image_target(guider, image[:1]))):
-        assert is_batch(look_through(each, image), 3)
+        assert is_batch(visualize(each, image), 3)
 
 
 @pytest.mark.parametrize("task", ["depth", "segmentation", "mask"])
 def test_a_map_that_a_guider_sees_can_be_its_target(task):
     guider, image = ask(small_guider(task)), images()
-    own, other = (guider.aim(map_target(guider, look_through(guider, each))) for each in (image, image.flip(0)))
+    own, other = (guider.aim(map_target(guider, visualize(guider, each))) for each in (image, image.flip(0)))
     assert bool((own.score(image, clean(image)) > 0.8).all())
     assert own.energy(image, clean(image)).sum() <= other.energy(image, clean(image)).sum()
 
 
 def test_a_mask_guider_that_was_not_asked_sees_nothing():
     with says(ValueError, "small/mask", "not asked yet", "Aim at Text"):
-        look_through(replace(small_guider("mask"), read_text=lambda text: randn(1, 4)), images())
+        visualize(replace(small_guider("mask"), read_text=lambda text: randn(1, 4)), images())
 
 
 def test_the_colours_of_an_image_are_stripes_as_wide_as_their_shares():
     shades = torch.tensor([[1.0, 0.2, 0.2], [-0.8, -0.6, -1.0], [0.0, -0.2, 0.1], [-0.8, -0.6, -1.0]])
     image = shades.T[None, :, None].expand(1, 3, 20, 4).repeat_interleave(7, dim=3)
-    stripes = look_through(rule_guider("colours"), image)
+    stripes = visualize(rule_guider("colours"), image)
     assert stripes.shape == (1, 3, 256, 256)
     for column, shade in ((5, 1), (122, 1), (134, 2), (188, 2), (196, 0), (250, 0)):
         torch.testing.assert_close(stripes[0, :, :, column], shades[shade][:, None].expand(-1, 256))
@@ -194,13 +194,13 @@ def test_the_colours_of_an_image_are_stripes_as_wide_as_their_shares():
 def test_a_layout_is_shown_in_its_cells():
     guider, image = rule_guider("layout"), images()
     cells = guider.predict(image, clean(image))
-    assert torch.equal(look_through(guider, image), cells.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3))
+    assert torch.equal(visualize(guider, image), cells.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3))
 
 
 def test_the_closer_an_image_is_to_the_target_the_longer_is_its_bar():
     guider, image = small_guider("embedding"), images(1)
     def filled(guider) -> int:
-        return int(((look_through(guider, image)[0] * 127.5 + 127.5).round() == torch.tensor([170, 200, 245])[:, None, None])
+        return int(((visualize(guider, image)[0] * 127.5 + 127.5).round() == torch.tensor([170, 200, 245])[:, None, None])
                    .all(0).sum())
     own = guider.predict(image, clean(image))
     assert filled(guider.aim(own)) > 1.5 * filled(guider.aim(own + 3 * own.norm() * randn(1, 6).sign() / 6**0.5))

@@ -11,13 +11,13 @@ from torch import Tensor
 from ppap_core.guidance.prior import (
     PriorConfig,
     _pull,
-    annealed,
     best_of,
-    clean_up,
     energy_of,
-    find_images,
-    optimise_prior,
-    several,
+    optimize_images,
+    renoise_and_sample,
+    repeat_term,
+    run_prior,
+    sigma_schedule,
 )
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider, IgnoreSigma
@@ -40,7 +40,7 @@ def starts(count: int = 20) -> Tensor:
 
 
 def found(denoise, terms, start: Tensor, config: PriorConfig = SHORT, **more) -> Tensor:
-    return optimise_prior(denoise, terms, start, config, range(70, 70 + len(start)), sigma_data=1.0, **more)[0]
+    return run_prior(denoise, terms, start, config, range(70, 70 + len(start)), sigma_data=1.0, **more)[0]
 
 
 def observed(value: Tensor, error: float) -> Guider:
@@ -170,13 +170,13 @@ def test_an_image_does_not_depend_on_the_others(mixture):
     guider = mixture.guider().aim(torch.tensor([1, 2, 0]))
     together = found(mixture, [Term(guider)], start)
     for i in range(3):
-        alone, _ = optimise_prior(mixture, [Term(guider.aim(guider.target[i:i + 1]))], start[i:i + 1], SHORT, [70 + i],
+        alone, _ = run_prior(mixture, [Term(guider.aim(guider.target[i:i + 1]))], start[i:i + 1], SHORT, [70 + i],
                                   sigma_data=1.0)
         assert torch.allclose(together[i:i + 1], alone, atol=1e-9)
 
 
 def test_other_seeds_find_other_images(mixture):
-    a, b = (optimise_prior(mixture, [], starts(2), SHORT, seeds)[0] for seeds in ([1, 2], [1, 3]))
+    a, b = (run_prior(mixture, [], starts(2), SHORT, seeds)[0] for seeds in ([1, 2], [1, 3]))
     assert torch.equal(a[0], b[0])
     assert not torch.equal(a[1], b[1])
 
@@ -184,7 +184,7 @@ def test_other_seeds_find_other_images(mixture):
 @pytest.mark.parametrize("stop", [0, 4, 11])
 def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(mixture, tmp_path, stop):
     term, start = Term(mixture.guider().aim(torch.tensor([1]))), starts(2)
-    whole, losses = optimise_prior(mixture, [term], start, SHORT, [5, 6])
+    whole, losses = run_prior(mixture, [term], start, SHORT, [5, 6])
 
     def cancel(step: int, parts: list[float], points: Tensor) -> None:
         assert len(parts) == 2
@@ -193,13 +193,13 @@ def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(mixture, tmp_path, st
             raise KeyboardInterrupt
     state = tmp_path / "prior.state.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        optimise_prior(mixture, [term], start, SHORT, [5, 6], state_file=state, on_step=cancel)
-    again, same = optimise_prior(mixture, [term], start, SHORT, [5, 6], state_file=state)
+        run_prior(mixture, [term], start, SHORT, [5, 6], state_file=state, on_step=cancel)
+    again, same = run_prior(mixture, [term], start, SHORT, [5, 6], state_file=state)
     assert torch.equal(again, whole)
     assert same == losses
     assert len(losses) == SHORT.steps
     with says(ValueError, "another", "seeds"):
-        optimise_prior(mixture, [term], start, SHORT, [5, 7], state_file=state)
+        run_prior(mixture, [term], start, SHORT, [5, 7], state_file=state)
 
 
 def test_it_works_in_inference_mode_and_leaves_the_start_alone():
@@ -216,26 +216,26 @@ def test_it_works_in_inference_mode_and_leaves_the_start_alone():
 # Noise levels, the end, particles
 
 def test_noise_levels_fall_from_one_end_to_the_other_and_swing_between():
-    falling = annealed(PriorConfig(steps=40, wave=0.0))
+    falling = sigma_schedule(PriorConfig(steps=40, wave=0.0))
     assert falling == sorted(falling, reverse=True)
     assert math.isclose(falling[0], 10.0)
     assert math.isclose(falling[-1], 0.05)
     ratios = [a / b for a, b in zip(falling, falling[1:], strict=False)]
     assert math.isclose(min(ratios), max(ratios))
-    swinging = annealed(PriorConfig(steps=40))
+    swinging = sigma_schedule(PriorConfig(steps=40))
     assert swinging != sorted(swinging, reverse=True)
     assert min(swinging) == swinging[-1] == 0.05
     assert max(swinging) <= 10.0
-    assert annealed(PriorConfig(steps=1)) == [10.0]
+    assert sigma_schedule(PriorConfig(steps=1)) == [10.0]
 
 
 def test_the_clean_up_samples_from_where_the_noise_was_added_and_is_nothing_at_zero(mixture):
     image = starts(3)
-    assert clean_up(mixture, image, 0.0, 0.02, 8, [1, 2, 3]) is image
-    tidy = clean_up(mixture, image, 4.0, 0.02, 16, [1, 2, 3])
+    assert renoise_and_sample(mixture, image, 0.0, 0.02, 8, [1, 2, 3]) is image
+    tidy = renoise_and_sample(mixture, image, 4.0, 0.02, 16, [1, 2, 3])
     off = ((tidy[:, None] - mixture.means).flatten(2).norm(dim=2)).min(1).values
     assert off.max() < 4 * mixture.width * math.sqrt(math.prod(SHAPE))
-    assert torch.equal(clean_up(mixture, image[1:2], 4.0, 0.02, 16, [2]), tidy[1:2])
+    assert torch.equal(renoise_and_sample(mixture, image[1:2], 4.0, 0.02, 16, [2]), tidy[1:2])
 
 
 def test_of_several_particles_the_one_of_least_energy_is_kept():
@@ -247,7 +247,7 @@ def test_of_several_particles_the_one_of_least_energy_is_kept():
 
 def test_particles_of_an_image_have_its_target_its_mask_and_an_energy_of_their_own(mixture):
     targets, masks = torch.tensor([1, 2]), randn(2, 1, *SHAPE[1:], seed=2).sigmoid()
-    term = several(Term(mixture.guider().aim(targets), 0.5, mask=masks), 3)
+    term = repeat_term(Term(mixture.guider().aim(targets), 0.5, mask=masks), 3)
     assert term.guider.target.tolist() == [1, 2, 1, 2, 1, 2]
     assert torch.equal(term.mask, masks.repeat(3, 1, 1, 1))
     images = torch.cat([mixture.means[[1, 2]], mixture.means[[2, 1]], mixture.means[[1, 3]]])
@@ -256,7 +256,7 @@ def test_particles_of_an_image_have_its_target_its_mask_and_an_energy_of_their_o
     assert energies[[0, 1, 4]].max() < 1e-6 < 1 < energies[[2, 3, 5]].min()
     assert torch.equal(best_of(images, energies, 3), mixture.means[[1, 2]])
     one = Term(mixture.guider().aim(torch.tensor([1])))
-    assert several(one, 3).guider.target.tolist() == [1]
+    assert repeat_term(one, 3).guider.target.tolist() == [1]
 
 
 # Faults
@@ -269,12 +269,12 @@ def test_wrong_noise_levels_are_refused(wrong):
 
 def test_a_wrong_number_of_seeds_is_refused(mixture):
     with says(ValueError, "3 seeds", "2 images"):
-        optimise_prior(mixture, [], starts(2), SHORT, [1, 2, 3])
+        run_prior(mixture, [], starts(2), SHORT, [1, 2, 3])
 
 
 def test_a_wrong_number_of_seeds_for_a_whole_search_is_refused():
     with says(ValueError, "3 seeds", "4 images"):
-        find_images(lambda x, sigma: x, [], torch.zeros(2, 1, 1, 2), PriorConfig(2), [1, 2, 3], particles=2)
+        optimize_images(lambda x, sigma: x, [], torch.zeros(2, 1, 1, 2), PriorConfig(2), [1, 2, 3], particles=2)
 
 
 def test_a_model_without_a_way_back_is_refused_only_where_one_is_asked_for():

@@ -199,9 +199,9 @@ def test_a_palette_is_met_by_its_own_stripes_in_any_order_and_by_no_other_colour
     guider = rule_guider("colours")
     guider = guider.aim(image_target(guider, palette(words)))
     stripes = palette("#f1faee, #e63946:2, #1d3557", size=48)
-    per_value = 1 / stripes[0].numel()
-    assert energy(guider, stripes) * per_value < 1e-6 and energy(guider, stripes.mT.contiguous()) * per_value < 1e-6
-    assert energy(guider, palette("#1d3557, #e63946, #f1faee", size=48)) * per_value > 0.01
+    scale = 1 / stripes[0].numel()
+    assert energy(guider, stripes) * scale < 1e-6 and energy(guider, stripes.mT.contiguous()) * scale < 1e-6
+    assert energy(guider, palette("#1d3557, #e63946, #f1faee", size=48)) * scale > 0.01
 
 
 def test_the_distance_of_colours_is_that_of_wasserstein_for_grey_images():

@@ -8,18 +8,18 @@ import torch
 from helpers import full_disk, level, randn, says, shrink, ways
 
 from ppap_core.experts.samples import (
-    KEPT,
-    SHARD,
-    Recorder,
+    SHARD_SIZE,
+    STEPS_PER_TRAJECTORY,
     SampleStore,
     Trajectories,
+    TrajectoryRecorder,
     fresh_pairs,
     from_uint8,
     to_uint8,
     trajectory_pairs,
 )
 from ppap_core.io.files import load_tensors, save_tensors
-from ppap_core.noise import as_seen, expand
+from ppap_core.noise import expand, to_vp
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import karras_sigmas, sample_heun
 from ppap_core.schedules import ExpertSchedule
@@ -30,8 +30,8 @@ RECIPE = {"model": "gaussian", "steps": 4, "seed": 11}
 
 def generate(seeds: list[int]) -> tuple[torch.Tensor, Trajectories]:
     """A real sampling, of a Gaussian around zero."""
-    recorder = Recorder()
-    images = sample_heun(recorder.listen(shrink), seeded_noise(seeds, SHAPE) * 5.0, karras_sigmas(4, 0.1, 5.0))
+    recorder = TrajectoryRecorder()
+    images = sample_heun(recorder.wrap(shrink), seeded_noise(seeds, SHAPE) * 5.0, karras_sigmas(4, 0.1, 5.0))
     return images, recorder.trajectories(seeds)
 
 
@@ -53,11 +53,11 @@ def test_every_byte_value_survives_the_way_to_an_image_and_back():
 
 def test_a_store_is_filled_by_whole_shards_with_the_images_of_its_seeds(tmp_path):
     store, asked = SampleStore(tmp_path / "a", RECIPE), []
-    store.fill(SHARD + 1, lambda seeds: asked.extend(seeds) or generate(seeds))
-    assert len(store) == 2 * SHARD and asked == list(range(11, 11 + 2 * SHARD))
-    assert store.images.shape == (2 * SHARD, *SHAPE) and store.images.dtype == torch.uint8
-    assert store.sigmas.shape == (2 * SHARD, KEPT)
-    assert store.noisy.shape == store.denoised.shape == (2 * SHARD, KEPT, *SHAPE)
+    store.fill(SHARD_SIZE + 1, lambda seeds: asked.extend(seeds) or generate(seeds))
+    assert len(store) == 2 * SHARD_SIZE and asked == list(range(11, 11 + 2 * SHARD_SIZE))
+    assert store.images.shape == (2 * SHARD_SIZE, *SHAPE) and store.images.dtype == torch.uint8
+    assert store.sigmas.shape == (2 * SHARD_SIZE, STEPS_PER_TRAJECTORY)
+    assert store.noisy.shape == store.denoised.shape == (2 * SHARD_SIZE, STEPS_PER_TRAJECTORY, *SHAPE)
     expected, paths = generate(asked)
     torch.testing.assert_close(from_uint8(store.images), expected.clamp(-1, 1), rtol=0, atol=1 / 127)
     for name, part in paths._asdict().items():
@@ -75,46 +75,46 @@ def test_an_image_and_its_trajectory_depend_on_its_seed_and_not_on_the_size_of_t
 
 
 def test_a_store_that_holds_enough_generates_nothing(tmp_path):
-    SampleStore(tmp_path, RECIPE).fill(SHARD, generate)
+    SampleStore(tmp_path, RECIPE).fill(SHARD_SIZE, generate)
     def fail(seeds):
         raise AssertionError("generated again")
-    SampleStore(tmp_path, RECIPE).fill(SHARD, fail)
+    SampleStore(tmp_path, RECIPE).fill(SHARD_SIZE, fail)
 
 
 @pytest.mark.parametrize("where", ["in a shard", "after a shard", "while writing"])
 def test_a_fill_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, where, monkeypatch):
-    SampleStore(tmp_path / "straight", RECIPE).fill(2 * SHARD, generate)
+    SampleStore(tmp_path / "straight", RECIPE).fill(2 * SHARD_SIZE, generate)
     store = SampleStore(tmp_path / "stopped", RECIPE)
 
     def stop(*_):
         raise InterruptedError
     with pytest.raises((InterruptedError, OSError)):
         if where == "after a shard":
-            store.fill(2 * SHARD, generate, on_shard=stop)
+            store.fill(2 * SHARD_SIZE, generate, on_shard=stop)
         else:
-            store.fill(SHARD, generate)
+            store.fill(SHARD_SIZE, generate)
             if where == "while writing":
                 monkeypatch.setattr("ppap_core.io.files.os.replace", stop)
-            store.fill(2 * SHARD, stop if where == "in a shard" else generate)
+            store.fill(2 * SHARD_SIZE, stop if where == "in a shard" else generate)
     monkeypatch.undo()
-    assert len(store) == SHARD and len(contents(tmp_path / "stopped")) == 2
+    assert len(store) == SHARD_SIZE and len(contents(tmp_path / "stopped")) == 2
     again = SampleStore(tmp_path / "stopped", RECIPE)
-    again.fill(2 * SHARD, generate)
+    again.fill(2 * SHARD_SIZE, generate)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
 
 
 def test_a_fill_reports_each_shard_after_it_is_safe(tmp_path):
     store, seen = SampleStore(tmp_path, RECIPE), []
-    store.fill(2 * SHARD, generate, on_shard=lambda count, new: seen.append((count, len(new), len(store))))
-    assert seen == [(SHARD, SHARD, SHARD), (2 * SHARD, SHARD, 2 * SHARD)]
+    store.fill(2 * SHARD_SIZE, generate, on_shard=lambda count, new: seen.append((count, len(new), len(store))))
+    assert seen == [(SHARD_SIZE, SHARD_SIZE, SHARD_SIZE), (2 * SHARD_SIZE, SHARD_SIZE, 2 * SHARD_SIZE)]
 
 
 def test_images_added_later_are_seen(tmp_path):
     store = SampleStore(tmp_path, RECIPE)
-    store.fill(SHARD, generate)
-    assert {len(part) for part in (store.images, store.sigmas, store.noisy, store.denoised)} == {SHARD}
-    store.fill(2 * SHARD, generate)
-    assert {len(part) for part in (store.images, store.sigmas, store.noisy, store.denoised)} == {2 * SHARD}
+    store.fill(SHARD_SIZE, generate)
+    assert {len(part) for part in (store.images, store.sigmas, store.noisy, store.denoised)} == {SHARD_SIZE}
+    store.fill(2 * SHARD_SIZE, generate)
+    assert {len(part) for part in (store.images, store.sigmas, store.noisy, store.denoised)} == {2 * SHARD_SIZE}
 
 
 @pytest.mark.parametrize("other, words", [
@@ -123,7 +123,7 @@ def test_images_added_later_are_seen(tmp_path):
     ({"model": "gaussian", "steps": 4}, ["seed is 11, expected None"]),
 ])
 def test_a_folder_of_another_recipe_is_refused_and_left_alone(tmp_path, other, words):
-    SampleStore(tmp_path / "mine", RECIPE).fill(SHARD, generate)
+    SampleStore(tmp_path / "mine", RECIPE).fill(SHARD_SIZE, generate)
     kept = contents(tmp_path / "mine")
     with says(ValueError, "mine", *words):
         SampleStore(tmp_path / "mine", other)
@@ -149,7 +149,7 @@ def test_an_empty_store_is_refused(tmp_path):
 
 def test_a_truncated_shard_is_refused_by_name(tmp_path):
     store = SampleStore(tmp_path, RECIPE)
-    store.fill(SHARD, generate)
+    store.fill(SHARD_SIZE, generate)
     shard = next(tmp_path.glob("shard_*"))
     shard.write_bytes(shard.read_bytes()[:1000])
     with says(ValueError, shard.name, "cannot be read"):
@@ -165,13 +165,13 @@ def test_what_is_not_finite_is_not_stored(tmp_path, value, part):
         return images, paths
     store = SampleStore(tmp_path, RECIPE)
     with says(ValueError, "NaN", "precision"):
-        store.fill(SHARD, broken)
+        store.fill(SHARD_SIZE, broken)
     assert len(store) == 0 and not list(tmp_path.glob("shard_*"))
 
 
 def test_a_batch_is_a_function_of_step_size_and_seed(tmp_path):
     store = SampleStore(tmp_path, RECIPE)
-    store.fill(2 * SHARD, generate)
+    store.fill(2 * SHARD_SIZE, generate)
     first = store.batch(3, 6, 5)
     assert first.shape == (6, *SHAPE) and first.abs().max() <= 1
     store.batch(4, 6, 5)
@@ -182,52 +182,52 @@ def test_a_batch_is_a_function_of_step_size_and_seed(tmp_path):
 
 def test_batches_reach_every_image(tmp_path):
     store = SampleStore(tmp_path, RECIPE)
-    images = torch.arange(2 * SHARD, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1) / 127.5 - 1
-    store.fill(2 * SHARD, lambda seeds: end_in(images[[seed - 11 for seed in seeds]]))
+    images = torch.arange(2 * SHARD_SIZE, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1) / 127.5 - 1
+    store.fill(2 * SHARD_SIZE, lambda seeds: end_in(images[[seed - 11 for seed in seeds]]))
     drawn = torch.cat([store.batch(step, 32, 0) for step in range(60)])[:, 0, 0, 0]
-    assert len(to_uint8(drawn).unique()) == 2 * SHARD
+    assert len(to_uint8(drawn).unique()) == 2 * SHARD_SIZE
 
 
 @pytest.mark.parametrize("seed", [2**32 - 1, 2**63, 2**64 - 1])
 def test_any_seed_that_comfyui_gives_fills_a_store_and_draws_batches(tmp_path, seed):
     store = SampleStore(tmp_path, RECIPE | {"seed": seed})
-    store.fill(SHARD, generate)
+    store.fill(SHARD_SIZE, generate)
     assert not torch.equal(store.batch(0, 4, seed), store.batch(0, 4, seed - 1))
 
 
 def test_nothing_of_a_shard_is_left_behind_when_the_disk_is_full(tmp_path):
     store = SampleStore(tmp_path, RECIPE)
     with full_disk(), says(OSError, "shard_00000", "Free some disk space"):
-        store.fill(SHARD, generate)
+        store.fill(SHARD_SIZE, generate)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_stored_images_are_the_ones_generated_up_to_rounding(tmp_path):
     store = SampleStore(tmp_path, RECIPE)
-    store.fill(SHARD, lambda seeds: end_in(randn(len(seeds), *SHAPE, seed=seeds[0]).tanh()))
-    assert (from_uint8(store.images) - randn(SHARD, *SHAPE, seed=11).tanh()).abs().max() <= 0.5 / 127.5 + 1e-6
+    store.fill(SHARD_SIZE, lambda seeds: end_in(randn(len(seeds), *SHAPE, seed=seeds[0]).tanh()))
+    assert (from_uint8(store.images) - randn(SHARD_SIZE, *SHAPE, seed=11).tanh()).abs().max() <= 0.5 / 127.5 + 1e-6
 
 
 @pytest.mark.parametrize("images, paths", [(1, 0), (0, 1), (-1, 0), (0, -1)])
 def test_a_generator_that_does_not_make_one_image_and_one_trajectory_of_each_seed_is_refused(tmp_path, images, paths):
     def wrong(seeds):
         made, way = generate(seeds + [0])
-        return made[:SHARD + images], Trajectories(*(part[:SHARD + paths] for part in way))
+        return made[:SHARD_SIZE + images], Trajectories(*(part[:SHARD_SIZE + paths] for part in way))
     store = SampleStore(tmp_path, RECIPE)
-    with says(ValueError, f"{SHARD + images} images", f"{SHARD + paths} trajectories", f"{SHARD} seeds"):
-        store.fill(SHARD, wrong)
+    with says(ValueError, f"{SHARD_SIZE + images} images", f"{SHARD_SIZE + paths} trajectories", f"{SHARD_SIZE} seeds"):
+        store.fill(SHARD_SIZE, wrong)
     assert len(store) == 0 and not list(tmp_path.glob("shard_*"))
 
 
 @pytest.mark.parametrize("old", [0, 1])
 def test_a_store_of_images_without_trajectories_is_refused(tmp_path, old):
     store = SampleStore(tmp_path / "old", RECIPE)
-    store.fill(2 * SHARD, generate)
+    store.fill(2 * SHARD_SIZE, generate)
     shard = tmp_path / "old" / f"shard_{old:05d}.safetensors"
-    save_tensors(shard, {"images": load_tensors(shard)[0]["images"]}, {"first": old * SHARD})
+    save_tensors(shard, {"images": load_tensors(shard)[0]["images"]}, {"first": old * SHARD_SIZE})
     assert SampleStore(tmp_path / "old", RECIPE).batch(0, 4, 0).shape == (4, *SHAPE)
     for draw in (lambda store: trajectory_pairs(store, ExpertSchedule((0.1, 1.0)), 0, 0, 4, 0, "noisy"),
-                 lambda store: fresh_pairs(store, ExpertSchedule((0.1, 1.0)), 0, 0, 4, 0, as_seen)):
+                 lambda store: fresh_pairs(store, ExpertSchedule((0.1, 1.0)), 0, 0, 4, 0, to_vp)):
         with says(ValueError, "old", "trajectories", "delete"):
             draw(SampleStore(tmp_path / "old", RECIPE))
 
@@ -236,7 +236,7 @@ def test_a_store_of_images_without_trajectories_is_refused(tmp_path, old):
 
 def recorded(seeds: Sequence[int], calls: int, kept: int) -> torch.Tensor:
     """The numbers of the calls that are kept of each image, (B, kept): the sigma says the call, the prediction the image."""
-    recorder = Recorder()
+    recorder = TrajectoryRecorder()
     for call in range(calls):
         image = torch.arange(len(seeds)).float().reshape(-1, 1, 1, 1).expand(-1, 2, 3, 5)
         recorder.note(call + image, level(float(call), image), image)
@@ -278,7 +278,7 @@ def test_short_trajectories_are_kept_whole_and_more_than_once(calls, expected):
 
 
 def test_a_recorder_forgets_what_it_gave_and_refuses_a_model_that_was_not_asked():
-    recorder, x = Recorder(), randn(3, *SHAPE)
+    recorder, x = TrajectoryRecorder(), randn(3, *SHAPE)
     with says(ValueError, "not asked", "step"):
         recorder.trajectories(range(3))
     for sigma in (2.0, 0.5):
@@ -290,7 +290,7 @@ def test_a_recorder_forgets_what_it_gave_and_refuses_a_model_that_was_not_asked(
 
 @pytest.mark.parametrize("sigma", [80.0, 1e6])
 def test_half_precision_bears_the_strongest_noise(sigma):
-    recorder, image, noise = Recorder(), randn(3, *SHAPE).tanh(), randn(3, *SHAPE, seed=1)
+    recorder, image, noise = TrajectoryRecorder(), randn(3, *SHAPE).tanh(), randn(3, *SHAPE, seed=1)
     recorder.note(image + sigma * noise, level(sigma, image), image)
     found = recorder.trajectories(range(3), 1)
     assert found.noisy.dtype == found.denoised.dtype == torch.float16 and found.sigmas.tolist() == [[sigma]] * 3
@@ -298,15 +298,15 @@ def test_half_precision_bears_the_strongest_noise(sigma):
 
 
 def test_overhearing_a_sampling_changes_nothing_about_it():
-    x, sigmas, recorder = seeded_noise(range(3), SHAPE) * 5.0, karras_sigmas(4, 0.1, 5.0), Recorder()
+    x, sigmas, recorder = seeded_noise(range(3), SHAPE) * 5.0, karras_sigmas(4, 0.1, 5.0), TrajectoryRecorder()
     asked = []
     def denoise(x, sigma):
         asked.append((x.clone(), sigma.clone()))
         return shrink(x, sigma)
-    assert torch.equal(sample_heun(recorder.listen(denoise), x, sigmas), sample_heun(shrink, x, sigmas))
+    assert torch.equal(sample_heun(recorder.wrap(denoise), x, sigmas), sample_heun(shrink, x, sigmas))
     assert len(recorder.calls) == len(asked) == 7
     for (sigma, noisy, denoised), (state, at) in zip(recorder.calls, asked, strict=True):
-        assert torch.equal(sigma, at) and torch.equal(noisy, as_seen(state, at).half())
+        assert torch.equal(sigma, at) and torch.equal(noisy, to_vp(state, at).half())
         assert torch.equal(denoised, shrink(state, at).half())
 
 
@@ -398,7 +398,7 @@ def test_an_interval_that_no_step_lies_in_is_refused(tmp_path):
 @pytest.fixture
 def pixels(tmp_path) -> SampleStore:
     store = SampleStore(tmp_path / "pixels", RECIPE)
-    store.fill(SHARD, lambda seeds: end_in(randn(len(seeds), *SHAPE, seed=seeds[0]).tanh()))
+    store.fill(SHARD_SIZE, lambda seeds: end_in(randn(len(seeds), *SHAPE, seed=seeds[0]).tanh()))
     return store
 
 
@@ -407,7 +407,7 @@ def test_fresh_noise_is_the_one_of_the_paper(pixels):
     asked = []
     def see(x, sigma):
         asked.append((x, sigma))
-        return as_seen(x, sigma)
+        return to_vp(x, sigma)
     pairs = [fresh_pairs(pixels, SCHEDULE, 1, step, 50, 0, see) for step in range(40)]
     images, seen, sigma = (torch.cat(part) for part in zip(*pairs, strict=True))
     assert torch.equal(torch.cat([x for x, _ in asked]) / (1 + sigma**2).sqrt()[:, None, None, None], seen)
@@ -424,7 +424,7 @@ def test_fresh_noise_is_the_one_of_the_paper(pixels):
 def test_half_of_the_images_under_fresh_noise_are_mirrored_and_nothing_else_is_done_to_them(pixels):
     mirrored, stored = 0, from_uint8(pixels.images)
     for step in range(40):
-        for image in fresh_pairs(pixels, SCHEDULE, 0, step, 8, 0, as_seen).images:
+        for image in fresh_pairs(pixels, SCHEDULE, 0, step, 8, 0, to_vp).images:
             straight, turned = ((stored == each).flatten(1).all(1).any() for each in (image, image.flip(-1)))
             assert bool(straight) != bool(turned)
             mirrored += int(turned)
@@ -432,11 +432,11 @@ def test_half_of_the_images_under_fresh_noise_are_mirrored_and_nothing_else_is_d
 
 
 def test_fresh_pairs_are_a_function_of_seed_expert_and_step(pixels):
-    first = fresh_pairs(pixels, SCHEDULE, 1, 5, 6, 4, as_seen)
-    again = fresh_pairs(SampleStore(pixels.folder, pixels.recipe), SCHEDULE, 1, 5, 6, 4, as_seen)
+    first = fresh_pairs(pixels, SCHEDULE, 1, 5, 6, 4, to_vp)
+    again = fresh_pairs(SampleStore(pixels.folder, pixels.recipe), SCHEDULE, 1, 5, 6, 4, to_vp)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for index, step, seed in ((2, 5, 4), (1, 6, 4), (1, 5, 5)):
-        other = fresh_pairs(pixels, SCHEDULE, index, step, 6, seed, as_seen)
+        other = fresh_pairs(pixels, SCHEDULE, index, step, 6, seed, to_vp)
         assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
@@ -448,6 +448,6 @@ def test_no_gradient_passes_through_what_sees_fresh_noise(pixels):
 
 def test_fresh_noise_on_decoded_latents_is_refused(tmp_path):
     store = SampleStore(tmp_path, RECIPE)
-    store.fill(SHARD, lambda seeds: (randn(len(seeds), *SHAPE).tanh(), ways(randn(len(seeds), 4, 2, 3))))
+    store.fill(SHARD_SIZE, lambda seeds: (randn(len(seeds), *SHAPE).tanh(), ways(randn(len(seeds), 4, 2, 3))))
     with says(ValueError, "(4, 2, 3)", str(SHAPE), "trajectories"):
-        fresh_pairs(store, SCHEDULE, 1, 0, 4, 0, as_seen)
+        fresh_pairs(store, SCHEDULE, 1, 0, 4, 0, to_vp)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank
 from ppap_core.experts.distill import DistillConfig, distill
-from ppap_core.experts.samples import SHARD, Recorder, SampleStore
-from ppap_core.guidance.prior import PriorConfig, optimise_prior
+from ppap_core.experts.samples import SHARD_SIZE, SampleStore, TrajectoryRecorder
+from ppap_core.guidance.prior import PriorConfig, run_prior
 from ppap_core.guidance.terms import Term
 from ppap_core.noise import expand
 from ppap_core.rng import seeded_noise
@@ -34,8 +34,8 @@ TUNED = ("diffusion_model.net.stem.lora_down.weight", "diffusion_model.net.head.
 
 def generate(seeds: list[int]) -> tuple:
     """Images of the tiny world, small ones, and the steps that led to them."""
-    recorder = Recorder()
-    denoise = recorder.listen(load_denoiser())
+    recorder = TrajectoryRecorder()
+    denoise = recorder.wrap(load_denoiser())
     with torch.no_grad():
         images = sample_heun(denoise, seeded_noise(seeds, SHAPE) * 20.0, karras_sigmas(4, 0.1, 20.0))
     return images, recorder.trajectories(seeds)
@@ -63,7 +63,7 @@ def tune(folder: Path, on_step) -> tuple[dict[str, Tensor], list]:
 def search(folder: Path, on_step) -> tuple[Tensor, list]:
     """Pictures of stars."""
     term = Term(load_guider("class").aim(torch.tensor([3])), 0.5, balanced=True)
-    return optimise_prior(load_denoiser(), [term], result("pictures"), PRIOR, range(70, 74), about={"model": "tiny world"},
+    return run_prior(load_denoiser(), [term], result("pictures"), PRIOR, range(70, 74), about={"model": "tiny world"},
                           state_file=folder / "prior.state.safetensors", on_step=on_step)
 
 
@@ -110,9 +110,9 @@ def test_a_saved_bank_answers_as_it_did(name: str):
 def test_a_half_filled_store_goes_on(saved: Path):
     shard, manifest = ((saved / "store" / name).read_bytes() for name in ("shard_00000.safetensors", "manifest.json"))
     store, asked = SampleStore(saved / "store", MANIFEST), []
-    assert len(store) == SHARD
-    store.fill(2 * SHARD, lambda seeds: asked.extend(seeds) or generate(seeds))
-    assert asked == list(range(11 + SHARD, 11 + 2 * SHARD)), "the images that were there are not made again"
+    assert len(store) == SHARD_SIZE
+    store.fill(2 * SHARD_SIZE, lambda seeds: asked.extend(seeds) or generate(seeds))
+    assert asked == list(range(11 + SHARD_SIZE, 11 + 2 * SHARD_SIZE)), "the images that were there are not made again"
     assert shard == (saved / "store" / "shard_00000.safetensors").read_bytes()
     assert manifest == (saved / "store" / "manifest.json").read_bytes()
     assert (store.images[::9].int() - result("store.images").int()).abs().max() <= 1
@@ -150,16 +150,17 @@ def test_a_half_done_search_goes_on(saved: Path):
     alike(points, "prior.points", 1e-3)
 
 
-@pytest.mark.parametrize("name", ["distillation/expert_0", "distillation/expert_1", "lora", "prior"])
+STATES = {"distillation/expert_0": distill_all, "distillation/expert_1": distill_all, "lora": tune, "prior": search}
+
+
+@pytest.mark.parametrize("name", STATES)
 def test_a_state_keeps_the_names_of_its_description(saved: Path, name: str):
     """What tells one training from another is compared by name and value, so that a new name refuses an old state."""
     def about() -> tuple[set, dict]:
         with safe_open(saved / f"{name}.state.safetensors", "pt") as file:
             return set(file.keys()), json.loads(file.metadata()["ppap"])
     tensors, before = about()
-    distill_all(saved, None)
-    tune(saved, None)
-    search(saved, None)
+    STATES[name](saved, None)
     found, after = about()
     assert found == tensors and {**after, "losses": 0} == {**before, "losses": 0}
     assert len(after["losses"]) == {"lora": 9, "prior": 11}.get(name, 7)

@@ -219,7 +219,7 @@ def test_embeddings_are_compared_by_their_direction(scale):
 def test_numbers_and_features_are_compared_by_half_their_mean_squared_difference(task):
     output, target = randn(*SHAPES[task]), target_of(task)
     torch.testing.assert_close(TASKS[task].loss(output, target), ((output - target) ** 2).flatten(1).mean(1) / 2)
-    assert TASKS[task].per_value and torch.equal(TASKS[task].score(target, target), torch.ones(3))
+    assert TASKS[task].sum_over_pixels and torch.equal(TASKS[task].score(target, target), torch.ones(3))
     torch.testing.assert_close(TASKS[task].score(target + 1, target), torch.full((3,), 0.5))
 
 
@@ -233,7 +233,7 @@ def test_distillation_of_features_does_not_depend_on_their_range(task):
 
 
 def test_only_numbers_and_features_count_once_for_each_value_of_the_image():
-    assert {task for task in TASKS if TASKS[task].per_value} == set(SQUARES)
+    assert {task for task in TASKS if TASKS[task].sum_over_pixels} == set(SQUARES)
 
 
 # Maps of another size

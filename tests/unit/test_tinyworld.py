@@ -9,9 +9,9 @@ from helpers import SmallNet, images, level, randn, same
 from helpers.gaussian import GaussianMixture
 from torch.nn import functional as F
 
-from benchmarks.evaluation import Judgement, features, judge_all, reference, score
+from benchmarks.evaluation import Scores, features, judge_all, reference, score
 from benchmarks.networks import WEIGHTS as JUDGES
-from benchmarks.networks import load_conditional_denoiser, load_judge, load_second_judge
+from benchmarks.networks import load_conditional_denoiser, load_held_out_judge, load_judge
 from benchmarks.train_tinyworld import NETWORKS, TRAINING_SEEDS, Recipe, answer_loss, fit, home_of
 from examples.priors.networks import WEIGHTS as PRIORS
 from ppap_core.guiders.guider import clean
@@ -231,7 +231,7 @@ def test_no_training_sees_the_scenes_that_tests_use(tmp_path, monkeypatch):
 # Bundled weights: floors, not golden numbers
 
 @pytest.mark.parametrize("task, floor", [("class", 0.97), ("depth", 0.95), ("segmentation", 0.97)])
-@pytest.mark.parametrize("load", [load_guider, load_judge, load_second_judge])
+@pytest.mark.parametrize("load", [load_guider, load_judge, load_held_out_judge])
 def test_a_bundled_network_knows_scenes_that_it_has_not_seen(load, task, floor):
     scenes, network = draw(HELD_OUT), load(task)
     truth = {"class": scenes.label, "depth": scenes.depth, "segmentation": scenes.segmentation}[task]
@@ -242,7 +242,7 @@ def test_a_bundled_network_knows_scenes_that_it_has_not_seen(load, task, floor):
     assert score > floor and network.task == task and network.labels == TASKS[task][0]
 
 
-@pytest.mark.parametrize("load", [load_guider, load_judge, load_second_judge])
+@pytest.mark.parametrize("load", [load_guider, load_judge, load_held_out_judge])
 def test_a_bundled_classifier_bears_noise_that_no_eye_sees(load):
     """Otherwise its answers on generated images would be worthless."""
     scenes, network = draw(HELD_OUT), load("class")
@@ -302,7 +302,7 @@ def test_the_bundled_files_are_small_and_tell_their_recipe():
 
 
 def test_guider_and_judges_are_of_three_architectures():
-    networks = [load("class") for load in (load_guider, load_judge, load_second_judge)]
+    networks = [load("class") for load in (load_guider, load_judge, load_held_out_judge)]
     assert len({frozenset(network.net.state_dict()) for network in networks}) == 3
     assert len({network.name for network in networks}) == 3
     assert {network.preprocess.size for network in networks} == {(SIZE, SIZE)}
@@ -339,7 +339,7 @@ def test_everything_that_is_measured_of_images_is_in_range_and_tells_good_ones_f
         return scenes.image
 
     def measure(sample):
-        judges = (judge, load_second_judge("class"))
+        judges = (judge, load_held_out_judge("class"))
         return judge_all(sample, range(500, 525), judges, guider, real, torch.device("cpu"), batch=10)
     good, bad = measure(exact), measure(lambda seeds, _: 0.02 * randn(len(seeds), 3, SIZE, SIZE))
     assert asked == [list(range(500, 510)), list(range(510, 520)), list(range(520, 525))]
@@ -347,7 +347,7 @@ def test_everything_that_is_measured_of_images_is_in_range_and_tells_good_ones_f
         assert found.images == 25 and found.energy >= 0 and found.frechet >= 0
         for name in ("score", "second_score", "own_score", "precision", "recall"):
             assert 0 <= getattr(found, name) <= 1, name
-        assert all(isinstance(getattr(found, field.name), float) for field in fields(Judgement)[1:])
+        assert all(isinstance(getattr(found, field.name), float) for field in fields(Scores)[1:])
     assert min(good.score, good.second_score, good.own_score, good.precision) > 0.7
     assert max(bad.score, bad.second_score, bad.own_score) < 0.4 and bad.precision == bad.recall == 0
     assert good.energy < 0.2 < bad.energy and good.frechet < 0.5 * bad.frechet

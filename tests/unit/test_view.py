@@ -8,15 +8,15 @@ from helpers import level, randn, same, says, small_guider
 
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank, save_bank
-from ppap_core.experts.distill import DistillConfig, distill_expert, draw_pairs
-from ppap_core.experts.samples import SHARD, Recorder, SampleStore, Trajectories
+from ppap_core.experts.distill import DistillConfig, distill_expert, sample_batch
+from ppap_core.experts.samples import SHARD_SIZE, SampleStore, Trajectories, TrajectoryRecorder
 from ppap_core.guidance.gradients import energy_gradient
 from ppap_core.guidance.memory import gradient_bytes
 from ppap_core.guidance.shift import guidance_shift
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.latents import GROW, LatentSpace, Stem
 from ppap_core.io.files import load_tensors, save_tensors
-from ppap_core.noise import as_seen
+from ppap_core.noise import to_vp
 from ppap_core.rng import seeded
 from ppap_core.schedules import ExpertSchedule
 
@@ -86,7 +86,7 @@ def test_the_gradient_reaches_the_latent(view: str):
 
     def energy_along(step: float) -> torch.Tensor:
         point = (x if view == "noisy" else denoised) + step * direction
-        seen = as_seen(point, sigma) if view == "noisy" else point
+        seen = to_vp(point, sigma) if view == "noisy" else point
         return guider.energy(bank.see(seen, sigma), sigma).detach()
 
     direction, step = randn(*x.shape, seed=9), 1e-2
@@ -101,7 +101,7 @@ def test_a_plain_guider_guides_latents_by_their_colours():
     found = guidance_shift([Term(guider)], x, level(0.7, x), x, sigma_data=1.0)
     assert found.shift.shape == x.shape and found.shift.abs().max() > 0
     moved = guider.energy(here.colours(x + 0.01 * found.shift / found.shift.std()), level(0.7, x))
-    assert (moved < found.readings[0].energy).all()
+    assert (moved < found.records[0].energy).all()
 
 
 def latent_store(folder: Path) -> SampleStore:
@@ -109,12 +109,12 @@ def latent_store(folder: Path) -> SampleStore:
     store = SampleStore(folder, {"model": "test", "seed": 0})
 
     def generate(seeds: list[int]) -> tuple[torch.Tensor, Trajectories]:
-        recorder, made = Recorder(), torch.stack([randn(C, H, W, seed=seed) for seed in seeds])
+        recorder, made = TrajectoryRecorder(), torch.stack([randn(C, H, W, seed=seed) for seed in seeds])
         for place, sigma in enumerate((20.0, 5.0, 2.0, 0.8, 0.4, 0.05)):
             x = made + sigma * randn(*made.shape, seed=place)
             recorder.note(x, level(sigma, x), made)
         return picture(made), recorder.trajectories(seeds)
-    store.fill(SHARD, generate)
+    store.fill(SHARD_SIZE, generate)
     return store
 
 
@@ -124,9 +124,9 @@ def picture(latent: torch.Tensor) -> torch.Tensor:
 
 def test_a_store_keeps_what_was_diffused_beside_the_images(tmp_path: Path):
     store = latent_store(tmp_path)
-    assert store.images.shape == (SHARD, 3, H, 2 * W) and store.noisy.shape == store.denoised.shape == (SHARD, 6, C, H, W)
-    predicted = draw_pairs(bank_of("denoised"), 1, store, 5, DistillConfig(batch=6))
-    noisy = draw_pairs(bank_of("noisy"), 1, store, 5, DistillConfig(batch=6))
+    assert store.images.shape == (SHARD_SIZE, 3, H, 2 * W) and store.noisy.shape == store.denoised.shape == (SHARD_SIZE, 6, C, H, W)
+    predicted = sample_batch(bank_of("denoised"), 1, store, 5, DistillConfig(batch=6))
+    noisy = sample_batch(bank_of("noisy"), 1, store, 5, DistillConfig(batch=6))
     assert predicted.seen.shape == noisy.seen.shape == (6, C, H, W) and predicted.images.shape == (6, 3, H, 2 * W)
     torch.testing.assert_close(predicted.images, picture(predicted.seen), rtol=0, atol=0.02)
     assert torch.equal(noisy.images, predicted.images) and torch.equal(noisy.sigma, predicted.sigma)

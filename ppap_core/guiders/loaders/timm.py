@@ -16,7 +16,7 @@ from ..preprocess import timm_preprocess
 log = logging.getLogger(__name__)
 
 
-class Inner(nn.Module):
+class IntermediateFeatures(nn.Module):
     """Some of a network's inner maps, without what comes after them: image -> [(B, C, h, w)]."""
 
     def __init__(self, net: nn.Module, layers: list[int]):
@@ -28,7 +28,7 @@ class Inner(nn.Module):
         return self.net.forward_intermediates(image, indices=self.layers, intermediates_only=True, output_fmt="NCHW")
 
 
-class Chain(nn.Module):
+class VggFeatures(nn.Module):
     """The same for a network that is one chain of layers (VGG), which not every timm shows: what each pooling is given."""
 
     def __init__(self, layers: nn.Sequential):
@@ -96,13 +96,13 @@ def load_timm(folder: Path, answer: str = "own") -> Guider:
         return make(IgnoreSigma(Embedding(net)), task="embedding")
     read = gram if answer == "style" else self_similarity
     if config["architecture"].startswith("vgg"):
-        return make(IgnoreSigma(Features(Chain(net.features), read)), task=answer)
+        return make(IgnoreSigma(Features(VggFeatures(net.features), read)), task=answer)
     if not hasattr(net, "forward_intermediates"):
         raise ValueError(f"{config['architecture']} shows timm no inner maps, which {answer} is read from: expected another "
                          "network, such as vgg19 for style or a vision transformer for structure")
     fine = [index for index, about in enumerate(net.feature_info) if about["reduction"] <= 16]
     layers = fine if answer == "style" else [len(net.feature_info) - 1]
-    return make(IgnoreSigma(Features(Inner(net, layers), read)), task=answer)
+    return make(IgnoreSigma(Features(IntermediateFeatures(net, layers), read)), task=answer)
 
 
 def _load(folder: Path) -> tuple[nn.Module, dict]:

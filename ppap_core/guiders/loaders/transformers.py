@@ -38,14 +38,14 @@ def logits(model: nn.Module, image: Tensor) -> Tensor:
     return model(pixel_values=image).logits
 
 
-def nearness(model: nn.Module, image: Tensor) -> Tensor:
+def inverse_depth(model: nn.Module, image: Tensor) -> Tensor:
     """Depth as relative networks give it, near is large, (B, 1, h, w)."""
     depth = model(pixel_values=image).predicted_depth[:, None]
     metric = getattr(model.config, "depth_estimation_type", "") == "metric" or model.config.model_type in METRIC
     return 1 / (1 + depth) if metric else depth
 
 
-def class_times_mask(model: nn.Module, image: Tensor, **task: Tensor) -> Tensor:
+def semantic_logits(model: nn.Module, image: Tensor, **task: Tensor) -> Tensor:
     """Log of the share of each class in each place, (B, K, h, w): the queries' classes times their masks.
 
     What `post_process_semantic_segmentation` does (Cheng et al. 2021, semantic inference), with a gradient.
@@ -58,9 +58,9 @@ def class_times_mask(model: nn.Module, image: Tensor, **task: Tensor) -> Tensor:
         return torch.einsum("bqk,bqhw->bkhw", classes, masks).clamp_min(1e-6).log()
 
 
-def class_times_mask_of_task(tokens: Tensor, model: nn.Module, image: Tensor) -> Tensor:
+def semantic_logits_of_task(tokens: Tensor, model: nn.Module, image: Tensor) -> Tensor:
     """The same by a network that is told its task in words, (1, n) tokens."""
-    return class_times_mask(model, image, task_inputs=tokens.to(image.device).expand(len(image), -1))
+    return semantic_logits(model, image, task_inputs=tokens.to(image.device).expand(len(image), -1))
 
 
 def embedding(model: nn.Module, image: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def load_transformers(folder: Path, answer: str = "own") -> Guider:
     config, model = _load(folder)
     name, architecture = f"transformers/{folder.name}", config.architectures[0]
     make = partial(Guider, name, preprocess=_preprocess(folder))
-    if architecture in TOWERS and answer in ("own", "embedding"):
+    if architecture in DUAL_ENCODERS and answer in ("own", "embedding"):
         return _image_tower(make, folder, config, model)
     if answer != "own" or architecture in BACKBONES:
         return _backbone(make, model, architecture, "structure" if answer == "own" else answer)
@@ -115,21 +115,21 @@ def load_transformers(folder: Path, answer: str = "own") -> Guider:
         parts = nn.ModuleDict({"vision": model.clip.vision_model, "decoder": model.decoder})
         return make(IgnoreSigma(Network(parts, partial(prompted_mask, list(model.extract_layers)))), task="mask",
                     read_text=partial(_read_text, folder, model.clip))
-    task, ask = next(found for suffix, found in QUESTIONS.items() if architecture.endswith(suffix))
+    task, ask = next(found for suffix, found in TASK_HEADS.items() if architecture.endswith(suffix))
     if architecture.startswith("OneFormer"):
-        ask = partial(class_times_mask_of_task, _tokens_of_task(folder, config.task_seq_len))
+        ask = partial(semantic_logits_of_task, _tokens_of_task(folder, config.task_seq_len))
     labels = () if task == "depth" else _labels(name, config.id2label)
     return make(IgnoreSigma(Network(model, ask)), task=task, labels=labels)
 
 
-QUESTIONS = {
-    "ForImageClassification": ("class", logits), "ForDepthEstimation": ("depth", nearness),
-    "ForSemanticSegmentation": ("segmentation", logits), "ForUniversalSegmentation": ("segmentation", class_times_mask),
-    "MaskFormerForInstanceSegmentation": ("segmentation", class_times_mask),
+TASK_HEADS = {
+    "ForImageClassification": ("class", logits), "ForDepthEstimation": ("depth", inverse_depth),
+    "ForSemanticSegmentation": ("segmentation", logits), "ForUniversalSegmentation": ("segmentation", semantic_logits),
+    "MaskFormerForInstanceSegmentation": ("segmentation", semantic_logits),
 }
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 BACKBONES = ("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel", "ViTModel", "ViTMSNModel")
-TOWERS = ("CLIPModel", "SiglipModel", "Siglip2Model", "CLIPVisionModelWithProjection", "SiglipVisionModel",
+DUAL_ENCODERS = ("CLIPModel", "SiglipModel", "Siglip2Model", "CLIPVisionModelWithProjection", "SiglipVisionModel",
           "Siglip2VisionModel")
 
 
@@ -139,10 +139,10 @@ def _load(folder: Path) -> tuple:
 
     said = read_json(folder / "config.json")
     architecture = (said.get("architectures") or ["none"])[0]
-    known = (*TOWERS, "CLIPSegForImageSegmentation", *BACKBONES)
-    if architecture not in known and not architecture.endswith(tuple(QUESTIONS)):
+    known = (*DUAL_ENCODERS, "CLIPSegForImageSegmentation", *BACKBONES)
+    if architecture not in known and not architecture.endswith(tuple(TASK_HEADS)):
         raise ValueError(f"{folder.name}/config.json says the architecture is {architecture}, which answers nothing that "
-                         f"can guide: expected one such as ...{', ...'.join(QUESTIONS)}, {', '.join(known)}")
+                         f"can guide: expected one such as ...{', ...'.join(TASK_HEADS)}, {', '.join(known)}")
     if not hasattr(transformers, architecture):
         raise ValueError(f"transformers {transformers.__version__} knows no {architecture} (from {folder.name}/config.json)"
                          ": expected one it knows; a newer transformers may have it")

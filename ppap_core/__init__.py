@@ -1,0 +1,57 @@
+"""Plug-and-play guidance for diffusion models: any network that judges images steers any model that makes them.
+
+A denoiser is any function (x, sigma) -> expected clean image, with x = image + sigma * noise, (B, C, H, W), and sigma (B,).
+Images are (B, 3, H, W) in [-1, 1]. A guider turns images into energies (B,), lower is better; a term gives it a weight.
+
+    import torch
+    from ppap_core import Term, class_target, guided, karras_sigmas, sample_heun
+    from ppap_core.tinyworld.loaders import load_denoiser, load_guider
+
+    guider = load_guider("class")  # or ppap_core.load_guider("a folder with config.json and safetensors")
+    guider = guider.aim(class_target(guider, "star"))
+    denoise = guided(load_denoiser(), [Term(guider, weight=4.0)])
+    sigmas = karras_sigmas(16, 0.02, 80.0)
+    images = sample_heun(denoise, sigmas[0] * torch.randn(4, 3, 32, 32), sigmas)
+
+Experts make a guider reliable at high noise: fill a `SampleStore` with images of the model, `distill` an `ExpertBank` from
+them, and guide with `with_experts(guider, bank)`.
+"""
+from .experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from .experts.checkpoint import load_bank, save_bank
+from .experts.distill import DistillConfig, distill, teacher_distance
+from .experts.samples import SampleStore, Trajectories, TrajectoryRecorder
+from .guidance.autoguidance import Autoguidance, autoguided
+from .guidance.prior import PriorConfig, optimize_images
+from .guidance.shift import guidance_shift, guided
+from .guidance.terms import Term
+from .guidance.training_free import TrainingFree, sample_training_free
+from .guiders.guider import Guider, IgnoreSigma
+from .guiders.latents import LatentSpace
+from .guiders.loaders import load_guider
+from .guiders.preprocess import Preprocess
+from .guiders.previews import visualize
+from .guiders.rules import RULES, rule_guider
+from .guiders.targets import (
+    aim_at_text,
+    class_target,
+    image_target,
+    map_target,
+    mask_target,
+    number_target,
+    with_cutouts,
+)
+from .guiders.tasks import TASKS, Task
+from .noise import NoiseInterval, flow_to_ve, to_vp
+from .sampling import Denoiser, karras_sigmas, sample_euler, sample_heun
+from .schedules import ExpertSchedule, Ramp
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "Guider", "IgnoreSigma",
+    "LatentSpace", "LoraSpec", "NoiseInterval", "Preprocess", "PriorConfig", "Ramp", "SampleStore", "Task", "Term",
+    "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided", "base_network", "class_target",
+    "distill", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider",
+    "map_target", "mask_target", "number_target", "optimize_images", "rule_guider", "sample_euler", "sample_heun",
+    "sample_training_free", "save_bank", "teacher_distance", "to_vp", "visualize", "with_cutouts", "with_experts",
+]

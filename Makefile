@@ -1,9 +1,12 @@
 # Each command sets up all it needs in .venv, once.
 #   make demo      distil five experts on the bundled world and guide with them (no ComfyUI needed)
 #   make test      all tests; those of the nodes run where a ComfyUI is at hand
+#   make lint      ruff and mypy
 #   make comfyui   start ComfyUI with this pack in it
 #   make bench     the short table of the benchmark
 #   make pictures  run every workflow at its full settings in ComfyUI, and make the README's pictures of them
+#   make help-pages  write the inputs and outputs of the nodes into their help pages (needs a ComfyUI)
+#   make archive   build the archive that the registry publishes, and print its size
 # A ComfyUI is looked for at COMFYUI_PATH, then around this folder (ComfyUI/custom_nodes/<pack>), then in comfy-cli's default.
 
 PYTHON ?= python3
@@ -13,7 +16,7 @@ COMFYUI_PATH ?= $(or $(and $(wildcard ../../custom_nodes),$(AROUND)),$(patsubst 
 export COMFYUI_PATH
 NAME := $(notdir $(CURDIR))
 
-.PHONY: demo test comfyui bench pictures
+.PHONY: demo test lint comfyui bench pictures help-pages archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -24,8 +27,18 @@ bench: .venv/ready
 test: .venv/ready .venv/comfyui
 	$(BIN)/python -m pytest
 
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
 pictures: .venv/ready .venv/comfyui
 	$(BIN)/python -m pytest tests/comfy/full_workflows.py
+
+help-pages: .venv/ready .venv/comfyui
+	$(BIN)/python -m tools.help_pages "$(COMFYUI_PATH)"
+
+archive: .venv/ready
+	$(BIN)/python -m tools.archive
 
 comfyui: .venv/ready .venv/comfyui
 	@test -n "$(COMFYUI_PATH)" || { echo "No ComfyUI found: pip install comfy-cli && comfy install, or set COMFYUI_PATH to yours."; exit 1; }
@@ -33,19 +46,18 @@ comfyui: .venv/ready .venv/comfyui
 		echo "Linked this pack into $(COMFYUI_PATH)/custom_nodes."; }
 	cd "$(COMFYUI_PATH)" && "$(CURDIR)/$(BIN)/python" main.py $(ARGS)
 
-.venv/ready: requirements-dev.txt pyproject.toml
+.venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; a few minutes, mostly downloading torch)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-# What the ComfyUI at hand requires, with the torch of requirements-dev.txt; made again for another ComfyUI.
+# What the ComfyUI at hand requires, with the torch of constraints.txt; made again for another ComfyUI.
 .venv/comfyui: .venv/ready FORCE
 	@if [ -z "$(COMFYUI_PATH)" ]; then echo "No ComfyUI at hand: the tests of the nodes will be skipped."; \
 	elif [ "$$(cat $@ 2>/dev/null)" != "$(COMFYUI_PATH)" ]; then \
 		echo "Installing what the ComfyUI at $(COMFYUI_PATH) requires"; \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r "$(COMFYUI_PATH)/requirements.txt" -c requirements-dev.txt \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r "$(COMFYUI_PATH)/requirements.txt" -c constraints.txt \
 		&& echo "$(COMFYUI_PATH)" > $@; fi
 
 FORCE:

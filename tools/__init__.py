@@ -1,0 +1,1 @@
+"""Commands of a contributor, run by `make`; not in what is published."""

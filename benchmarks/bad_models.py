@@ -15,6 +15,7 @@ from ppap_core.tinyworld.loaders import CONDITIONS, SIGMA_MAX, SIGMA_MIN, load_d
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 from ppap_core.tinyworld.scenes import CLASSES, draw
 from ppap_core.training.finetune import FineTune, fine_tune
+from ppap_core.training.loop import RunOptions
 from ppap_core.training.lora import LoraUpdate, with_adapters
 
 from .networks import load_conditional_denoiser, load_conditional_sibling
@@ -73,7 +74,7 @@ def _made(kind: str, folder: Path, device: torch.device) -> Model:
                     f"{name}.{part}": getattr(change, part).detach() for name, change in changes.items()
                     for part in ("up", "down")}, {"rank": rank, "step": step + 1})
         images = draw(range(TRAINING_SEEDS, TRAINING_SEEDS + 1024), label=STAR).image.to(device)
-        fine_tune(net, predict, images, FineTune(steps, rank, 16), {}, SIGMA_DATA, on_step=keep)
+        fine_tune(net, predict, images, FineTune(steps, rank, 16), SIGMA_DATA, RunOptions(on_step=keep))
     tensors = {name: tensor.to(device) for name, tensor in load_tensors(file)[0].items()}
     names = {name.rpartition(".")[0] for name in tensors}
     changes = {name: [LoraUpdate(tensors[f"{name}.up"], tensors[f"{name}.down"], strength)] for name in names}

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...ppap_core.io.files import save_tensors
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.training.finetune import FineTune, as_lora, fine_tune
+from ...ppap_core.training.loop import RunOptions
 from ...ppap_core.training.lora import Adapters
 from . import latents, noise_levels, paths
 from .autograd import autograd, for_gradients, make_differentiable, with_gradients
@@ -52,8 +53,8 @@ def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: 
             return predict_at(seen, sigma, **extra_args), noise_levels.to_ve(sampling, images, sigma)[1]
 
         with autograd():
-            return fine_tune(net, predict, images.to(noise), config, about, latents.sigma_data_of(model), state, on_step,
-                             with_gradients(net))
+            return fine_tune(net, predict, images.to(noise), config, latents.sigma_data_of(model),
+                             RunOptions(about, state, on_step=on_step, run_step=with_gradients(net)))
 
     guider = cfg_guider(tuned, positive, positive, 1.0)
     changes, losses = run_inside_sampler(guider, (config.batch, *images.shape[1:]), config.seed, train)

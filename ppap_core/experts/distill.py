@@ -5,7 +5,7 @@ Knowledge transfer of PPAP (Go et al. 2023). The paper puts fresh noise on finis
 that the model took on its way to the image, and so learns where a way leads.
 """
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..guiders.tasks import TASKS
 from ..noise import to_vp
 from ..sampling import Denoiser
 from ..schedules import ExpertSchedule
-from ..training.loop import optimize
+from ..training.loop import RunOptions, optimize
 from .bank import ExpertBank, with_experts
 from .samples import Pairs, SampleStore, fresh_pairs, trajectory_pairs
 
@@ -66,13 +66,12 @@ def sample_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, co
 
 
 def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleStore,
-                   config: DistillConfig = DistillConfig(), state_file: Path | None = None,
-                   on_step: Callable[[int, int, float], None] | None = None, denoise: Denoiser | None = None) -> list[float]:
+                   config: DistillConfig = DistillConfig(), options: RunOptions = RunOptions(),
+                   denoise: Denoiser | None = None) -> list[float]:
     """Train one expert on generated images only; returns the loss of every step.
 
-    state_file: where weights, optimiser and losses are kept; an existing one is gone on with, and a finished one is
-    only loaded. on_step(index, step, loss) may raise to stop: the state is saved first, and going on later gives the
-    same expert as a run without a stop. denoise: the model, which only fresh noise in the denoised view needs.
+    options: run_id is completed by what the expert is distilled from and how. denoise: the model, which only fresh noise in
+    the denoised view needs.
     """
     with torch.inference_mode(False), bank.trainable(index) as parameters:
         device = parameters[0].device
@@ -81,9 +80,9 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
             pairs = sample_batch(bank, index, store, step, config, denoise)
             return distill_loss(guider, bank, pairs.to(device), config.temperature).mean()
 
+        options = replace(options.identified(_run_id(guider, bank, index, store, config)), save_every=config.save_every)
         return optimize(dict(zip(bank.weights(index), parameters, strict=True)), loss, config.steps, config.lr,
-                        f"expert {index} of {guider.name}", _about(guider, bank, index, store, config), state_file,
-                        config.save_every, on_step and partial(on_step, index))
+                        f"expert {index} of {guider.name}", options)
 
 
 def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: DistillConfig = DistillConfig(),
@@ -100,7 +99,8 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: Distil
         if config.warm_start and index:
             bank.load(index, bank.weights(index - 1))
         state_file = folder and Path(folder) / f"expert_{index}.state.safetensors"
-        losses.append(distill_expert(guider, bank, index, store, config, state_file, on_step, denoise))
+        options = RunOptions(state_file=state_file, on_step=on_step and partial(_report, on_step, index))
+        losses.append(distill_expert(guider, bank, index, store, config, options, denoise))
     bank.recipe = {"samples": store.recipe, "images": len(store), **asdict(config),
                    "final_losses": [each[-1] for each in losses if each]}
     return losses
@@ -126,7 +126,11 @@ def teacher_distance(guider: Guider, other: Guider, store: SampleStore, schedule
     return found
 
 
-def _about(guider: Guider, bank: ExpertBank, index: int, store: SampleStore, config: DistillConfig) -> dict:
+def _report(on_step: Callable[[int, int, float], None], index: int, step: int, loss: float, _: object) -> None:
+    on_step(index, step, loss)
+
+
+def _run_id(guider: Guider, bank: ExpertBank, index: int, store: SampleStore, config: DistillConfig) -> dict:
     return {"guider": guider.name, "fingerprint": bank.fingerprint, "index": index, "edges": list(bank.schedule.edges),
             "view": bank.view, "space": bank.space_name,
             "lora": {**asdict(bank.lora), "targets": list(bank.lora.targets)},

@@ -16,7 +16,7 @@ from ..guiders.guider import clean
 from ..noise import expand
 from ..rng import seeded, seeded_noise
 from ..sampling import Denoiser, karras_sigmas, sample_euler
-from ..training.loop import Losses, RunStep, optimize
+from ..training.loop import Losses, RunOptions, RunStep, optimize
 from .gradients import differentiable, energy_gradient, finite
 from .shift import mask_for, posterior_std, rms, term_gradient
 from .terms import Term
@@ -86,9 +86,9 @@ def run_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: P
         towards = (_size(levels[step], sigma_data) * gradient * image).sum()
         return torch.stack([error.mean() + (towards - towards.detach()), energy.mean()])
 
-    losses = optimize({"point": point}, loss, config.steps, config.lr * sigma_data, "the prior",
-                      {**(about or {}), "prior": asdict(config), "seeds": list(seeds)}, state_file,
-                      on_step=on_step and (lambda step, parts: on_step(step, parts, point.detach())), run_step=run_step)
+    options = RunOptions({**(about or {}), "prior": asdict(config), "seeds": list(seeds)}, state_file, on_step=on_step,
+                         run_step=run_step).reporting(point.detach())
+    losses = optimize({"point": point}, loss, config.steps, config.lr * sigma_data, "the prior", options)
     return point.detach(), losses
 
 

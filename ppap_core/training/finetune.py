@@ -1,16 +1,15 @@
 """Low-rank fine-tuning of a diffusion model on images: with few steps and a low rank it makes a bad sibling, with more of
 both a good one."""
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..noise import expand
 from ..rng import seeded
-from .loop import RunStep, optimize
-from .lora import Adapters, LoraUpdate, supports_lora, with_adapters
+from .loop import RunOptions, optimize
+from .lora import LoraUpdate, supports_lora, with_adapters
 
 Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images (B, C, H, W), noise like them, share of the noise schedule (B,)) -> (denoised prediction, noise level (B,))"""
@@ -43,14 +42,13 @@ def fresh_changes(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdate]
     return changes
 
 
-def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune, about: dict, sigma_data: float = 1.0,
-              state_file: Path | None = None, on_step: Callable[[int, float, Adapters], None] | None = None,
-              run_step: RunStep | None = None) -> tuple[dict[str, LoraUpdate], list[float]]:
+def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune, sigma_data: float = 1.0,
+              options: RunOptions = RunOptions()) -> tuple[dict[str, LoraUpdate], list[float]]:
     """Low-rank changes of `net`, the network inside `predict`, that make it better on images (n, C, H, W), and the losses.
 
     The loss is EDM's (Karras et al. 2022, eq. 8), which is that of noise prediction at low noise and of velocity at high.
-    The weights of the network stay as they are. Resumes and stops as `optimise` does, and does its passes
-    in `attempt`; on_step(step, loss, changes).
+    The weights of the network stay as they are. options: run_id is completed by the settings and the shape of the images;
+    on_step gets the changes as they are after the step.
     """
     with torch.inference_mode(False):
         changes = fresh_changes(net, config.rank, config.seed)
@@ -67,11 +65,10 @@ def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune
             return (expand(weight, chosen) * (denoised - chosen).square()).mean()
 
         parameters = {f"{name}.{part}": getattr(change, part) for name, change in changes.items() for part in ("up", "down")}
-        losses = optimize(parameters, loss, config.steps, config.lr, "the fine-tuning",
-                          about | {"config": {key: value for key, value in asdict(config).items() if key != "save_every"},
-                                   "images": list(images.shape)},
-                          state_file, config.save_every, on_step and (lambda step, value: on_step(step, value, changes)),
-                          run_step)
+        run_id = {"config": {key: value for key, value in asdict(config).items() if key != "save_every"},
+                  "images": list(images.shape)}
+        options = replace(options.identified(run_id).reporting(changes), save_every=config.save_every)
+        losses = optimize(parameters, loss, config.steps, config.lr, "the fine-tuning", options)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return changes, losses

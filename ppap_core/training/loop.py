@@ -1,85 +1,137 @@
-"""Training that can be stopped: the loop of everything that this pack trains."""
+"""One resumable training loop for everything that is trained here."""
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..io.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
 
-Losses = list[float] | list[list[float]]
-"""Of every step, or of every step in parts."""
+Losses = list[Any]
+"""The loss of every step: a float each, or a list of floats where a loss has several parts."""
 
 RunStep = Callable[[Callable[[], Tensor]], Tensor]
-"""(the passes of a step) -> what they return"""
+"""Runs a closure (forward and backward pass) and returns its loss; may call it twice, after running out of memory, say."""
+
+OnStep = Callable[[int, Any, Any], None]
+"""(step, loss, what is trained as it is now) after every step; may raise to stop the training."""
 
 
-def optimize(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps: int, lr: float, what: str, about: dict,
-             state_file: Path | None = None, save_every: int = 100, on_step: Callable[[int, float], None] | None = None,
-             run_step: RunStep | None = None) -> Losses:
-    """Lower loss(step) by AdamW with a rate that falls to zero like a cosine; returns the loss of every step.
+@dataclass(frozen=True)
+class RunOptions:
+    """How a training is identified, saved, watched and executed. None of it changes the result.
 
-    parameters: by name, with requires_grad on; they are changed in place. loss(step) must be a function of the step alone,
-    so that a run that was stopped and goes on is the same run; it may hold several parts, whose sum is lowered.
-    state_file: where parameters, optimiser and losses are kept, with `about`, which tells this training from others; an
-    existing one is gone on with, and a finished one is only loaded. on_step(step, loss) may raise to stop: the state is
-    saved first. attempt: does the passes of a step, which may be done again; None: once, as they are.
-    ValueError for a state of another training, and for a loss of `what` that is not finite.
+    run_id: what tells this training from others, as JSON values; it goes into the state file and has to match on resuming.
+    state_file: where the state is kept, so that a stopped training resumes and a finished one is only loaded; None: nowhere.
+    save_every: steps between two states on disk; a training that stops saves its state in any case.
+    on_step: called after every step; None: nobody is told.
+    run_step: runs the forward and backward pass of a step; None: they are run once, directly.
+    extra_state: further tensors that are saved and restored in place, such as a moving average that on_step updates.
     """
+
+    run_id: dict = field(default_factory=dict)
+    state_file: Path | None = None
+    save_every: int = 100
+    on_step: OnStep | None = None
+    run_step: RunStep | None = None
+    extra_state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def identified(self, run_id: dict) -> "RunOptions":
+        """Add entries to run_id."""
+        return replace(self, run_id={**self.run_id, **run_id})
+
+    def reporting(self, trained: Any) -> "RunOptions":
+        """Hand `trained` to on_step in place of the parameters by name."""
+        return replace(self, on_step=self.on_step and partial(_report, self.on_step, trained))
+
+
+def _report(on_step: OnStep, trained: Any, step: int, loss: Any, _: Any) -> None:
+    on_step(step, loss, trained)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of the optimiser: the learning rate of each step, and weight decay (0: none)."""
+
+    learning_rate: Callable[[int], float]
+    weight_decay: float = 0.0
+
+
+def cosine(peak: float, steps: int, step: int) -> float:
+    """Learning rate of a step that falls from `peak` to zero along a cosine."""
+    return peak * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def optimize(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps: int, learning_rate: float | AdamW,
+             name: str, options: RunOptions = RunOptions()) -> Losses:
+    """Minimise loss(step) by AdamW (Loshchilov and Hutter 2019), resuming from options.state_file, and return all losses.
+
+    parameters: by name, with requires_grad on; changed in place.
+    loss: () or (n,), the parts of which are summed; a function of the step alone, so that a resumed run equals one that
+        never stopped.
+    learning_rate: the first step's, from where it falls to zero along a cosine; an `AdamW` for anything else.
+    name: of what is trained, for error messages.
+    ValueError for the state of another training, and for a loss that is not finite.
+    """
+    settings = learning_rate if isinstance(learning_rate, AdamW) else AdamW(partial(cosine, learning_rate, steps))
     with torch.inference_mode(False), torch.enable_grad():
-        optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0)
-        losses = _resume(state_file, about, parameters, optimizer)
-        done = len(losses)
-
-        def passes(step: int) -> Tensor:
-            optimizer.zero_grad()
-            value = loss(step)
-            if not torch.isfinite(value).all():
-                raise ValueError(f"the loss of {what} became {value.tolist()} in step {step}: expected a finite number; "
-                                 "lower the learning rate, or check the network")
-            value.sum().backward()
-            return value
-
+        optimizer = torch.optim.AdamW(parameters.values(), weight_decay=settings.weight_decay)
+        losses = _resume(options, parameters, optimizer)
+        first = len(losses)
         try:
-            for step in range(done, steps):
-                once = partial(passes, step)
-                value = run_step(once) if run_step else once()
-                optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+            for step in range(first, steps):
+                closure = partial(_backward, optimizer, loss, step, name)
+                value = options.run_step(closure) if options.run_step else closure()
+                optimizer.param_groups[0]["lr"] = settings.learning_rate(step)
                 optimizer.step()
                 losses.append(value.tolist())
-                if state_file and len(losses) % save_every == 0:
-                    _save(state_file, about, parameters, optimizer, losses)
-                if on_step:
-                    on_step(step, losses[-1])
+                if options.on_step:
+                    options.on_step(step, losses[-1], parameters)
+                if len(losses) % options.save_every == 0:
+                    _save(options, parameters, optimizer, losses)
         finally:
-            if state_file and len(losses) > done:
-                _save(state_file, about, parameters, optimizer, losses)
+            if len(losses) > first:
+                _save(options, parameters, optimizer, losses)
     return losses
 
 
-def _resume(state_file: Path | None, about: dict, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Losses:
-    if not state_file or not Path(state_file).exists():
+def _backward(optimizer: torch.optim.Optimizer, loss: Callable[[int], Tensor], step: int, name: str) -> Tensor:
+    optimizer.zero_grad()
+    value = loss(step)
+    if not torch.isfinite(value).all():
+        raise ValueError(f"the loss of {name} became {value.tolist()} in step {step}: expected a finite number; "
+                         "lower the learning rate, or check the network")
+    value.sum().backward()
+    return value
+
+
+def _resume(options: RunOptions, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Losses:
+    if not options.state_file or not Path(options.state_file).exists():
         return []
-    tensors, found = load_tensors(state_file)
-    losses = found.pop("losses", [])
-    if found != about:
-        changed = next(key for key in {**about, **found} if found.get(key) != about.get(key))
-        raise ValueError(f"{Path(state_file).name} is the state of another training ({changed} is {found.get(changed)}, "
-                         f"expected {about.get(changed)}): delete it or use another folder")
-    trained = without_prefix("trained", tensors)
-    if trained.keys() != parameters.keys():
-        raise ValueError(f"{Path(state_file).name} holds {len(trained)} of {len(parameters)} trained tensors, or others: "
-                         "delete it or use another folder")
-    for name, value in trained.items():
-        parameters[name].data.copy_(value)
+    file = Path(options.state_file)
+    tensors, run_id = load_tensors(file)
+    losses = run_id.pop("losses", [])
+    if run_id != options.run_id:
+        changed = next(key for key in {**options.run_id, **run_id} if run_id.get(key) != options.run_id.get(key))
+        raise ValueError(f"{file.name} is the state of another training ({changed} is {run_id.get(changed)}, "
+                         f"expected {options.run_id.get(changed)}): delete it or use another folder")
+    for prefix, own in (("trained", parameters), ("extra", options.extra_state)):
+        saved = without_prefix(prefix, tensors)
+        if saved.keys() != own.keys():
+            raise ValueError(f"{file.name} holds {len(saved)} of {len(own)} {prefix} tensors, or others: "
+                             "delete it or use another folder")
+        for key, value in saved.items():
+            own[key].data.copy_(value)
     restore_optimizer(optimizer, without_prefix("optimizer", tensors))
     return losses
 
 
-def _save(state_file: Path, about: dict, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer,
-          losses: Losses) -> None:
-    trained = {name: parameter.detach() for name, parameter in parameters.items()}
-    save_tensors(state_file, with_prefix("trained", trained) | with_prefix("optimizer", optimizer_tensors(optimizer)),
-                 about | {"losses": losses})
+def _save(options: RunOptions, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, losses: Losses) -> None:
+    if options.state_file:
+        tensors = (with_prefix("trained", parameters) | with_prefix("optimizer", optimizer_tensors(optimizer))
+                   | with_prefix("extra", dict(options.extra_state)))
+        save_tensors(options.state_file, tensors, {**options.run_id, "losses": losses})

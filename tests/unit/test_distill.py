@@ -42,6 +42,7 @@ from ppap_core.rng import seeded_noise
 from ppap_core.sampling import karras_sigmas, sample_euler
 from ppap_core.schedules import ExpertSchedule
 from ppap_core.tinyworld.loaders import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider
+from ppap_core.training.loop import RunOptions
 
 CONFIG = DistillConfig(steps=10, batch=3, lr=1e-2, seed=4, save_every=3)
 FRESH, WARM = replace(CONFIG, fresh_noise=True), replace(CONFIG, warm_start=True)
@@ -76,7 +77,7 @@ class Stop(Exception):
 
 
 def stop_after(steps: int):
-    def on_step(index, step, loss):
+    def on_step(step, loss, weights):
         if step + 1 == steps:
             raise Stop
     return on_step
@@ -198,11 +199,11 @@ def test_a_training_that_was_stopped_and_gone_on_with_gives_the_same_bits_as_one
     losses = distill_expert(guider, straight, 1, store, config, denoise=shrink)
     state = tmp_path / "state.safetensors"
     with pytest.raises(Stop):
-        distill_expert(guider, stopped, 1, store, config, state, stop_after(stop), shrink)
+        distill_expert(guider, stopped, 1, store, config, RunOptions(state_file=state, on_step=stop_after(stop)), shrink)
     assert len(load_tensors(state)[1]["losses"]) == stop
     disturb(resumed, 1)  # what was in memory is lost and does not matter
     again = SampleStore(store.folder, store.recipe)
-    assert distill_expert(guider, resumed, 1, again, config, state, denoise=shrink) == losses
+    assert distill_expert(guider, resumed, 1, again, config, RunOptions(state_file=state), denoise=shrink) == losses
     assert same(resumed.weights(1), straight.weights(1)) and not same(stopped.weights(1), straight.weights(1))
 
 
@@ -211,10 +212,10 @@ def test_the_learning_rate_falls_along_a_cosine_to_zero(store):
     guider = small_guider()
     bank, moves = make_bank(guider), []
     before = {name: value.clone() for name, value in bank.weights(1).items()}
-    def on_step(index, step, loss):
+    def on_step(step, loss, weights):
         moves.append(max(float((value - before[name]).abs().max()) for name, value in bank.weights(1).items()))
         before.update({name: value.clone() for name, value in bank.weights(1).items()})
-    distill_expert(guider, bank, 1, store, CONFIG, on_step=on_step)
+    distill_expert(guider, bank, 1, store, CONFIG, RunOptions(on_step=on_step))
     rates = [CONFIG.lr * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
     assert moves[0] == pytest.approx(CONFIG.lr, rel=1e-3)
     assert all(0.3 * rate < move < 2 * rate for move, rate in zip(moves, rates, strict=True))
@@ -225,20 +226,20 @@ def test_a_training_that_the_machine_ended_goes_on_from_the_last_saved_step(stor
     straight, resumed = make_bank(guider), make_bank(guider)
     losses = distill_expert(guider, straight, 1, store, CONFIG)
     copy = tmp_path / "copy.safetensors"
-    def on_step(index, step, loss):
+    def on_step(step, loss, weights):
         if step == 7:  # the state of step 6 is what a power cut here leaves
             copy.write_bytes(state.read_bytes())
-    distill_expert(guider, make_bank(guider), 1, store, CONFIG, state, on_step)
+    distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state, on_step=on_step))
     assert len(load_tensors(copy)[1]["losses"]) == 6
-    assert distill_expert(guider, resumed, 1, store, CONFIG, copy) == losses
+    assert distill_expert(guider, resumed, 1, store, CONFIG, RunOptions(state_file=copy)) == losses
     assert same(resumed.weights(1), straight.weights(1))
 
 
 def test_a_finished_training_is_loaded_and_not_gone_on_with(store, tmp_path):
     guider, state = small_guider(), tmp_path / "state.safetensors"
     first, second = make_bank(guider), make_bank(guider)
-    losses = distill_expert(guider, first, 0, store, CONFIG, state)
-    assert distill_expert(guider, second, 0, store, CONFIG, state, never) == losses
+    losses = distill_expert(guider, first, 0, store, CONFIG, RunOptions(state_file=state))
+    assert distill_expert(guider, second, 0, store, CONFIG, RunOptions(state_file=state, on_step=never)) == losses
     assert same(first.weights(0), second.weights(0))
 
 
@@ -272,9 +273,9 @@ def test_looking_through_the_experts_in_the_middle_of_a_training_does_not_change
     guider = small_guider()
     quiet, watched = make_bank(guider), make_bank(guider)
     losses = distill_expert(guider, quiet, 1, store, CONFIG)
-    def preview(index, step, loss):
+    def preview(step, loss, weights):
         teacher_distance(guider, with_experts(guider, watched), store, watched.schedule, size=2)
-    assert distill_expert(guider, watched, 1, store, CONFIG, on_step=preview) == losses
+    assert distill_expert(guider, watched, 1, store, CONFIG, RunOptions(on_step=preview)) == losses
     assert same(quiet.weights(1), watched.weights(1))
 
 
@@ -394,13 +395,13 @@ def test_a_network_that_breaks_in_distillation_is_told_and_the_steps_before_are_
     def breaking(x, sigma):
         return shrink(x, sigma) * (math.nan if next(breaks) == 4 else 1)
     with says(ValueError, "expert 1", "nan", "step 4", guider.name):
-        distill_expert(guider, bank, 1, store, FRESH, state, denoise=breaking)
+        distill_expert(guider, bank, 1, store, FRESH, RunOptions(state_file=state), denoise=breaking)
     assert load_tensors(state)[1]["losses"] == losses[:4]
     assert all(bool(value.isfinite().all()) for value in bank.weights(1).values())
-    assert distill_expert(guider, make_bank(guider), 1, store, FRESH, state, denoise=shrink) == losses
+    assert distill_expert(guider, make_bank(guider), 1, store, FRESH, RunOptions(state_file=state), denoise=shrink) == losses
     net.left = 0
     with says(ValueError, "expert 0", "nan", "step 0"):
-        distill_expert(guider, bank, 0, store, CONFIG, tmp_path / "other.safetensors")
+        distill_expert(guider, bank, 0, store, CONFIG, RunOptions(state_file=tmp_path / "other.safetensors"))
 
 
 @pytest.mark.parametrize("change, word", [
@@ -409,7 +410,7 @@ def test_a_network_that_breaks_in_distillation_is_told_and_the_steps_before_are_
 ])
 def test_the_state_of_another_distillation_is_refused_and_left_alone(store, tmp_path, change, word):
     guider, state = small_guider(), tmp_path / "state.safetensors"
-    distill_expert(guider, make_bank(guider), 1, store, CONFIG, state)
+    distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state))
     kept = state.read_bytes()
     config, index, bank = CONFIG, 1, make_bank(guider)
     if change in ("seed", "steps"):
@@ -433,33 +434,33 @@ def test_the_state_of_another_distillation_is_refused_and_left_alone(store, tmp_
         store = SampleStore(tmp_path / "another store", {"seed": 5})
         store.fill(SHARD_SIZE, made)
     with says(ValueError, "state.safetensors", f"({word} is", "delete"):
-        distill_expert(guider, bank, index, store, config, state)
+        distill_expert(guider, bank, index, store, config, RunOptions(state_file=state))
     assert state.read_bytes() == kept
 
 
 @pytest.mark.parametrize("mine, other", [(CONFIG, FRESH), (FRESH, CONFIG)], ids=["trajectories", "fresh noise"])
 def test_a_state_of_the_other_kind_of_pairs_is_refused_and_left_alone(store, tmp_path, mine, other):
     guider, state = small_guider(), tmp_path / "state.safetensors"
-    distill_expert(guider, make_bank(guider), 1, store, mine, state, denoise=shrink)
+    distill_expert(guider, make_bank(guider), 1, store, mine, RunOptions(state_file=state), denoise=shrink)
     kept = state.read_bytes()
     with says(ValueError, "state.safetensors", "config is", f"'fresh_noise': {other.fresh_noise}", "delete"):
-        distill_expert(guider, make_bank(guider), 1, store, other, state, denoise=shrink)
+        distill_expert(guider, make_bank(guider), 1, store, other, RunOptions(state_file=state), denoise=shrink)
     assert state.read_bytes() == kept
 
 
 def test_the_state_of_another_start_is_refused(store, tmp_path):
     guider, state = small_guider(), tmp_path / "state.safetensors"
-    distill_expert(guider, make_bank(guider), 1, store, WARM, state)
+    distill_expert(guider, make_bank(guider), 1, store, WARM, RunOptions(state_file=state))
     with says(ValueError, "state.safetensors", "start is neighbour, expected None", "delete"):
-        distill_expert(guider, make_bank(guider), 1, store, CONFIG, state)
+        distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state))
 
 
 def test_a_truncated_state_is_refused(store, tmp_path):
     guider, state = small_guider(), tmp_path / "state.safetensors"
-    distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), state)
+    distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), RunOptions(state_file=state))
     state.write_bytes(state.read_bytes()[:500])
     with says(ValueError, "state.safetensors", "cannot be read"):
-        distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), state)
+        distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), RunOptions(state_file=state))
 
 
 def test_a_full_disk_in_a_training_is_told_and_the_last_state_stays_whole(store, tmp_path):
@@ -467,11 +468,11 @@ def test_a_full_disk_in_a_training_is_told_and_the_last_state_stays_whole(store,
     straight, resumed = make_bank(guider), make_bank(guider)
     losses = distill_expert(guider, straight, 1, store, CONFIG)
     with pytest.raises(Stop):
-        distill_expert(guider, make_bank(guider), 1, store, CONFIG, state, stop_after(5))
+        distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state, on_step=stop_after(5)))
     with full_disk(), says(OSError, "state.safetensors", "Free some disk space"):
-        distill_expert(guider, make_bank(guider), 1, store, CONFIG, state)
+        distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state))
     assert len(load_tensors(state)[1]["losses"]) == 5
-    assert distill_expert(guider, resumed, 1, store, CONFIG, state) == losses
+    assert distill_expert(guider, resumed, 1, store, CONFIG, RunOptions(state_file=state)) == losses
     assert same(resumed.weights(1), straight.weights(1))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.noise import expand
 from ppap_core.training.finetune import FineTune, as_lora, fine_tune, fresh_changes
+from ppap_core.training.loop import RunOptions
 from ppap_core.training.lora import LoraUpdate, with_adapters
 
 CONFIG = FineTune(steps=60, rank=2, batch=3, lr=0.02, save_every=10)
@@ -40,7 +41,7 @@ def task(net: Net):
 
 def tuned(net: Net, config: FineTune = CONFIG, **options):
     predict, shown = task(net)
-    return fine_tune(net, predict, shown, config, {"model": "net"}, **options)
+    return fine_tune(net, predict, shown, config, 1.0, RunOptions({"model": "net"}, **options))
 
 
 def error(net: Net, changes: dict) -> float:
@@ -140,4 +141,4 @@ def test_layers_that_cannot_be_changed_are_left_out():
 
 def test_a_network_without_layers_to_tune_is_refused():
     with says(ValueError, "Identity", "fine-tuned"):
-        fine_tune(nn.Identity(), task(Net())[0], images(2), CONFIG, {})
+        fine_tune(nn.Identity(), task(Net())[0], images(2), CONFIG)

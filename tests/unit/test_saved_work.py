@@ -20,6 +20,7 @@ from ppap_core.sampling import karras_sigmas, sample_heun
 from ppap_core.schedules import ExpertSchedule
 from ppap_core.tinyworld.loaders import load_denoiser, load_guider, load_sibling
 from ppap_core.training.finetune import FineTune, as_lora, fine_tune
+from ppap_core.training.loop import RunOptions
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "core"
 BANKS = {"noisy_pixel": "class", "denoised_pixel": "depth", "noisy_latent": "segmentation", "denoised_latent": "class"}
@@ -55,8 +56,9 @@ def tune(folder: Path, on_step) -> tuple[dict[str, Tensor], list]:
     def predict(images: Tensor, noise: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         sigma = 0.1 * 100**share
         return net(images + expand(sigma, images) * noise, sigma), sigma
-    changes, losses = fine_tune(net, predict, result("pictures"), FINE_TUNING, {"model": "tiny world", "data": "pictures"},
-                                0.5, folder / "lora.state.safetensors", on_step)
+    changes, losses = fine_tune(net, predict, result("pictures"), FINE_TUNING, 0.5,
+                                RunOptions({"model": "tiny world", "data": "pictures"}, folder / "lora.state.safetensors",
+                                           on_step=on_step))
     return as_lora(changes, "diffusion_model."), losses
 
 

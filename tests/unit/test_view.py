@@ -19,6 +19,7 @@ from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.noise import to_vp
 from ppap_core.rng import seeded
 from ppap_core.schedules import ExpertSchedule
+from ppap_core.training.loop import RunOptions
 
 B, C, H, W = 3, 5, 6, 7
 SCHEDULE = ExpertSchedule((0.1, 1.0, 10.0))
@@ -148,13 +149,13 @@ def test_stem_and_adapter_learn_together_and_a_resumed_run_is_the_same(tmp_path:
     assert same(other, straight.weights(0)), "the other expert and its stem stay as they were"
     assert not any(parameter.requires_grad for parameter in straight.parameters())
 
-    def stop(index: int, step: int, loss: float) -> None:
+    def stop(step: int, loss: float, weights: dict) -> None:
         if step == 2:
             raise KeyboardInterrupt
     file = tmp_path / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        distill_expert(guider, stopped, 1, store, config, file, stop)
-    distill_expert(guider, stopped, 1, store, config, file)
+        distill_expert(guider, stopped, 1, store, config, RunOptions(state_file=file, on_step=stop))
+    distill_expert(guider, stopped, 1, store, config, RunOptions(state_file=file))
     assert same(straight.weights(1), stopped.weights(1))
 
 

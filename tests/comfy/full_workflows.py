@@ -15,15 +15,17 @@ from ppap_core.viz.plots import contact_sheet, save_picture
 
 SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger ones are plots, which the sheet leaves out
 
-BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"), "company": ("ControlNet alone", "Both"),
+BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "depth": ("Without guidance", "Same depth as the reference"),
                     "latent": ("Without guidance", "Steered towards stars"),
-                    "latent_experts": ("Without guidance", "By the experts"), "prior": ("As they are", "Made symmetric"),
+                    "latent_experts": ("Without guidance", "By the experts"),
+                    "lora_autoguidance": ("The good LoRA alone", "With autoguidance, same seed"),
+                    "prior": ("As they are", "Made symmetric"),
                     "quickstart": ("Without guidance", "Steered towards stars"),
                     "regions": ("Without guidance", "A disk, low and to the left"),
                     "rules": ("Without guidance", "With the three rules"),
                     "segmentation": ("Without guidance", "Same regions as the reference"),
-                    "siblings": ("The good sibling alone", "With autoguidance, same seed")}
+                    "with_controlnet": ("ControlNet alone", "Both")}
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)

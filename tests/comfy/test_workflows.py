@@ -79,8 +79,8 @@ def drawn(graph: dict) -> dict[str, int]:
 
 def test_the_shipped_workflows_are_these_and_have_thumbnails():
     assert sorted(file.stem for file in WORKFLOWS.glob("*.jpg")) == WORKFLOW_NAMES
-    assert WORKFLOW_NAMES == ["autoguidance", "company", "depth", "latent", "latent_experts", "prior", "quickstart",
-                              "regions", "rules", "segmentation", "siblings"]
+    assert WORKFLOW_NAMES == ["autoguidance", "depth", "latent", "latent_experts", "lora_autoguidance", "prior",
+                              "quickstart", "regions", "rules", "segmentation", "with_controlnet"]
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
@@ -137,8 +137,8 @@ def test_the_workflow_of_latents_steers_and_says_what_it_did(server: Server):
     assert steps == "4" and float(last) < float(first) / 2
 
 
-def test_in_company_the_controlnet_says_where_and_guidance_says_which_colours(server: Server):
-    graph, keys = quick(workflow("company", server.get("/object_info"))), titled("company")
+def test_the_controlnet_places_and_guidance_colours(server: Server):
+    graph, keys = quick(workflow("with_controlnet", server.get("/object_info"))), titled("with_controlnet")
     outputs = server.run(graph)
     control, guidance, both = ([picture.convert("RGB") for picture in server.pictures(outputs[keys[title]])]
                                for title in ("ControlNet alone", "Guidance alone", "Both"))

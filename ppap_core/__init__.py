@@ -29,7 +29,7 @@ from .guiders.guider import Guider, IgnoreSigma
 from .guiders.latents import LatentSpace
 from .guiders.loaders import load_guider
 from .guiders.preprocess import Preprocess
-from .guiders.previews import visualize
+from .guiders.visualize import visualize
 from .guiders.rules import RULES, rule_guider
 from .guiders.targets import (
     aim_at_text,

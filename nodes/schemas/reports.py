@@ -1,7 +1,7 @@
 """Nodes that show: losses, what guidance did, what a guider sees."""
 from comfy_api.latest import io
 
-from ...ppap_core.guiders.previews import visualize
+from ...ppap_core.guiders.visualize import visualize
 from ...ppap_core.viz.plots import guidance_plot, loss_plot
 from ...ppap_core.viz.summary import summarize_guidance
 from ..bridge import guidance, guider_cache, progress, tensors

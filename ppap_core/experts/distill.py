@@ -48,7 +48,7 @@ def distill_loss(guider: Guider, bank: ExpertBank, pairs: Pairs, temperature: fl
     """
     with torch.no_grad():
         teacher = guider.predict(pairs.images, clean(pairs.images))
-        if guider.task in ("class", "segmentation", "mask"):
+        if TASKS[guider.task].is_logits:
             teacher = teacher / temperature
     student = with_experts(guider, bank)
     return TASKS[guider.task].distance(student.predict(student.look(pairs.seen, pairs.sigma), pairs.sigma), teacher)

@@ -8,8 +8,6 @@ from .cutouts import cut_outs
 from .preprocess import Preprocess
 from .tasks import TASKS, resize_map
 
-MAPS = ("depth", "segmentation", "mask")  # tasks that answer for each place of the image
-
 
 @dataclass(frozen=True)
 class Guider:
@@ -70,14 +68,14 @@ class Guider:
     def target_for(self, image: Tensor, output: Tensor) -> Tensor:
         """The target, in the place of the images and the size of the answers. ValueError without one that fits."""
         if self.target is None:
-            raise ValueError(f"the guider {self.name} has no target: it judges {self.task}; aim it with an Aim node first")
+            raise ValueError(f"the guider {self.name} has no target: it judges {self.task}; aim it first")
         if len(self.target) not in (1, len(image)):
             raise ValueError(f"the target of {self.name} is for {len(self.target)} images but {len(image)} are "
                              "sampled: give one target for all, or one for each")
         target = _fit_for_autograd(self.target, image)
-        if self.task in MAPS:
+        if TASKS[self.task].dense:
             return resize_map(target, output.shape[-2:])
-        if self.task != "class" and target[0].numel() > 1 and target.shape[1:] != output.shape[1:]:
+        if target[0].numel() > 1 and target.shape[1:] != output.shape[1:]:
             raise ValueError(f"the target of {self.name} has the shape {tuple(target.shape[1:])} but its answers have "
                              f"{tuple(output.shape[1:])}: aim it at an image of the size that is sampled")
         return target
@@ -111,9 +109,9 @@ def short_labels(descriptions: list[str]) -> tuple[str, ...]:
 
 
 def require_prompt(guider: Guider) -> None:
-    """ValueError if a guider that marks what a text asks for was not asked yet."""
-    if guider.task == "mask" and guider.prompt is None and guider.read_text is not None:
-        raise ValueError(f"{guider.name} marks what a text asks for, and was not asked yet: use Aim at Text first")
+    """ValueError if the network of a guider must be asked for a text and was not asked yet."""
+    if TASKS[guider.task].has_prompt and guider.prompt is None and guider.read_text is not None:
+        raise ValueError(f"{guider.name} marks what a text asks for, and was not asked yet: aim it at a text first")
 
 
 def has_network(guider: Guider) -> bool:

@@ -6,13 +6,14 @@ nearly the same for each of them: 4 moves images clearly, 16 most of the way. Sh
 to one another: what they want of a picture depends on its size.
 """
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..viz.plots import depth_picture
+from ..viz.previews import color_stripes, enlarged
 from .guider import Guider
 from .preprocess import Preprocess
 
@@ -51,7 +52,7 @@ def sharpness(image: Tensor) -> Tensor:
 DIRECTIONS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (1, -1, 0), (0, 1, -1), (1, 0, -1), (1, -2, 1))
 
 
-def colours(image: Tensor, shares: int = 64) -> Tensor:
+def colors(image: Tensor, shares: int = 64) -> Tensor:
     """The distribution of colours, wherever they are, (B, 8, 64): sorted along eight directions, in equal shares.
 
     The squared difference of two is their sliced Wasserstein distance (Rabin et al. 2011).
@@ -116,31 +117,39 @@ def roughness(image: Tensor) -> Tensor:
 
 
 class Rule(NamedTuple):
-    """What a rule reads and how it is aimed."""
+    """What a rule measures and how it is aimed."""
 
-    read: Callable[[Tensor], Tensor]
-    aim: str  # "image": at another image's; "number": at a number; "itself": at nothing left
+    read: Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [-1, 1] -> features (B, ...)
+    aim: Literal["image", "number", "itself"]  # the features of another image; a number; "itself": the target is zero
+    preview: Callable[[Tensor, Tensor], Tensor] | None = None  # (images, features) -> pictures; None: as its task is shown
+
+
+def _edge_preview(images: Tensor, strengths: Tensor) -> Tensor:
+    return depth_picture(strengths)
 
 
 RULES: dict[str, Rule] = {
-    "colours": Rule(colours, "image"), "layout": Rule(layout, "image"), "edges": Rule(edges, "image"),
+    "colours": Rule(colors, "image", color_stripes),
+    "layout": Rule(layout, "image", enlarged),
+    "edges": Rule(edges, "image", _edge_preview),
     "brightness": Rule(brightness, "number"), "contrast": Rule(contrast, "number"),
     "saturation": Rule(saturation, "number"), "sharpness": Rule(sharpness, "number"),
     "symmetry left-right": Rule(left_right, "itself"), "symmetry top-bottom": Rule(top_bottom, "itself"),
     "symmetry half turn": Rule(half_turn, "itself"), "seamless tiling": Rule(seams, "itself"),
     "smoothness": Rule(roughness, "itself"),
 }
+"""Name of a rule, as saved workflows have it -> the rule."""
 
 
 class RuleNet(nn.Module):
-    """A rule in the call of a network."""
+    """A rule as net(image, sigma)."""
 
-    def __init__(self, read: Callable[[Tensor], Tensor]):
+    def __init__(self, rule: Rule):
         super().__init__()
-        self.read = read
+        self.rule = rule
 
     def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
-        return self.read(image)
+        return self.rule.read(image)
 
 
 def rule_guider(name: str) -> Guider:
@@ -148,6 +157,6 @@ def rule_guider(name: str) -> Guider:
     if name not in RULES:
         raise ValueError(f"there is no rule '{name}': expected one of {', '.join(RULES)}")
     rule = RULES[name]
-    task = "number" if rule.aim == "number" else "features"
-    guider = Guider(f"rule/{name}", RuleNet(rule.read), Preprocess((1, 1), fit="own"), task)
-    return replace(guider, target=torch.zeros(1, 1)) if rule.aim == "itself" else guider
+    guider = Guider(f"rule/{name}", RuleNet(rule), Preprocess((1, 1), fit="own"),
+                    "number" if rule.aim == "number" else "features")
+    return guider.aim(torch.zeros(1, 1)) if rule.aim == "itself" else guider

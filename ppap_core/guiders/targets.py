@@ -1,20 +1,19 @@
 """Targets: what people say or show, as what a guider can be aimed at. Everything is checked here, once."""
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..viz.plots import labels_of_picture
 from .guider import Guider, clean, has_network, require_prompt
-from .tasks import IGNORE
+from .tasks import TASKS
 
 
-def _require(guider: Guider, what: str, *tasks: str) -> None:
-    if guider.task not in tasks:
-        raise ValueError(f"{guider.name} predicts {guider.task}, and cannot be aimed at {what}: expected a guider for "
-                         f"{' or '.join(tasks)}; use another Aim node")
+def _wrong_task(guider: Guider, target: str, tasks: Iterable[str]) -> ValueError:
+    return ValueError(f"{guider.name} predicts {guider.task}, and cannot be aimed at {target}: expected a guider for "
+                      f"{' or '.join(tasks)}; give it another kind of target")
 
 
 def label_index(guider: Guider, name: str) -> int:
@@ -36,7 +35,8 @@ def class_target(guider: Guider, words: str) -> Tensor:
     A comma begins the next image's: 'star, disk'. A plus adds a class to the same image, with its weight after a colon:
     'star + ring:0.5', or 'star + ring:-1' to stay away from the other.
     """
-    _require(guider, "a class", "class")
+    if guider.task != "class":
+        raise _wrong_task(guider, "a class", ["class"])
     images = [part.strip() for part in words.split(",") if part.strip()]
     if not images:
         raise ValueError(f"no class was given: expected one or more names of {guider.name}, separated by commas")
@@ -79,65 +79,56 @@ def aim_at_text(guider: Guider, text: str) -> Guider:
     if not lines:
         raise ValueError("no text was given: expected what the image shall show")
     words = torch.cat([guider.read_text(line) for line in lines])
-    return replace(guider, prompt=words) if guider.task == "mask" else guider.aim(words)
+    return replace(guider, prompt=words) if TASKS[guider.task].has_prompt else guider.aim(words)
 
 
 @torch.no_grad()
 def image_target(guider: Guider, picture: Tensor) -> Tensor:
-    """What the guider reads in pictures (B, 3, H, W) in [-1, 1], for others to have the same."""
-    output = guider.predict(picture, clean(picture))
-    if guider.task == "mask":
-        return output.sigmoid()
-    return output.argmax(1) if guider.task in ("class", "segmentation") else output
+    """The target that pictures (B, 3, H, W) in [-1, 1] meet: for other images to get the same output."""
+    return TASKS[guider.task].target_of(guider.predict(picture, clean(picture)))
 
 
 def map_target(guider: Guider, picture: Tensor) -> Tensor:
-    """A drawn map (B, 3, H, W) in [-1, 1] as a target, in the frame of what the network sees.
+    """A drawn map (B, 3, H, W) in [-1, 1] as a target, resized and cropped as the network's image.
 
     depth: grey, near is white -> (B, 1, h, w); segmentation: the colours of `label_picture` -> (B, h, w) long;
-    mask: white where the thing shall be -> (B, 1, h, w) in [0, 1].
+    mask: white inside -> (B, 1, h, w) in [0, 1]. ValueError for guiders of other tasks.
     """
-    _require(guider, "a drawn map", "depth", "segmentation", "mask")
-    if guider.task == "segmentation":
-        return labels_of_picture(guider.preprocess.frame(picture, "nearest-exact"), len(guider.labels))
-    grey = guider.preprocess.frame(picture.mean(1, keepdim=True), "bilinear")
-    return grey if guider.task == "depth" else ((grey + 1) / 2).clamp(0, 1)
+    from_map = TASKS[guider.task].from_map
+    if from_map is None:
+        raise _wrong_task(guider, "a drawn map", (name for name, task in TASKS.items() if task.from_map))
+    return from_map(picture, guider.preprocess, len(guider.labels))
 
 
 def mask_target(guider: Guider, mask: Tensor, name: str) -> Tensor:
     """A mask (B, H, W) in [0, 1] as a target.
 
-    segmentation: the class of this name inside, anything outside -> (B, h, w) long; mask: the mask itself, (B, 1, h, w),
-    and the name is not used.
+    segmentation: the class of this name inside, any class outside -> (B, h, w) long; mask: the mask itself, (B, 1, h, w),
+    whatever the name. ValueError for guiders of other tasks, an unknown name or an empty mask.
     """
-    _require(guider, "a mask", "segmentation", "mask")
-    mask = mask[:, None].float()
-    if guider.task == "mask":
-        require_prompt(guider)
-        return guider.preprocess.frame(mask, "bilinear").clamp(0, 1)
-    inside = guider.preprocess.frame(mask, "nearest-exact")[:, 0] > 0.5
-    if not bool(inside.flatten(1).any(1).all()):
-        raise ValueError("the mask is empty in at least one image: paint white where the class shall be")
-    return torch.where(inside, label_index(guider, name.strip()), IGNORE)
+    from_mask = TASKS[guider.task].from_mask
+    if from_mask is None:
+        raise _wrong_task(guider, "a mask", (name for name, task in TASKS.items() if task.from_mask))
+    require_prompt(guider)
+    label = label_index(guider, name.strip()) if guider.labels else 0
+    return from_mask(mask[:, None].float(), guider.preprocess, label)
 
 
 def number_target(guider: Guider, number: float) -> Tensor:
     """A number for a guider that measures one: brightness, sharpness, an aesthetic score -> (1, 1)."""
-    _require(guider, "a number", "number")
+    if guider.task != "number":
+        raise _wrong_task(guider, "a number", ["number"])
     return torch.tensor([[float(number)]])
 
 
-PARTS = ("class", "embedding", "number", "style")  # what a part of an image has as much as the whole
-
-
 def with_cutouts(guider: Guider, count: int) -> Guider:
-    """The guider judging `count` square parts beside the whole image; 0 changes nothing.
+    """The guider judging `count` square parts of each image beside the whole; 0 changes nothing.
 
-    ValueError for guiders that parts of an image tell nothing.
+    ValueError for rules, and for tasks that parts of an image say nothing about.
     """
-    network = has_network(guider)
-    if count and not (network and guider.task in PARTS):
-        what = f"predicts {guider.task}" if network else "is a rule"
-        raise ValueError(f"{guider.name} {what}, which parts of an image cannot tell: expected a network for "
-                         f"{', '.join(PARTS)}; connect this guider without Cut-outs")
+    if count and not (has_network(guider) and TASKS[guider.task].croppable):
+        reason = f"predicts {guider.task}" if has_network(guider) else "is a rule"
+        croppable = ", ".join(name for name, task in TASKS.items() if task.croppable)
+        raise ValueError(f"{guider.name} {reason}, which parts of an image cannot tell: expected a network for {croppable}; "
+                         "use this guider without cut-outs")
     return replace(guider, cutouts=count)

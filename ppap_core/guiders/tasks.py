@@ -1,30 +1,51 @@
-"""What kinds of networks predict and how predictions are compared. Every function returns one number for each image."""
+"""Tasks: what a kind of network predicts, and everything that depends on it. A new task is one value in `TASKS`."""
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100  # pixels of a label map that no energy counts
+from ..viz.plots import depth_picture, labels_of_picture
+from ..viz.previews import class_bars, label_map, mask_picture
+from .preprocess import Preprocess
+
+IGNORE = -100  # label of the pixels that no energy counts
+
+Compare = Callable[[Tensor, Tensor], Tensor]
+"""(output, target or another output) -> (B,)"""
+DrawnTarget = Callable[[Tensor, Preprocess, int], Tensor]
+"""(drawing (B, C, H, W), preprocessing of the image, number of labels or label) -> target"""
 
 
-class Task(NamedTuple):
-    """The three comparisons of one kind of network; all return (B,)."""
-
-    loss: Callable[[Tensor, Tensor], Tensor]      # (output, target): what guidance lowers
-    distance: Callable[[Tensor, Tensor], Tensor]  # (student output, teacher output): what distillation lowers
-    score: Callable[[Tensor, Tensor], Tensor]     # (output, target) in [0, 1], 1 = condition met
-    sum_over_pixels: bool = False                       # the energy counts once for each value of the image
+def _itself(output: Tensor) -> Tensor:
+    return output
 
 
-def _full(x: Tensor) -> Tensor:
-    """At least float32: energies of half-precision networks are summed in full precision."""
+@dataclass(frozen=True)
+class Task:
+    """All that depends on what a network predicts. Losses, distances and scores are (B,)."""
+
+    loss: Compare                        # (output, target): the energy, which guidance lowers
+    distance: Compare                    # (student's output, teacher's output): what distillation lowers
+    score: Compare                       # (output, target) in [0, 1], 1 = the image meets the target
+    target_of: Callable[[Tensor], Tensor] = _itself  # output -> the target that it meets
+    from_map: DrawnTarget | None = None  # drawing (B, 3, H, W) in [-1, 1], number of labels; None: takes no drawn map
+    from_mask: DrawnTarget | None = None  # mask (B, 1, H, W) in [0, 1], label inside it; None: takes no mask
+    preview: Callable[[Tensor, tuple[str, ...]], Tensor] | None = None  # (output, labels) -> pictures; None: told in words
+    dense: bool = False                  # one output for each pixel: targets are resized to it
+    is_logits: bool = False              # a distillation temperature divides the teacher's output
+    has_prompt: bool = False             # a text is what the network is asked for, not its target
+    croppable: bool = False              # parts of an image have it as much as the whole: cut-outs help
+    sum_over_pixels: bool = False        # the energy is the loss times the number of values of the image
+
+
+def _full(x: Tensor) -> Tensor:  # energies of half-precision networks are summed in at least float32
     return x.float() if x.element_size() < 4 else x
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """-log p(target): logits (B, K), target (B|1,) long -> (B,). Weights of several classes, (B|1, K): -sum w log p."""
+    """-log p(target): logits (B, K), target (B|1,) long -> (B,). With weights of several classes, (B|1, K): -sum w log p."""
     return F.cross_entropy(_full(logits), target.expand(len(logits), *target.shape[1:]), reduction="none")
 
 
@@ -35,7 +56,7 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def probability(logits: Tensor, target: Tensor) -> Tensor:
-    """p(target), (B,); of several classes the weighted geometric mean."""
+    """p(target), (B,); for several classes their weighted geometric mean."""
     total = target.clamp_min(0).sum(1).clamp_min(1e-6) if target.ndim > 1 else 1
     return (-cross_entropy(logits, target) / total).exp().clamp_max(1)
 
@@ -48,47 +69,47 @@ def correlation(depth: Tensor, target: Tensor) -> Tensor:
 
 
 def depth_difference(depth: Tensor, target: Tensor) -> Tensor:
-    """1 - correlation: half the squared error of the two maps once each has mean 0 and spread 1, (B,)."""
+    """1 - correlation, (B,): half the mean squared error of two maps of mean 0 and std 1."""
     return 1 - correlation(depth, target)
 
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean -log p(label) over the pixels not ignored: (B, K, h, w), (B|1, h, w) long -> (B,)."""
+    """Mean -log p(label) over the labelled pixels: logits (B, K, h, w), target (B|1, h, w) long -> (B,)."""
     target = target.expand(len(logits), -1, -1)
-    each = F.cross_entropy(_full(logits), target, reduction="none", ignore_index=IGNORE)
-    return each.flatten(1).sum(1) / (target != IGNORE).flatten(1).sum(1).clamp_min(1)
+    losses = F.cross_entropy(_full(logits), target, reduction="none", ignore_index=IGNORE)
+    return losses.flatten(1).sum(1) / (target != IGNORE).flatten(1).sum(1).clamp_min(1)
 
 
 def pixel_accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """Share of the pixels not ignored that get the right label, (B,)."""
-    counted = target.expand(len(logits), -1, -1) != IGNORE
-    right = (logits.argmax(1) == target) & counted
-    return right.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp_min(1)
+    """Share of the labelled pixels that get the right label, (B,): logits (B, K, h, w), target (B|1, h, w) long."""
+    labelled = target.expand(len(logits), -1, -1) != IGNORE
+    right = (logits.argmax(1) == target) & labelled
+    return right.flatten(1).sum(1) / labelled.flatten(1).sum(1).clamp_min(1)
 
 
 def mask_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over pixels: logits (B, 1, h, w) of a mask, target (B|1, 1, h, w) in [0, 1] -> (B,)."""
+    """Binary cross-entropy, mean over pixels: logits (B, 1, h, w), target (B|1, 1, h, w) in [0, 1] -> (B,)."""
     logits = _full(logits)
-    each = F.binary_cross_entropy_with_logits(logits, target.to(logits).expand_as(logits), reduction="none")
-    return each.flatten(1).mean(1)
+    losses = F.binary_cross_entropy_with_logits(logits, target.to(logits).expand_as(logits), reduction="none")
+    return losses.flatten(1).mean(1)
 
 
 def mask_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(teacher || student) of the pixels' two outcomes, logits (B, 1, h, w) -> (B,)."""
-    wanted = _full(teacher).sigmoid()
-    return mask_cross_entropy(student, wanted) - mask_cross_entropy(teacher, wanted)
+    """KL(teacher || student) of binary outcomes, mean over pixels: logits (B, 1, h, w) -> (B,)."""
+    probability = _full(teacher).sigmoid()
+    return mask_cross_entropy(student, probability) - mask_cross_entropy(teacher, probability)
 
 
 def mask_agreement(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - mean difference of the masks, (B,)."""
+    """1 - mean absolute difference of probabilities, (B,): logits (B, 1, h, w), target (B|1, 1, h, w) in [0, 1]."""
     return 1 - (_full(logits).sigmoid() - _full(target)).abs().flatten(1).mean(1)
 
 
-CLIP_LOGIT_SCALE = 100.0  # of a cosine: the temperature that text-image networks are trained with (CLIP: Radford et al. 2021)
+CLIP_LOGIT_SCALE = 100.0  # factor of a cosine in the training of text-image networks (CLIP: Radford et al. 2021)
 
 
 def cosine(embedding: Tensor, target: Tensor) -> Tensor:
-    """Cosine of (B, D) and (B|1, D), (B,)."""
+    """Cosine similarity of (B, D) and (B|1, D), (B,)."""
     return F.cosine_similarity(_full(embedding), _full(target), dim=1)
 
 
@@ -98,30 +119,85 @@ def half_mse(output: Tensor, target: Tensor) -> Tensor:
 
 
 def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference in units of the teacher's own size, so that its range does not matter, (B,)."""
+    """Squared difference over the teacher's mean square, (B,): blind to the range of the output."""
     return half_mse(student, teacher) / half_mse(teacher, torch.zeros_like(teacher)).clamp_min(1e-6)
 
 
 def proximity(output: Tensor, target: Tensor) -> Tensor:
-    """1 where they are equal, 1/2 where they differ by 1, (B,)."""
+    """1 / (1 + root mean square difference), (B,): 1 where output and target are equal, 1/2 where they differ by 1."""
     return 1 / (1 + (2 * half_mse(output, target)).sqrt())
 
 
+def _positive_correlation(depth: Tensor, target: Tensor) -> Tensor:
+    return correlation(depth, target).clamp_min(0)
+
+
+def cosine_energy(embedding: Tensor, target: Tensor) -> Tensor:
+    """CLIP_LOGIT_SCALE (1 - cosine), (B,)."""
+    return CLIP_LOGIT_SCALE * cosine_distance(embedding, target)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine, (B,)."""
+    return 1 - cosine(student, teacher)
+
+
+def _positive_cosine(embedding: Tensor, target: Tensor) -> Tensor:
+    return cosine(embedding, target).clamp_min(0)
+
+
+def most_probable(logits: Tensor) -> Tensor:
+    """Class of the highest probability: logits (B, K, ...) -> (B, ...) long."""
+    return logits.argmax(1)
+
+
+def _depth_from_map(picture: Tensor, preprocess: Preprocess, labels: int) -> Tensor:
+    return preprocess.frame(picture.mean(1, keepdim=True), "bilinear")  # near is white
+
+
+def _mask_from_map(picture: Tensor, preprocess: Preprocess, labels: int) -> Tensor:
+    return ((_depth_from_map(picture, preprocess, labels) + 1) / 2).clamp(0, 1)
+
+
+def _labels_from_map(picture: Tensor, preprocess: Preprocess, labels: int) -> Tensor:
+    return labels_of_picture(preprocess.frame(picture, "nearest-exact"), labels)
+
+
+def _mask_from_mask(mask: Tensor, preprocess: Preprocess, label: int) -> Tensor:
+    return preprocess.frame(mask, "bilinear").clamp(0, 1)
+
+
+def _labels_from_mask(mask: Tensor, preprocess: Preprocess, label: int) -> Tensor:
+    inside = preprocess.frame(mask, "nearest-exact")[:, 0] > 0.5
+    if not bool(inside.flatten(1).any(1).all()):
+        raise ValueError("the mask is empty in at least one image: paint white where the class shall be")
+    return torch.where(inside, label, IGNORE)
+
+
+def _depth_preview(depth: Tensor, labels: tuple[str, ...]) -> Tensor:
+    return depth_picture(depth)
+
+
+_FEATURES = Task(half_mse, normalized_mse, proximity, sum_over_pixels=True)
 TASKS: dict[str, Task] = {
-    "class": Task(cross_entropy, kl, probability),
-    "depth": Task(depth_difference, depth_difference, lambda output, target: correlation(output, target).clamp_min(0)),
-    "segmentation": Task(pixel_cross_entropy, kl, pixel_accuracy),
-    "mask": Task(mask_cross_entropy, mask_kl, mask_agreement),
-    "embedding": Task(lambda output, target: CLIP_LOGIT_SCALE * (1 - cosine(output, target)),
-                      lambda student, teacher: 1 - cosine(student, teacher),
-                      lambda output, target: cosine(output, target).clamp_min(0)),
-    "number": Task(half_mse, half_mse, proximity, sum_over_pixels=True),
-    **dict.fromkeys(("features", "style", "structure"), Task(half_mse, normalized_mse, proximity, sum_over_pixels=True)),
+    "class": Task(cross_entropy, kl, probability, most_probable, preview=class_bars, is_logits=True, croppable=True),
+    "depth": Task(depth_difference, depth_difference, _positive_correlation, from_map=_depth_from_map,
+                  preview=_depth_preview, dense=True),
+    "segmentation": Task(pixel_cross_entropy, kl, pixel_accuracy, most_probable, _labels_from_map, _labels_from_mask,
+                         label_map, dense=True, is_logits=True),
+    "mask": Task(mask_cross_entropy, mask_kl, mask_agreement, torch.sigmoid, _mask_from_map, _mask_from_mask,
+                 mask_picture, dense=True, is_logits=True, has_prompt=True),
+    "embedding": Task(cosine_energy, cosine_distance, _positive_cosine, croppable=True),
+    "number": Task(half_mse, half_mse, proximity, croppable=True, sum_over_pixels=True),
+    "features": _FEATURES,
+    "style": replace(_FEATURES, croppable=True),
+    "structure": _FEATURES,
 }
+"""What guiders predict -> how it is compared, aimed and shown."""
 
 
 def resize_map(target: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map (B, 1, h, w) or a label map (B, h, w) long in another size; labels are never mixed."""
+    """A map (B, C, h, w) or a label map (B, h, w) long at another (height, width); labels are never mixed."""
     if tuple(target.shape[-2:]) == tuple(size):
         return target
     if target.is_floating_point():

@@ -503,7 +503,7 @@ def test_each_way_to_aim_refuses_what_it_is_not_for_in_one_sentence(comfy, world
         comfy("PPAPAimAtMask", guider=regions, mask=mask * 0, name="star")
     with says(ValueError, "no class 'tree'", "wall"):
         comfy("PPAPAimAtMask", guider=regions, mask=mask, name="tree")
-    with says(ValueError, "was not asked yet", "Aim at Text"):
+    with says(ValueError, "was not asked yet", "aim it at a text"):
         comfy("PPAPAimAtMask", guider=reader(depth, "mask"), mask=mask, name="")
     with says(ValueError, "predicts class", "a number"):
         comfy("PPAPAimAtNumber", guider=world.plain, number=0.5)

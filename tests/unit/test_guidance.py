@@ -115,7 +115,7 @@ def linear_guider(a: torch.Tensor):
 
 @pytest.fixture
 def linear(monkeypatch):
-    energy = TASKS["depth"]._replace(loss=lambda output, target: (output * target).flatten(1).sum(1))
+    energy = replace(TASKS["depth"], loss=lambda output, target: (output * target).flatten(1).sum(1))
     monkeypatch.setattr("ppap_core.guiders.guider.TASKS", TASKS | {"linear": energy})
 
 

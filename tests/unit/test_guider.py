@@ -7,11 +7,13 @@ from helpers import TARGETS, H, SmallNet, W, fixed_weights, images, level, randn
 from torch import Tensor, nn
 
 from ppap_core.guiders.cutouts import cut_outs
-from ppap_core.guiders.guider import MAPS, Guider, IgnoreSigma, clean, short_labels
+from ppap_core.guiders.guider import Guider, IgnoreSigma, clean, short_labels
 from ppap_core.guiders.preprocess import Preprocess
 from ppap_core.guiders.rules import RULES, rule_guider
 from ppap_core.guiders.targets import image_target
 from ppap_core.guiders.tasks import TASKS, resize_map
+
+DENSE = {name for name, task in TASKS.items() if task.dense}
 
 
 def test_an_off_the_shelf_network_ignores_the_noise_level_and_is_frozen():
@@ -61,7 +63,7 @@ def test_a_target_for_another_number_of_images_is_refused(task, count):
 
 
 @pytest.mark.parametrize("height, width", [(8, 6), (12, 16), (3, 16)])
-@pytest.mark.parametrize("task", MAPS)
+@pytest.mark.parametrize("task", DENSE)
 def test_a_target_map_of_another_size_than_the_output_is_resized(task, height, width):
     target = resize_map(TARGETS[task].flip(-1), (height, width))
     guider, image = small_guider(task), images()
@@ -143,7 +145,7 @@ def test_no_parts_change_no_bit(task):
     assert torch.equal(guider.energy(image, level(1.5, image)), replace(guider, cutouts=0).energy(image, level(1.5, image)))
 
 
-@pytest.mark.parametrize("task", set(TASKS) - set(MAPS))
+@pytest.mark.parametrize("task", set(TASKS) - DENSE)
 def test_with_parts_the_energy_is_the_mean_over_the_image_and_its_parts(task):
     guider, image = small_guider(task), images()
     parts = [image, *cut_outs(image, 5, 1.5)]

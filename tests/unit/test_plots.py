@@ -8,10 +8,10 @@ from helpers import images, randn, says, small_guider
 
 from ppap_core.guidance.terms import TermRecord
 from ppap_core.guiders.guider import clean
-from ppap_core.guiders.previews import visualize
 from ppap_core.guiders.rules import RULES, rule_guider
 from ppap_core.guiders.targets import image_target, map_target
 from ppap_core.guiders.tasks import TASKS
+from ppap_core.guiders.visualize import visualize
 from ppap_core.viz.plots import (
     bar_chart,
     colour,
@@ -178,7 +178,7 @@ def test_a_map_that_a_guider_sees_can_be_its_target(task):
 
 
 def test_a_mask_guider_that_was_not_asked_sees_nothing():
-    with says(ValueError, "small/mask", "not asked yet", "Aim at Text"):
+    with says(ValueError, "small/mask", "not asked yet", "aim it at a text"):
         visualize(replace(small_guider("mask"), read_text=lambda text: randn(1, 4)), images())
 
 

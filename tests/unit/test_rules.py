@@ -190,7 +190,7 @@ def test_photographs_are_as_sharp_as_it_says():
 def test_colours_do_not_depend_on_their_places():
     image = images()
     shuffled = image.flatten(2)[..., torch.randperm(H * W, generator=torch.Generator().manual_seed(0))].reshape(image.shape)
-    torch.testing.assert_close(rules.colours(shuffled), rules.colours(image), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rules.colors(shuffled), rules.colors(image), rtol=0, atol=1e-5)
     assert not torch.allclose(rules.layout(shuffled), rules.layout(image), atol=0.1)
 
 
@@ -207,7 +207,7 @@ def test_a_palette_is_met_by_its_own_stripes_in_any_order_and_by_no_other_colour
 def test_the_distance_of_colours_is_that_of_wasserstein_for_grey_images():
     """Of two one-dimensional distributions: the mean squared difference of their sorted values."""
     a, b = (torch.rand(1, 1, 8, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    fine_a, fine_b = (rules.colours(x.expand(-1, 3, -1, -1), shares=128)[0, 3] / 3**0.5 for x in (a, b))
+    fine_a, fine_b = (rules.colors(x.expand(-1, 3, -1, -1), shares=128)[0, 3] / 3**0.5 for x in (a, b))
     expected = (a.flatten().sort().values - b.flatten().sort().values).square().mean()
     torch.testing.assert_close((fine_a - fine_b).square().mean(), expected)
 

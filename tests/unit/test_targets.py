@@ -88,7 +88,7 @@ def test_an_unknown_class_or_weight_is_refused_with_what_was_expected(words, hin
 
 @pytest.mark.parametrize("task", OTHERS)
 def test_a_class_for_a_guider_without_classes_is_refused(task):
-    with says(ValueError, f"small/{task}", "a class", "another Aim node"):
+    with says(ValueError, f"small/{task}", "a class", "another kind of target"):
         class_target(small_guider(task), "tabby")
 
 
@@ -138,7 +138,7 @@ def test_a_picture_is_met_best_by_itself(task):
 
 def test_a_mask_guider_must_be_asked_before_it_reads_a_picture_or_a_mask():
     for aim in (lambda guider: image_target(guider, images()), lambda guider: mask_target(guider, torch.ones(1, H, W), "")):
-        with says(ValueError, "small/mask", "not asked yet", "Aim at Text"):
+        with says(ValueError, "small/mask", "not asked yet", "aim it at a text"):
             aim(replace(small_guider("mask"), read_text=lambda text: randn(1, 4)))
 
 

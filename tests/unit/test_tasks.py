@@ -1,9 +1,13 @@
 """The comparisons of each kind of network, against their definitions."""
 import pytest
 import torch
-from helpers import randn
+from helpers import images, randn, says
 
-from ppap_core.guiders.tasks import IGNORE, TASKS, resize_map
+from ppap_core.guiders.guider import Guider, IgnoreSigma
+from ppap_core.guiders.preprocess import Preprocess
+from ppap_core.guiders.targets import image_target, map_target, mask_target, with_cutouts
+from ppap_core.guiders.tasks import IGNORE, TASKS, Task, half_mse, normalized_mse, proximity, resize_map
+from ppap_core.guiders.visualize import visualize
 
 SHAPES = {"class": (3, 5), "depth": (3, 1, 6, 9), "segmentation": (3, 4, 6, 9), "mask": (3, 1, 6, 9), "embedding": (3, 7),
           "number": (3, 1), "features": (3, 2, 6, 9), "style": (3, 11), "structure": (3, 4, 4)}
@@ -259,3 +263,63 @@ def test_maps_are_smoothed_and_labels_are_never_mixed(size):
 def test_labels_grow_into_blocks():
     labels = randn(2, 6, 9).gt(0).long()
     assert torch.equal(resize_map(labels, (12, 27)), labels.repeat_interleave(2, dim=1).repeat_interleave(3, dim=2))
+
+
+# A task is one value
+
+def _draw_points(points: torch.Tensor, labels: tuple[str, ...]) -> torch.Tensor:
+    picture = torch.full((len(points), 3, 8, 8), -1.0)
+    for image, places in zip(picture, ((points + 1) * 4).long().clamp(0, 7), strict=True):
+        image[:, places[:, 1], places[:, 0]] = 1
+    return picture
+
+
+def _points_of(picture: torch.Tensor, preprocess: Preprocess, labels: int) -> torch.Tensor:
+    places = (preprocess.frame(picture, "nearest-exact").mean(1) > 0).nonzero()[:labels, 1:].flip(1)
+    return (places[None] + 0.5) / 4 - 1
+
+
+KEYPOINTS = Task(half_mse, normalized_mse, proximity, from_map=_points_of, preview=_draw_points, croppable=True)
+
+
+class CentreOfMass(torch.nn.Module):
+    """Where the light of an image is: one point (x, y) for each colour, (B, 3, 2) in [-1, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        light = self.gain * (image + 1.01)
+        y, x = (torch.linspace(-1, 1, side + 1)[:-1] + 1 / side for side in image.shape[2:])
+        moments = torch.stack([(light * x).sum((2, 3)), (light * y[:, None]).sum((2, 3))], 2)
+        return moments / light.sum((2, 3))[..., None]
+
+
+def test_a_new_task_is_one_value(monkeypatch):
+    """Energy, distillation, targets from images and drawings, cut-outs and the preview follow from it alone."""
+    monkeypatch.setitem(TASKS, "keypoints", KEYPOINTS)
+    guider = Guider("test/keypoints", IgnoreSigma(CentreOfMass()), Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3), "keypoints",
+                    labels=("red", "green", "blue"))
+    image, sigma = images(), torch.zeros(3)
+    points = guider.predict(image, sigma)
+    assert points.shape == (3, 3, 2)
+
+    own, other = guider.aim(image_target(guider, image)), guider.aim(image_target(guider, image.flip(3)))
+    assert own.energy(image, sigma).max() < 1e-6 < other.energy(image, sigma).min()
+    assert bool((own.score(image, sigma) > 0.999).all())
+
+    still, moved = (TASKS["keypoints"].distance(points, guider.predict(seen, sigma)) for seen in (image, image.flip(3)))
+    assert still.max() < 1e-6 < moved.min()
+
+    drawn = torch.full((1, 3, 8, 8), -1.0)
+    for x, y in ((1, 2), (6, 3), (4, 7)):
+        drawn[..., y, x] = 1
+    target = map_target(guider, drawn)
+    assert target.shape == (1, 3, 2) and torch.equal(_draw_points(target, ()), drawn)
+    assert guider.aim(target).energy(image, sigma).shape == (3,)
+
+    assert visualize(guider, image).shape == (3, 3, 8, 8)
+    assert with_cutouts(own, 2).energy(image, sigma).shape == (3,)
+    with says(ValueError, "keypoints", "a mask", "segmentation or mask"):
+        mask_target(guider, torch.ones(1, 8, 8), "red")

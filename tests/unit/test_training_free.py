@@ -188,7 +188,7 @@ def test_the_smoothed_energy_of_a_linear_log_likelihood_has_the_gradient_of_the_
     linear = replace(METHODS["lgd"], samples=5, spread=0.9, rho=1e-3)
     with pytest.MonkeyPatch.context() as patch:
         from ppap_core.guiders.tasks import TASKS
-        task = TASKS["number"]._replace(loss=lambda output, target: output.sum(1), sum_over_pixels=False)
+        task = replace(TASKS["number"], loss=lambda output, target: output.sum(1), sum_over_pixels=False)
         patch.setattr("ppap_core.guiders.guider.TASKS", TASKS | {"number": task})
         smooth, plain = run(linear, guider=flat), run(replace(linear, spread=0.0), guider=flat)
     torch.testing.assert_close(smooth, plain, rtol=0, atol=1e-12)

@@ -1,0 +1,33 @@
+"""The output of a guider as pictures."""
+import torch
+from torch import Tensor
+
+from ..viz.previews import number_notes, target_bars, text_note
+from .guider import Guider, clean
+from .rules import RuleNet
+from .tasks import TASKS
+
+
+@torch.no_grad()
+def visualize(guider: Guider, images: Tensor) -> Tensor:
+    """What a guider reads in clean images (B, 3, H, W) in [-1, 1], as pictures (B, 3, h, w) in [-1, 1].
+
+    Maps are drawn as maps, classes as bars and numbers in words; for anything else, such as an embedding, a bar shows how
+    well the image meets the target. ValueError for a guider that waits for a text.
+    """
+    output = guider.predict(images, clean(images))
+    return _draw(guider, images, output).clamp(-1, 1)
+
+
+def _draw(guider: Guider, images: Tensor, output: Tensor) -> Tensor:
+    if isinstance(guider.net, RuleNet) and guider.net.rule.preview:
+        return guider.net.rule.preview(images, output)
+    if draw := TASKS[guider.task].preview:
+        return draw(output, guider.labels)
+    if output[0].numel() == 1:
+        targets = guider.target_for(images, output).expand(len(images), 1) if guider.target is not None else None
+        return number_notes(guider.name, output.flatten(), None if targets is None else targets.flatten())
+    if guider.target is None:
+        return text_note([f"{guider.name} answers with {guider.task}, which is no picture.",
+                          "Aim it, and how close an image is to the target is shown here."], len(images))
+    return target_bars(guider.energy(images, clean(images)), guider.score(images, clean(images)))

@@ -9,15 +9,27 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.comfy_server import Server
+from helpers.workbench import Workbench
+from helpers.worlds import LatentWorld, PixelWorld
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 PACK = "ComfyUI-PPAP"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of this folder; those that talk to the server run in one process, so that one server is started."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker("comfy")
+            if "server" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group("server"))
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +61,10 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         process = subprocess.Popen([sys.executable, "main.py", "--cpu", "--base-directory", str(folder), "--port", str(port),
                                     "--disable-auto-launch", "--preview-method", "auto"],
                                    cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
-    found = Server(port, folder)
+    server = Server(port, folder)
     try:
-        _wait_for(found, process)
-        yield found
+        _wait_for(server, process)
+        yield server
     finally:
         process.terminate()
         process.wait(20)
@@ -106,6 +118,36 @@ def comfy(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> InProcess:
     assert asyncio.run(nodes.load_custom_node(str(ROOT)))
     kind = nodes.NODE_CLASS_MAPPINGS["PPAPTinyWorld"]
     return InProcess(nodes.NODE_CLASS_MAPPINGS, sys.modules[kind.__module__.rsplit(".nodes", 1)[0]])
+
+
+@pytest.fixture(scope="session")
+def load_extras(comfy: InProcess, comfyui: Path) -> Callable[..., None]:
+    """load(*names) loads files of ComfyUI's comfy_extras, by their names without `nodes_`."""
+    def load(*names: str) -> None:
+        import nodes
+
+        for name in names:
+            file = comfyui / "comfy_extras" / f"nodes_{name}.py"
+            assert asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
+    return load
+
+
+@pytest.fixture(scope="module")
+def pixels(comfy: InProcess) -> PixelWorld:
+    return PixelWorld(comfy)
+
+
+@pytest.fixture(scope="module")
+def latents(comfy: InProcess) -> LatentWorld:
+    return LatentWorld(comfy)
+
+
+@pytest.fixture(scope="module")
+def bench(comfy: InProcess, load_extras: Callable[..., None]) -> Workbench:
+    """Small models of all families, with the nodes of ComfyUI that are combined with guidance."""
+    load_extras("custom_sampler", "pag", "slg", "apg", "cfg", "mahiro", "model_advanced", "differential_diffusion", "sag",
+                "perpneg", "easycache")
+    return Workbench(comfy)
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import says
-from helpers.small_models import FAMILIES, lora, small
+from helpers.features import FEATURES, MIXING, with_lora
+from helpers.model_families import FAMILIES, lora, small
+from helpers.workbench import EPS, FLOW, VIDEO, Scene, Workbench, autoguided, ksampler, train_lora, with_guider, with_lora_at
 from safetensors.torch import save_file
-from test_compatibility import EPS, FEATURES, FLOW, MIXING, VIDEO, Bench, Scene, bench, ksampler, with_guider, with_lora
 from torch import Tensor
 
-__all__ = ["bench"]  # a fixture
 KINDS = [EPS, "SDXL", FLOW, "Flux", VIDEO]
 
 
@@ -26,20 +26,7 @@ def sibling(family: str) -> Any:
     return model
 
 
-def with_strength(scene: Scene, strength: float) -> Any:
-    """The MODEL with a LoRA."""
-    import comfy.sd
-
-    return comfy.sd.load_lora_for_models(scene.model, None, lora(scene.model), strength, 0.0)[0]
-
-
-def guided(bench: Bench, scene: Scene, bad: Any, weight: float = 2.5, **changes: float) -> Scene:
-    """The scene with autoguidance on its model."""
-    place = {"start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0, "factor_at_end": 1.0} | changes
-    return bench.patch(scene, "PPAPAutoguidance", bad_model=bad, weight=weight, **place)
-
-
-def once(bench: Bench, scene: Scene, **changes: Any) -> Tensor:
+def once(bench: Workbench, scene: Scene, **changes: Any) -> Tensor:
     """The prediction: where a single Euler step ends, as the model has it inside."""
     out = ksampler(bench, replace(scene, steps=1, denoise=0.5, **changes))
     return scene.model.model.process_latent_in(out)
@@ -47,96 +34,96 @@ def once(bench: Bench, scene: Scene, **changes: Any) -> Tensor:
 
 @pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
-def test_the_prediction_is_the_published_combination(bench: Bench, family: str, cfg: float):
+def test_the_prediction_is_the_published_combination(bench: Workbench, family: str, cfg: float):
     """D + (w_c - 1)(D - D_bad), and with CFG its own part: all predictions at one noisy image."""
     scene, bad = bench.scene(family), sibling(family)
     good, worse = once(bench, scene, cfg=1.0), once(bench, replace(scene, model=bad), cfg=1.0)
     expected = once(bench, scene, cfg=cfg) + 1.5 * (good - worse)
-    found = once(bench, guided(bench, scene, bad), cfg=cfg)
+    found = once(bench, autoguided(bench, scene, bad), cfg=cfg)
     assert (good - worse).abs().max() > 0.01
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize(("good", "bad"), [(0.0, 1.0), (1.0, 0.4), (0.7, 0.0)])
-def test_the_same_weights_with_other_loras_predict_as_weights_of_their_own_do(bench: Bench, family: str, good: float,
+def test_the_same_weights_with_other_loras_predict_as_weights_of_their_own_do(bench: Workbench, family: str, good: float,
                                                                              bad: float):
-    scene = replace(bench.scene(family), model=with_strength(bench.scene(family), good))
+    scene = replace(bench.scene(family), model=with_lora_at(bench.scene(family), good))
     with torch.inference_mode():
         apart = replace(bench.scene(family), model=small(family).model)
-    shared = ksampler(bench, guided(bench, scene, with_strength(bench.scene(family), bad)))
-    separate = ksampler(bench, guided(bench, scene, with_strength(apart, bad)))
+    shared = ksampler(bench, autoguided(bench, scene, with_lora_at(bench.scene(family), bad)))
+    separate = ksampler(bench, autoguided(bench, scene, with_lora_at(apart, bad)))
     torch.testing.assert_close(shared, separate, rtol=1e-3, atol=1e-3 * float(separate.abs().max()))
     assert (shared - ksampler(bench, scene)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", [EPS, FLOW])
-def test_a_neutral_value_changes_no_bit(bench: Bench, family: str):
-    scene, bad = bench.scene(family), with_strength(bench.scene(family), 1.0)
+def test_a_neutral_value_changes_no_bit(bench: Workbench, family: str):
+    scene, bad = bench.scene(family), with_lora_at(bench.scene(family), 1.0)
     plain = ksampler(bench, scene)
     for neutral in ({"weight": 1.0}, {"start_percent": 0.4, "end_percent": 0.4},
                     {"factor_at_start": 0.0, "factor_at_end": 0.0}):
-        assert torch.equal(ksampler(bench, guided(bench, scene, bad, **neutral)), plain), neutral
-    assert not torch.equal(ksampler(bench, guided(bench, scene, bad)), plain)
+        assert torch.equal(ksampler(bench, autoguided(bench, scene, bad, **neutral)), plain), neutral
+    assert not torch.equal(ksampler(bench, autoguided(bench, scene, bad)), plain)
     assert torch.equal(ksampler(bench, scene), plain), "the good model is not what it was"
 
 
 @pytest.mark.parametrize("family", [EPS, FLOW])
-def test_an_interval_is_a_part_of_the_schedule(bench: Bench, family: str):
+def test_an_interval_is_a_part_of_the_schedule(bench: Workbench, family: str):
     scene, bad = replace(bench.scene(family), steps=4), sibling(family)
-    whole, first, last = (ksampler(bench, guided(bench, scene, bad, start_percent=start, end_percent=end))
+    whole, first, last = (ksampler(bench, autoguided(bench, scene, bad, start_percent=start, end_percent=end))
                           for start, end in ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0)))
     assert not torch.equal(first, last) and not torch.equal(first, whole) and not torch.equal(last, whole)
 
 
 @pytest.mark.parametrize("make", [sibling, lambda family: None], ids=["own weights", "LoRA"])
-def test_the_guider_does_what_the_patch_does(bench: Bench, make: Callable):
+def test_the_guider_does_what_the_patch_does(bench: Workbench, make: Callable):
     scene = bench.scene(FLOW)
-    bad = make(FLOW) or with_strength(scene, 1.0)
+    bad = make(FLOW) or with_lora_at(scene, 1.0)
     place = {"start_percent": 0.0, "end_percent": 0.8, "factor_at_start": 1.0, "factor_at_end": 0.5}
     through_guider = with_guider(bench, scene, "PPAPAutoguidanceGuider", bad_model=bad, weight=2.0, positive=scene.positive,
                                  negative=scene.negative, cfg=scene.cfg, **place)
-    assert torch.equal(through_guider, ksampler(bench, guided(bench, scene, bad, 2.0, **place)))
+    assert torch.equal(through_guider, ksampler(bench, autoguided(bench, scene, bad, 2.0, **place)))
 
 
-def test_a_lora_after_the_node_belongs_to_the_good_model(bench: Bench):
+def test_a_lora_after_the_node_belongs_to_the_good_model(bench: Workbench):
     scene, bad = bench.scene(FLOW), sibling(FLOW)
-    before = ksampler(bench, guided(bench, with_lora(bench, scene), bad))
-    assert torch.equal(before, ksampler(bench, with_lora(bench, guided(bench, scene, bad))))
+    before = ksampler(bench, autoguided(bench, with_lora(bench, scene), bad))
+    assert torch.equal(before, ksampler(bench, with_lora(bench, autoguided(bench, scene, bad))))
 
 
 @pytest.mark.parametrize(("feature", "family"), [(name, family) for name, (_, families) in FEATURES.items()
                                                  for family in families if name not in MIXING])
 @pytest.mark.parametrize("kind", ["own weights", "LoRA"])
-def test_autoguidance_and_another_feature_work_at_once(bench: Bench, feature: str, family: str, kind: str):
+def test_autoguidance_and_another_feature_work_at_once(bench: Workbench, feature: str, family: str, kind: str):
     plain = bench.scene(family)
     scene = FEATURES[feature][0](bench, plain)
-    bad = sibling(family) if kind == "own weights" else with_strength(plain, 0.5)
-    alone, both = ksampler(bench, scene), ksampler(bench, guided(bench, scene, bad))
+    bad = sibling(family) if kind == "own weights" else with_lora_at(plain, 0.5)
+    alone, both = ksampler(bench, scene), ksampler(bench, autoguided(bench, scene, bad))
     assert both.isfinite().all() and not torch.equal(alone, both)
-    assert torch.equal(ksampler(bench, guided(bench, scene, bad, 1.0)), alone)
+    assert torch.equal(ksampler(bench, autoguided(bench, scene, bad, 1.0)), alone)
     assert torch.equal(ksampler(bench, scene), alone), "something is left behind"
 
 
 @pytest.mark.parametrize("family", [EPS, FLOW])
 @pytest.mark.parametrize("kind", ["own weights", "LoRA"])
-def test_guidance_by_a_network_goes_through_both_models(bench: Bench, family: str, kind: str):
+def test_guidance_by_a_network_goes_through_both_models(bench: Workbench, family: str, kind: str):
     scene = bench.scene(family)
-    bad = sibling(family) if kind == "own weights" else with_strength(scene, 0.5)
-    auto = guided(bench, scene, bad, 1.5)
+    bad = sibling(family) if kind == "own weights" else with_lora_at(scene, 0.5)
+    auto = autoguided(bench, scene, bad, 1.5)
     for way in ("in the prediction", "through the model"):
         steered = ksampler(bench, bench.guide(auto, gradient=way))
         assert bench.energy(scene, steered).mean() < bench.energy(scene, ksampler(bench, auto)).mean()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_model_can_be_guided_by_its_sibling(bench: Bench, family: str):
+def test_every_kind_of_model_can_be_guided_by_its_sibling(bench: Workbench, family: str):
     scene = bench.scene(family)
-    found = ksampler(bench, guided(bench, scene, sibling(family)))
+    found = ksampler(bench, autoguided(bench, scene, sibling(family)))
     assert found.isfinite().all() and not torch.equal(found, ksampler(bench, scene))
 
 
-def test_a_bad_model_made_by_a_lora_needs_hardly_any_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_a_bad_model_made_by_a_lora_needs_hardly_any_memory(bench: Workbench, monkeypatch: pytest.MonkeyPatch):
     """What is loaded while it is asked, and what works beside, over the good model alone."""
     import comfy.model_management as management
     import comfy.sd
@@ -154,70 +141,62 @@ def test_a_bad_model_made_by_a_lora_needs_hardly_any_memory(bench: Bench, monkey
     monkeypatch.setattr(module, "difference", lambda *args: changes.append(difference(*args)) or changes[-1])
     monkeypatch.setattr(module, "predict", watched)
     management.unload_all_models()
-    ksampler(bench, guided(bench, scene, bad))
+    ksampler(bench, autoguided(bench, scene, bad))
     assert needed and scene.model.model_size() < max(needed) <= 1.1 * scene.model.model_size()
 
 
-def test_what_is_no_bad_model_is_said_in_words(bench: Bench):
+def test_what_is_no_bad_model_is_said_in_words(bench: Workbench):
     scene = bench.scene(FLOW)
     with says(ValueError, "the bad model is the model itself"):
-        ksampler(bench, guided(bench, scene, scene.model))
+        ksampler(bench, autoguided(bench, scene, scene.model))
     with says(ValueError, "another kind", "SD15"):
-        guided(bench, scene, bench.scene(EPS).model)
+        autoguided(bench, scene, bench.scene(EPS).model)
     other = scene.model.clone()
     key = next(key for key in scene.model.model.state_dict() if key.endswith(".weight"))
     other.add_patches({key: ("diff", (torch.ones_like(scene.model.model.state_dict()[key]),))})
     with says(ValueError, "no plain LoRA", "a file of its own"):
-        ksampler(bench, guided(bench, scene, other))
+        ksampler(bench, autoguided(bench, scene, other))
 
 
-def test_samples_of_a_guided_model_are_not_taken_for_those_of_another(bench: Bench):
+def test_samples_of_a_guided_model_are_not_taken_for_those_of_another(bench: Workbench):
     scene, about = bench.scene(FLOW), bench.comfy.pack.nodes.bridge.fingerprint.fingerprint_model
-    weak, weaker = with_strength(scene, 0.5), with_strength(scene, 0.2)
-    models = [scene.model, *(guided(bench, scene, bad, weight, **place).model for bad, weight, place in (
+    weak, weaker = with_lora_at(scene, 0.5), with_lora_at(scene, 0.2)
+    models = [scene.model, *(autoguided(bench, scene, bad, weight, **place).model for bad, weight, place in (
         (weak, 2.0, {}), (weak, 2.5, {}), (weak, 2.0, {"end_percent": 0.5}), (weaker, 2.0, {}), (sibling(FLOW), 2.0, {})))]
     recipes = [about(model, scene.positive)["model"] for model in models]
-    assert len(set(recipes)) == len(recipes) and recipes[1] == about(guided(bench, scene, weak, 2.0).model)["model"]
+    assert len(set(recipes)) == len(recipes) and recipes[1] == about(autoguided(bench, scene, weak, 2.0).model)["model"]
 
 
 # A bad model, made
 
-def tuned(bench: Bench, scene: Scene, name: str, **changes: Any) -> tuple[Any, Tensor]:
-    """Train LoRA on four images of the scene's kind."""
-    shape = (4, *scene.latent["samples"].shape[1:])
-    images = {"samples": torch.randn(shape, generator=torch.Generator().manual_seed(3))}
-    asked = {"steps": 32, "rank": 2, "batch_size": 2, "learning_rate": 1e-3, "seed": 0} | changes
-    return bench.comfy("PPAPTrainLora", model=scene.model, positive=scene.positive, latent=images, name=name, **asked)
-
-
 @pytest.mark.parametrize("family", [EPS, FLOW, VIDEO])
-def test_a_lora_is_trained_and_the_stock_loader_reads_it_and_its_early_states(bench: Bench, family: str):
+def test_a_lora_is_trained_and_the_stock_loader_reads_it_and_its_early_states(bench: Workbench, family: str):
     scene, name = bench.scene(family), f"{family} sibling"
     before = ksampler(bench, scene)
-    model, losses = tuned(bench, scene, name)
+    model, losses = train_lora(bench, scene, name)
     made = ksampler(bench, replace(scene, model=model))
     assert losses.ndim == 4 and not torch.equal(made, before) and torch.equal(ksampler(bench, scene), before)
     [loaded] = bench.comfy("LoraLoaderModelOnly", model=scene.model, lora_name=f"{name}.safetensors", strength_model=1.0)
     assert torch.equal(ksampler(bench, replace(scene, model=loaded)), made)
     [early] = bench.comfy("LoraLoaderModelOnly", model=scene.model, lora_name=f"{name}_2.safetensors", strength_model=1.0)
     good = replace(scene, model=model)
-    assert not torch.equal(ksampler(bench, guided(bench, good, early)), made)
+    assert not torch.equal(ksampler(bench, autoguided(bench, good, early)), made)
 
 
 @pytest.mark.parametrize("family", [EPS, FLOW])
-def test_training_lowers_the_error_on_the_images(bench: Bench, family: str, monkeypatch: pytest.MonkeyPatch):
+def test_training_lowers_the_error_on_the_images(bench: Workbench, family: str, monkeypatch: pytest.MonkeyPatch):
     losses, module = [], bench.comfy.pack.nodes.bridge.lora_training
     monkeypatch.setattr(module, "fine_tune", lambda *args, real=module.fine_tune: losses.append(real(*args)) or losses[-1])
-    tuned(bench, bench.scene(family), "learns", steps=120, rank=8)
+    train_lora(bench, bench.scene(family), "learns", steps=120, rank=8)
     values = losses[0][1]
     assert sum(values[-30:]) < 0.9 * sum(values[:30])
 
 
-def test_a_training_that_was_cancelled_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_a_training_that_was_cancelled_goes_on(bench: Workbench, monkeypatch: pytest.MonkeyPatch):
     import comfy.model_management as management
 
     scene, module = bench.scene(FLOW), bench.comfy.pack.nodes.bridge.lora_training
-    whole = ksampler(bench, replace(scene, model=tuned(bench, scene, "whole", seed=4)[0]))
+    whole = ksampler(bench, replace(scene, model=train_lora(bench, scene, "whole", seed=4)[0]))
     folder = bench.comfy.pack.nodes.bridge.paths.output_folder("ppap_training")
     for state in folder.glob("*.safetensors"):
         state.unlink()
@@ -230,21 +209,21 @@ def test_a_training_that_was_cancelled_goes_on(bench: Bench, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(module, "progress_with_plot", cancelled)
         with pytest.raises(management.InterruptProcessingException):
-            tuned(bench, scene, "cancelled", seed=4)
+            train_lora(bench, scene, "cancelled", seed=4)
     steps, real = [], module.fine_tune
     monkeypatch.setattr(module, "fine_tune", lambda *args: real(
         *args[:-2], lambda step, *more: steps.append(step), args[-1]))
-    again = ksampler(bench, replace(scene, model=tuned(bench, scene, "cancelled", seed=4)[0]))
+    again = ksampler(bench, replace(scene, model=train_lora(bench, scene, "cancelled", seed=4)[0]))
     assert torch.equal(again, whole) and steps == list(range(9, 32))
 
 
-def test_a_lora_s_name_stays_in_its_folder(bench: Bench):
+def test_a_lora_s_name_stays_in_its_folder(bench: Workbench):
     node = bench.comfy.registered["PPAPTrainLora"]
     assert node.validate_inputs(name="fine") is True and "cannot name a file" in node.validate_inputs(name="../out")
 
 
 @pytest.mark.parametrize("name", ["bought", "bought_2"])
-def test_a_lora_of_another_origin_is_not_lost(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_a_lora_of_another_origin_is_not_lost(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     import folder_paths
 
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
@@ -252,13 +231,13 @@ def test_a_lora_of_another_origin_is_not_lost(bench: Bench, tmp_path: Path, monk
     save_file({"a": torch.ones(2)}, file)
     before, scene = file.read_bytes(), bench.scene(EPS)
     with says(ValueError, f"'{name}'", "another name"):
-        tuned(bench, scene, "bought", steps=8)
+        train_lora(bench, scene, "bought", steps=8)
     assert file.read_bytes() == before
     assert "another name" in bench.comfy.registered["PPAPTrainLora"].validate_inputs(name=name)
-    tuned(bench, scene, "own", steps=8)
-    tuned(bench, scene, "own", steps=8, seed=1)  # its own are replaced
+    train_lora(bench, scene, "own", steps=8)
+    train_lora(bench, scene, "own", steps=8, seed=1)  # its own are replaced
 
 
-def test_the_toy_is_a_picture(bench: Bench):
+def test_the_toy_is_a_picture(bench: Workbench):
     [picture] = bench.comfy("PPAPAutoguidanceToy", steps=64)
     assert picture.shape == (1, 888, 840, 3) and picture.std() > 0.05

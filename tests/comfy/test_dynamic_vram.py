@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from helpers import says
-from test_latent_world import LatentWorld
+from helpers.worlds import LatentWorld
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.families import FAMILIES, Family
-from test_nodes_in_process import World
+from helpers.guider_families import FAMILIES, Family
+from helpers.worlds import PixelWorld
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,11 +14,11 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
-def world(comfy) -> World:
-    return World(comfy, batch=4)
+def world(comfy) -> PixelWorld:
+    return PixelWorld(comfy, batch=4)
 
 
-def aimed(comfy, world: World, guider, family: Family):
+def aimed(comfy, world: PixelWorld, guider, family: Family):
     """The guider with a target, by the nodes that people use."""
     if family.task == "mask":
         [guider] = comfy("PPAPAimAtText", guider=guider, text="a star")
@@ -33,7 +33,7 @@ def aimed(comfy, world: World, guider, family: Family):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_folder_of_each_kind_steers_the_stock_sampler(comfy, world: World, name: str):
+def test_a_folder_of_each_kind_steers_the_stock_sampler(comfy, world: PixelWorld, name: str):
     import folder_paths
 
     family, folder = FAMILIES[name], Path(folder_paths.get_folder_paths("ppap_guiders")[0]) / name

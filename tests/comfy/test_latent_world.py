@@ -1,5 +1,4 @@
 """The latent tiny world in a real ComfyUI: its files in the stock loaders, and guidance of its latents."""
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,60 +6,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import says
+from helpers.worlds import HEIGHT, KINDS, WIDTH, LatentWorld
 
 from benchmarks.networks import load_judge
-
-KINDS = ("flow", "eps")
-HEIGHT, WIDTH = 12, 16  # of the latents: not the square that the models were trained on
-
-
-class LatentWorld:
-    """The models of latents, their conditioning, and guiders of every kind."""
-
-    def __init__(self, comfy: Callable[..., tuple]):
-        self.comfy = comfy
-        self.models, self.vaes = zip(*(comfy("PPAPTinyLatentWorld", kind=kind) for kind in KINDS), strict=True)
-        self.vae = self.vaes[0]
-        self.nothing, self.star = (comfy("PPAPClassConditioning", classes=classes)[0] for classes in ("", "star"))
-        [plain] = comfy("PPAPLoadGuider", guider_name="tinyworld/class")
-        [self.guider] = comfy("PPAPAimAtClass", guider=plain, classes="star")
-
-    def model(self, kind: str) -> Any:
-        return self.models[KINDS.index(kind)]
-
-    def sample(self, model: Any, **changes: Any) -> torch.Tensor:
-        settings = {"seed": 3, "steps": 5, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
-                    "positive": self.nothing, "negative": self.nothing,
-                    "latent_image": {"samples": torch.zeros(3, 16, HEIGHT, WIDTH)}, **changes}
-        return self.comfy("KSampler", model=model, **settings)[0]["samples"]
-
-    def guided(self, kind: str, guider: Any = None, vae: Any = None, max_rms: float = 0.0, sampling: dict | None = None,
-               **changes: Any) -> torch.Tensor:
-        settings = {"guider": guider or self.guider, "weight": 0.3, "start_percent": 0.0, "end_percent": 1.0,
-                    "factor_at_start": 1.0, "factor_at_end": 1.0, "view": "own", **changes}
-        [terms] = self.comfy("PPAPGuidanceTerm", **settings)
-        [model] = self.comfy("PPAPApplyGuidance", model=self.model(kind), terms=terms, max_rms=max_rms, vae=vae)
-        return self.sample(model, **(sampling or {}))
-
-    def seen(self, kind: str, samples: torch.Tensor) -> torch.Tensor:
-        """What guiders see of sampled latents without a VAE."""
-        space = self.comfy.pack.nodes.bridge.latents.space_of(self.model(kind))
-        return space.colours(self.model(kind).model.process_latent_in(samples).clone())
-
-    def energy(self, kind: str, samples: torch.Tensor, guider: Any = None) -> torch.Tensor:
-        with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
-            images = self.seen(kind, samples)
-            return (guider or self.guider).energy(images, torch.zeros(len(images)))
-
-    def samples(self, kind: str, name: str) -> Any:
-        return self.comfy("PPAPGenerateSamples", name=name, count=64, steps=3, cfg=1.0, sampler_name="euler",
-                          scheduler="simple", seed=0, model=self.model(kind), positive=self.nothing, vae=self.vae,
-                          latent_image={"samples": torch.zeros(32, 16, HEIGHT, WIDTH)})[0]
-
-    def experts(self, kind: str, view: str) -> Any:
-        return self.comfy("PPAPDistilExperts", samples=self.samples(kind, kind), guider=self.guider, view=view, experts=2,
-                          sigma_min=0.0, sigma_max=0.0, steps=2, batch_size=4, learning_rate=1e-2, rank=2, alpha=2.0,
-                          seed=0)[0]
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import says
-from test_nodes_in_process import World
+from helpers.worlds import PixelWorld
 
 GB = 1024**3
 
 
 @pytest.fixture(scope="module")
-def world(comfy) -> World:
-    return World(comfy)
+def world(comfy) -> PixelWorld:
+    return PixelWorld(comfy)
 
 
 class Own(torch.nn.Module):
@@ -32,12 +32,12 @@ class Own(torch.nn.Module):
         return self.layers(image)
 
 
-def guider_of(world: World, net: torch.nn.Module) -> Any:
+def guider_of(world: PixelWorld, net: torch.nn.Module) -> Any:
     """The classifier of the tiny world with another network."""
     return replace(world.guider, name="own", net=world.comfy.pack.ppap_core.guiders.guider.IgnoreSigma(net))
 
 
-def guided_model(world: World, *guiders: Any) -> Any:
+def guided_model(world: PixelWorld, *guiders: Any) -> Any:
     """A model with an Apply Guidance for each guider."""
     model = world.model
     for guider in guiders:
@@ -47,7 +47,7 @@ def guided_model(world: World, *guiders: Any) -> Any:
 
 # Loading and freeing
 
-def test_guiders_are_among_the_loaded_models_while_the_model_samples(world: World):
+def test_guiders_are_among_the_loaded_models_while_the_model_samples(world: PixelWorld):
     import comfy.model_management as management
     import comfy.model_patcher
 
@@ -62,7 +62,7 @@ def test_guiders_are_among_the_loaded_models_while_the_model_samples(world: Worl
     assert len(seen) == 5
 
 
-def test_sampling_goes_on_after_everything_was_unloaded(world: World):
+def test_sampling_goes_on_after_everything_was_unloaded(world: PixelWorld):
     import comfy.model_management as management
 
     model = guided_model(world, world.guider)
@@ -71,7 +71,7 @@ def test_sampling_goes_on_after_everything_was_unloaded(world: World):
     assert torch.equal(world.sample(model), first)
 
 
-def test_a_network_that_is_not_used_any_more_is_freed(world: World):
+def test_a_network_that_is_not_used_any_more_is_freed(world: PixelWorld):
     import comfy.model_management as management
 
     def sample() -> weakref.ref:
@@ -91,7 +91,7 @@ class Full(Own):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def test_running_out_of_memory_leaves_the_model_as_it_was(world: World):
+def test_running_out_of_memory_leaves_the_model_as_it_was(world: PixelWorld):
     plain, guided = world.sample(), world.guided()
     model = guided_model(world, guider_of(world, Full()))
     with says(torch.OutOfMemoryError, "own", "single image", "32 x 32"):
@@ -117,14 +117,14 @@ def asked(monkeypatch) -> list[dict]:
     return calls
 
 
-def needed(world: World, asked: list[dict], model: Any = None, **changes: Any) -> float:
+def needed(world: PixelWorld, asked: list[dict], model: Any = None, **changes: Any) -> float:
     """The memory that one sampling asks for beside the weights, at best and at least."""
     asked.clear()
     world.sample(model, **changes)
     return torch.tensor([asked[0]["memory_required"], asked[0]["minimum_memory_required"]], dtype=torch.float64)
 
 
-def test_comfyui_keeps_memory_free_for_the_gradients(comfy, world: World, asked: list[dict]):
+def test_comfyui_keeps_memory_free_for_the_gradients(comfy, world: PixelWorld, asked: list[dict]):
     told = comfy.pack.ppap_core.guidance.memory.gradient_bytes
     for batch in (1, 3):
         latent = {"samples": torch.zeros(batch, 3, 32, 32)}
@@ -134,7 +134,7 @@ def test_comfyui_keeps_memory_free_for_the_gradients(comfy, world: World, asked:
         assert more.tolist() == pytest.approx([1.5 * told(world.guider, (batch, 3, 32, 32), without=hung)] * 2)
 
 
-def test_guiders_run_one_after_another_so_that_the_largest_counts(world: World, asked: list[dict]):
+def test_guiders_run_one_after_another_so_that_the_largest_counts(world: PixelWorld, asked: list[dict]):
     small, large = guider_of(world, Own()), world.guider
     plain = needed(world, asked)
     alone = [needed(world, asked, guided_model(world, guider)) - plain for guider in (small, large)]
@@ -146,12 +146,12 @@ def test_guiders_run_one_after_another_so_that_the_largest_counts(world: World, 
     assert torch.equal(needed(world, asked, combined) - plain, alone[1])
 
 
-def test_a_guider_of_weight_0_takes_no_room(world: World, asked: list[dict]):
+def test_a_guider_of_weight_0_takes_no_room(world: PixelWorld, asked: list[dict]):
     [model] = world.comfy("PPAPApplyGuidance", model=world.model, terms=world.term(weight=0.0), max_rms=0.0)
     assert torch.equal(needed(world, asked, model), needed(world, asked))
 
 
-def test_training_frees_all_memory_beside_the_guider_and_its_experts(world: World, asked: list[dict]):
+def test_training_frees_all_memory_beside_the_guider_and_its_experts(world: PixelWorld, asked: list[dict]):
     import comfy.model_management as management
 
     world.samples()
@@ -163,7 +163,7 @@ def test_training_frees_all_memory_beside_the_guider_and_its_experts(world: Worl
     assert {id(world.plain.net), id(guider.net)} <= loaded
 
 
-def test_more_than_a_quarter_of_the_memory_is_asked_for_one_image_only(comfy, world: World, asked: list[dict], monkeypatch):
+def test_above_a_quarter_of_memory_one_image_is_asked_for(comfy, world: PixelWorld, asked: list[dict], monkeypatch):
     import comfy.model_management as management
 
     def room(total: float, batch: int) -> float:
@@ -183,13 +183,13 @@ class Follows(Own):
         return super().forward(image) * (2.0 if image.mean().item() > 0 else 1.0)
 
 
-def test_a_network_that_cannot_be_told_is_sampled_all_the_same(world: World, asked: list[dict], caplog):
+def test_a_network_that_cannot_be_told_is_sampled_all_the_same(world: PixelWorld, asked: list[dict], caplog):
     guided = guided_model(world, guider_of(world, Follows()))
     assert torch.equal(needed(world, asked, guided), needed(world, asked)) and "own" in caplog.text
     assert not torch.equal(world.sample(guided), world.sample())
 
 
-def test_half_of_the_device_is_asked_for_where_gradients_go_through_the_model(comfy, world: World, asked: list[dict]):
+def test_half_of_the_device_is_asked_for_where_gradients_go_through_the_model(comfy, world: PixelWorld, asked: list[dict]):
     """What a model keeps for them is not known before; without it nothing is asked for."""
     import comfy.model_management as management
 
@@ -201,7 +201,7 @@ def test_half_of_the_device_is_asked_for_where_gradients_go_through_the_model(co
     assert torch.allclose(more, torch.tensor(whole / 2, dtype=torch.float64))
 
 
-def test_the_conditioning_of_the_sampling_stays_as_it_was(comfy, world: World):
+def test_the_conditioning_of_the_sampling_stays_as_it_was(comfy, world: PixelWorld):
     import comfy.controlnet
 
     given, conds = [], {"positive": [{"control": comfy.controlnet.ControlBase()}]}
@@ -228,7 +228,7 @@ def test_guiders_compute_in_the_type_of_the_model(comfy, weights: torch.dtype, c
     assert comfy.pack.nodes.bridge.memory.compute_type(model) == (cast or weights)
 
 
-def test_a_model_in_half_precision_is_guided_in_half_precision(comfy, world: World):
+def test_a_model_in_half_precision_is_guided_in_half_precision(comfy, world: PixelWorld):
     class Watch(Own):
         types: list = []
 
@@ -301,7 +301,7 @@ def test_what_is_read_of_a_network_tells_it_apart(comfy, folder):
     assert structure.net is again.net is not own.net
 
 
-def test_two_loaded_guiders_steer_with_one_network(comfy, world: World):
+def test_two_loaded_guiders_steer_with_one_network(comfy, world: PixelWorld):
     import comfy.model_management as management
 
     [other] = comfy("PPAPLoadGuider", guider_name="tinyworld/class")

@@ -1,11 +1,11 @@
 """The nodes in a real ComfyUI, called as its executor calls them."""
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import says
+from helpers.worlds import PixelWorld
 
 from benchmarks.networks import load_judge
 from ppap_core.guiders.rules import RULES
@@ -13,67 +13,12 @@ from ppap_core.guiders.rules import RULES
 SAMPLERS = ("euler", "heun", "dpmpp_2m_sde", "uni_pc")
 
 
-class World:
-    """The tiny world with its stock sampler, and a classifier aimed at stars."""
-
-    def __init__(self, comfy: Callable[..., tuple], batch: int = 3):
-        self.comfy = comfy
-        self.model, self.conditioning, self.latent, self.vae = comfy("PPAPTinyWorld", batch_size=batch)
-        [self.plain] = comfy("PPAPLoadGuider", guider_name="tinyworld/class")
-        [self.guider] = comfy("PPAPAimAtClass", guider=self.plain, classes="star")
-
-    def settings(self, **changes: Any) -> dict:
-        return {"seed": 5, "steps": 5, "cfg": 1.0, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0,
-                "positive": self.conditioning, "negative": self.conditioning, "latent_image": self.latent, **changes}
-
-    def sample(self, model: Any = None, **changes: Any) -> torch.Tensor:
-        """What the stock KSampler makes."""
-        return self.comfy("KSampler", model=model or self.model, **self.settings(**changes))[0]["samples"]
-
-    def term(self, guider: Any = None, **changes: Any) -> tuple:
-        """One term, with everything at its neutral value but the weight."""
-        settings = {"weight": 4.0, "start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0, "factor_at_end": 1.0,
-                    "view": "own", "strength": "raw", **changes}
-        return self.comfy("PPAPGuidanceTerm", guider=guider or self.guider, **settings)[0]
-
-    def guided(self, terms: tuple | None = None, max_rms: float = 0.0, **changes: Any) -> torch.Tensor:
-        """What the stock KSampler makes with a guided model."""
-        [model] = self.comfy("PPAPApplyGuidance", model=self.model, terms=terms or self.term(), max_rms=max_rms)
-        return self.sample(model, **changes)
-
-    def samples(self, **changes: Any) -> Any:
-        """A small store of generated samples."""
-        settings = {"name": "some", "count": 64, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "karras",
-                    "seed": 0, "model": self.model, "positive": self.conditioning, "latent_image": self.latent, **changes}
-        return self.comfy("PPAPGenerateSamples", **settings)[0]
-
-    def experts(self, **changes: Any) -> Any:
-        """A guider with two experts that have hardly learned anything."""
-        settings = {"view": "denoised", "experts": 2, "sigma_min": 0.0, "sigma_max": 0.0, "steps": 2, "batch_size": 4,
-                    "learning_rate": 1e-3, "rank": 2, "alpha": 2.0, "seed": 0, "guider": self.guider, **changes}
-        return self.comfy("PPAPDistilExperts", samples=self.samples(), **settings)[0]
-
-    def starts(self, view: str) -> list[dict]:
-        """Two experts of a view that learn at a rate of 0, as weights by name."""
-        bank = self.experts(view=view, learning_rate=0.0).net
-        return [bank.weights(index) for index in range(2)]
-
-    def seen(self, seed: int = 77) -> torch.Tensor:
-        """An IMAGE of the tiny world."""
-        return self.comfy("VAEDecode", samples={"samples": self.sample(seed=seed)[:1]}, vae=self.vae)[0]
-
-    def energy(self, guider: Any, images: torch.Tensor) -> torch.Tensor:
-        """How far clean images are from the target."""
-        with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
-            return guider.energy(images.clone(), torch.zeros(len(images)))
-
-
 @pytest.fixture(scope="module")
-def world(comfy) -> World:
-    return World(comfy)
+def world(comfy) -> PixelWorld:
+    return PixelWorld(comfy)
 
 
-def test_the_tiny_world_is_the_core_s_denoiser(comfy, world: World):
+def test_the_tiny_world_is_the_core_s_denoiser(comfy, world: PixelWorld):
     denoise = comfy.pack.ppap_core.tinyworld.loaders.load_denoiser()
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -88,11 +33,11 @@ def test_the_tiny_world_is_the_core_s_denoiser(comfy, world: World):
 @pytest.mark.parametrize("changes", [
     {"weight": 0.0}, {"start_percent": 0.5, "end_percent": 0.5}, {"mask": torch.zeros(1, 32, 32)},
     {"factor_at_start": 0.0, "factor_at_end": 0.0}], ids=["weight 0", "closed window", "zero mask", "factors 0"])
-def test_a_neutral_term_leaves_the_image_bit_for_bit(world: World, changes: dict):
+def test_a_neutral_term_leaves_the_image_bit_for_bit(world: PixelWorld, changes: dict):
     assert torch.equal(world.guided(world.term(**changes)), world.sample())
 
 
-def test_an_open_window_and_no_limit_are_neutral(world: World):
+def test_an_open_window_and_no_limit_are_neutral(world: PixelWorld):
     free = world.guided()
     assert torch.equal(world.guided(max_rms=100.0), free)
     assert not torch.equal(world.guided(max_rms=0.01), free)
@@ -101,26 +46,26 @@ def test_an_open_window_and_no_limit_are_neutral(world: World):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
-def test_guidance_steers_every_sampler(world: World, sampler: str, view: str):
+def test_guidance_steers_every_sampler(world: PixelWorld, sampler: str, view: str):
     plain, guided = world.sample(sampler_name=sampler), world.guided(world.term(view=view), sampler_name=sampler)
     assert guided.isfinite().all() and (guided - plain).abs().mean() > 1e-4
 
 
-def test_experts_start_as_their_neighbour_ended_in_the_noisy_view_alone(world: World):
+def test_experts_start_as_their_neighbour_ended_in_the_noisy_view_alone(world: PixelWorld):
     for view, alike in (("noisy", True), ("denoised", False)):
         first, second = world.starts(view)
         assert all(torch.equal(first[name], second[name]) for name in first) == alike, view
 
 
 def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
-    world = World(comfy, batch=16)
+    world = PixelWorld(comfy, batch=16)
     judge = load_judge("class").aim(torch.tensor([3]))
     plain, guided = (images.clone() for images in (world.sample(steps=12), world.guided(world.term(weight=8.0), steps=12)))
     before, after = (judge.score(images.clamp(-1, 1), torch.zeros(16)).mean() for images in (plain, guided))
     assert after > before + 0.2
 
 
-def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
+def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: PixelWorld):
     model = world.model
     to_core_term = comfy.pack.nodes.bridge.guidance.to_core_term
     terms = [to_core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
@@ -130,7 +75,7 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: World):
         assert sum(sigma in term.window for term in terms) == 1
 
 
-def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: World):
+def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: PixelWorld):
     term = comfy.pack.nodes.bridge.guidance.to_core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
                                                (1, 3, 32, 32), None)
     assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
@@ -142,7 +87,7 @@ def flow_sampling() -> Any:
     return type("Flow", (ModelSamplingDiscreteFlow, CONST), {})()
 
 
-def test_a_flow_model_is_steered_from_pure_noise_on(world: World):
+def test_a_flow_model_is_steered_from_pure_noise_on(world: PixelWorld):
     flow = world.model.clone()
     flow.add_object_patch("model_sampling", flow_sampling())
     [guided] = world.comfy("PPAPApplyGuidance", model=flow, terms=world.term(factor_at_end=0.5), max_rms=0.2)
@@ -160,7 +105,7 @@ def test_a_flow_model_is_converted_to_the_noise_of_the_core(comfy):
     assert float("inf") == window.hi and window.lo == pytest.approx(1.0)
 
 
-def test_a_balanced_weight_means_the_same_for_every_guider(comfy, world: World):
+def test_a_balanced_weight_means_the_same_for_every_guider(comfy, world: PixelWorld):
     [bright] = comfy("PPAPRule", rule="brightness")
     [bright] = comfy("PPAPAimAtNumber", guider=bright, number=0.9)
     for guider in (world.guider, bright):
@@ -172,7 +117,7 @@ def test_a_balanced_weight_means_the_same_for_every_guider(comfy, world: World):
     assert not torch.equal(world.guided(world.term(strength="balanced")), world.guided(world.term()))
 
 
-def test_image_to_image_and_one_class_for_each_image(comfy, world: World):
+def test_image_to_image_and_one_class_for_each_image(comfy, world: PixelWorld):
     [guider] = comfy("PPAPAimAtClass", guider=world.plain, classes="star, 0, ring")
     start = {"samples": world.sample()}
     plain = world.sample(latent_image=start, denoise=0.5)
@@ -180,14 +125,14 @@ def test_image_to_image_and_one_class_for_each_image(comfy, world: World):
     assert plain.shape == guided.shape and not torch.equal(plain, guided)
 
 
-def test_guidance_is_the_same_on_every_run_and_leaves_the_model_alone(world: World):
+def test_guidance_is_the_same_on_every_run_and_leaves_the_model_alone(world: PixelWorld):
     plain, first = world.sample(), world.guided()
     [model] = world.comfy("PPAPApplyGuidance", model=world.model, terms=world.term(), max_rms=0.0)
     assert torch.equal(world.sample(model), first) and torch.equal(world.sample(model), first)
     assert torch.equal(world.sample(), plain)
 
 
-def test_two_applied_guidances_add_up_like_combined_terms(comfy, world: World):
+def test_two_applied_guidances_add_up_like_combined_terms(comfy, world: PixelWorld):
     a, b = world.term(weight=2.0), world.term(weight=3.0, view="noisy")
     [both] = comfy("PPAPCombineTerms", first=a, second=b)
     [one] = comfy("PPAPApplyGuidance", model=world.model, terms=both, max_rms=0.0)
@@ -200,7 +145,7 @@ def test_two_applied_guidances_add_up_like_combined_terms(comfy, world: World):
     assert {each.term for each in report.records} == {0, 1}
 
 
-def test_the_guided_ksampler_is_the_stock_one_on_a_guided_model(comfy, world: World):
+def test_the_guided_ksampler_is_the_stock_one_on_a_guided_model(comfy, world: PixelWorld):
     latent, report = comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.3, **world.settings())
     assert torch.equal(latent["samples"], world.guided(max_rms=0.3))
     assert len(report.records) == 5
@@ -208,13 +153,13 @@ def test_the_guided_ksampler_is_the_stock_one_on_a_guided_model(comfy, world: Wo
     assert plot.shape == (1, 600, 720, 3) and plot.std() > 0
 
 
-def test_the_report_counts_noise_levels_not_calls(comfy, world: World):
+def test_the_report_counts_noise_levels_not_calls(comfy, world: PixelWorld):
     latent, report = comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.0,
                            **world.settings(sampler_name="heun"))
     assert len(report.records) > 5 and len({each.sigma for each in report.records}) == 5
 
 
-def test_guiders_are_counted_among_the_loaded_models(world: World):
+def test_guiders_are_counted_among_the_loaded_models(world: PixelWorld):
     import comfy.model_management as management
 
     management.unload_all_models()
@@ -224,14 +169,14 @@ def test_guiders_are_counted_among_the_loaded_models(world: World):
     assert not any(tensor.is_inference() for tensor in world.plain.net.state_dict().values())
 
 
-def test_weights_that_comfyui_moved_in_inference_mode_are_made_differentiable_again(world: World):
+def test_weights_that_comfyui_moved_in_inference_mode_are_made_differentiable_again(world: PixelWorld):
     with torch.inference_mode():
         world.plain.net.to(torch.float64).to(torch.float32)
     assert any(tensor.is_inference() for tensor in world.plain.net.parameters())
     assert world.guided().isfinite().all()
 
 
-def test_experts_guide_and_are_saved_and_loaded(comfy, world: World):
+def test_experts_guide_and_are_saved_and_loaded(comfy, world: PixelWorld):
     guider = world.experts()
     comfy("PPAPSaveExperts", guider=guider, file_name="two experts")
     [loaded] = comfy("PPAPLoadExperts", guider=world.guider, file_name="two experts.safetensors")
@@ -250,7 +195,7 @@ def test_what_a_guider_sees_is_a_picture_of_each_image(comfy, task: str, size: i
 
 
 @pytest.mark.parametrize("task", ["depth", "segmentation"])
-def test_a_picture_and_the_map_that_is_seen_in_it_are_the_same_target(comfy, world: World, task: str):
+def test_a_picture_and_the_map_that_is_seen_in_it_are_the_same_target(comfy, world: PixelWorld, task: str):
     [guider] = comfy("PPAPLoadGuider", guider_name=f"tinyworld/{task}")
     picture = (world.sample()[:1].movedim(1, -1) + 1) / 2
     [seen] = comfy("PPAPLookThrough", guider=guider, image=picture)
@@ -264,7 +209,7 @@ def test_a_picture_and_the_map_that_is_seen_in_it_are_the_same_target(comfy, wor
     assert world.guided(world.term(by_map)).isfinite().all()
 
 
-def rule(world: World, name: str, plain: torch.Tensor) -> Any:
+def rule(world: PixelWorld, name: str, plain: torch.Tensor) -> Any:
     """A rule aimed as people aim it: at an image, at half as much again as there is, or at nothing."""
     [guider] = world.comfy("PPAPRule", rule=name)
     if RULES[name].aim == "image":
@@ -276,7 +221,7 @@ def rule(world: World, name: str, plain: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_each_rule_steers_without_a_network(comfy, world: World, name: str):
+def test_each_rule_steers_without_a_network(comfy, world: PixelWorld, name: str):
     plain = world.sample(steps=8)
     guider = rule(world, name, plain)
     guided = world.guided(world.term(guider, weight=2.0), steps=8)
@@ -286,7 +231,7 @@ def test_each_rule_steers_without_a_network(comfy, world: World, name: str):
     assert seen.shape[0] == 1 and seen.shape[-1] == 3 and 0 <= seen.min() and seen.max() <= 1
 
 
-def test_a_rule_and_a_network_steer_together_and_both_are_loaded(world: World):
+def test_a_rule_and_a_network_steer_together_and_both_are_loaded(world: PixelWorld):
     import comfy.model_management as management
 
     [symmetry] = world.comfy("PPAPRule", rule="symmetry left-right")
@@ -299,7 +244,7 @@ def test_a_rule_and_a_network_steer_together_and_both_are_loaded(world: World):
     assert torch.equal(world.guided(world.term(symmetry, weight=1.0, terms=world.term())), both)
 
 
-def test_a_palette_is_reached(comfy, world: World):
+def test_a_palette_is_reached(comfy, world: PixelWorld):
     [stripes] = comfy("PPAPPalette", colours="#1d3557:3, #ffd166")
     assert stripes.shape == (1, 64, 64, 3)
     assert torch.equal(comfy("PPAPPalette", colours="#1D3557:3,ffd166:1,")[0], stripes), "a width of 1 is neutral"
@@ -318,7 +263,7 @@ def test_a_palette_is_reached(comfy, world: World):
     assert after < 0.08 and after < before / 2.5, (before, after)
 
 
-def test_several_classes_in_one_image_and_weight_0_changes_nothing(comfy, world: World):
+def test_several_classes_in_one_image_and_weight_0_changes_nothing(comfy, world: PixelWorld):
     [both] = comfy("PPAPAimAtClass", guider=world.plain, classes="star + ring:0.5")
     assert both.target.shape == (1, 8) and sorted(both.target.unique().tolist()) == [0.0, 0.5, 1.0]
     guided = world.guided(world.term(both, weight=8.0))
@@ -330,7 +275,7 @@ def test_several_classes_in_one_image_and_weight_0_changes_nothing(comfy, world:
 
 
 def test_a_mask_says_where_a_class_shall_be(comfy):
-    world, judge = World(comfy, batch=8), load_judge("segmentation")
+    world, judge = PixelWorld(comfy, batch=8), load_judge("segmentation")
     mask = torch.zeros(1, 32, 32)
     mask[:, 13:25, 6:18] = 1
     [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/segmentation")
@@ -347,7 +292,7 @@ def reader(guider: Any, task: str = "embedding") -> Any:
     return replace(guider, task=task, read_text=lambda text: torch.eye(8)[[len(text) % 8]])
 
 
-def test_a_text_is_aimed_at_and_each_line_is_for_one_image(comfy, world: World):
+def test_a_text_is_aimed_at_and_each_line_is_for_one_image(comfy, world: PixelWorld):
     [guider] = comfy("PPAPAimAtText", guider=reader(world.plain), text="a red star")
     assert guider.target.tolist() == torch.eye(8)[[2]].tolist() and not guider.target.is_inference()
     guided = world.guided(world.term(guider))
@@ -358,7 +303,7 @@ def test_a_text_is_aimed_at_and_each_line_is_for_one_image(comfy, world: World):
     assert asked.target is None and asked.prompt.shape == (1, 8)
 
 
-def test_cut_outs_change_what_is_seen_and_none_are_neutral(comfy, world: World):
+def test_cut_outs_change_what_is_seen_and_none_are_neutral(comfy, world: PixelWorld):
     [guider] = comfy("PPAPCutOuts", guider=world.guider, count=3)
     guided = world.guided(world.term(guider))
     assert guided.isfinite().all() and not torch.equal(guided, world.guided())
@@ -370,20 +315,20 @@ def test_cut_outs_change_what_is_seen_and_none_are_neutral(comfy, world: World):
     assert comfy("PPAPCutOuts", guider=symmetry, count=0)[0] == symmetry
 
 
-def test_temperature_1_is_neutral_and_a_lower_one_teaches_something_else(world: World):
+def test_temperature_1_is_neutral_and_a_lower_one_teaches_something_else(world: PixelWorld):
     usual, named, sharper = world.experts(), world.experts(temperature=1.0), world.experts(temperature=0.25)
     assert torch.equal(world.guided(world.term(named)), world.guided(world.term(usual)))
     assert not torch.equal(world.guided(world.term(sharper)), world.guided(world.term(usual)))
 
 
-def test_the_answer_of_a_network_is_chosen_and_what_it_cannot_answer_is_said(comfy, world: World):
+def test_the_answer_of_a_network_is_chosen_and_what_it_cannot_answer_is_said(comfy, world: PixelWorld):
     [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/class", answer="own")
     assert guider.net is world.plain.net or guider.name == world.plain.name
     with says(ValueError, "tiny world", "style", "'own'"):
         comfy("PPAPLoadGuider", guider_name="tinyworld/class", answer="style")
 
 
-def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: World):
+def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: PixelWorld):
     import comfy.model_management as management
 
     settings = {"latent_image": {"samples": torch.zeros(16, 3, 32, 32)}, "count": 128, "steps": 7}
@@ -398,9 +343,9 @@ def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: 
         assert torch.equal(getattr(straight.store, name), getattr(stopped.store, name))
 
 
-def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
+def test_a_model_is_known_by_its_weights_and_patches(comfy, world: PixelWorld):
     about = comfy.pack.nodes.bridge.fingerprint.fingerprint_model
-    again = World(comfy)
+    again = PixelWorld(comfy)
     assert about(world.model, world.conditioning) == about(again.model, again.conditioning)
     [strong], [weak] = (comfy("PPAPApplyGuidance", model=world.model, terms=world.term(weight=weight), max_rms=0.0)
                         for weight in (2.0, 1.0))
@@ -409,7 +354,7 @@ def test_a_model_is_known_by_its_weights_and_patches(comfy, world: World):
     assert about(world.model, world.conditioning) != about(again.model, again.conditioning)
 
 
-def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_of_its_patches(comfy, world: World):
+def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_of_its_patches(comfy, world: PixelWorld):
     """A search or a store that was made with other settings must not be taken for this one."""
     from comfy.controlnet import T2IAdapter
 
@@ -438,18 +383,18 @@ def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_o
     assert one != three == again
 
 
-def test_the_recipe_of_experts_does_not_depend_on_the_one_that_is_active(comfy, world: World):
+def test_the_recipe_of_experts_does_not_depend_on_the_one_that_is_active(comfy, world: PixelWorld):
     experts, recipe = world.experts(), comfy.pack.nodes.bridge.fingerprint
     [model] = comfy("PPAPApplyGuidance", model=world.model, terms=world.term(experts), max_rms=0.0)
     names = []
     for index in (0, 1):
         experts.net.select(index)
         names.append(recipe.fingerprint_model(model)["model"])
-    other = world.experts(seed=1)
-    assert names[0] == names[1] and recipe.fingerprint_terms(world.term(other)) != recipe.fingerprint_terms(world.term(experts))
+    first, second = (recipe.fingerprint_terms(world.term(each)) for each in (experts, world.experts(seed=1)))
+    assert names[0] == names[1] and first != second
 
 
-def test_a_guided_ksampler_gives_back_what_it_need_not_sample_or_cannot(comfy, world: World):
+def test_a_guided_ksampler_gives_back_what_it_need_not_sample_or_cannot(comfy, world: PixelWorld):
     def run(**changes: Any) -> tuple:
         return comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.0, **world.settings(**changes))
 
@@ -461,7 +406,7 @@ def test_a_guided_ksampler_gives_back_what_it_need_not_sample_or_cannot(comfy, w
     assert nothing["samples"].isnan().any() and report.levels > 0
 
 
-def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):
+def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: PixelWorld):
     with says(ValueError, "'stair'", "star"):
         comfy("PPAPAimAtClass", guider=world.plain, classes="stair")
     with says(ValueError, "'half'", "star:0.5"):
@@ -488,7 +433,7 @@ def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: World):
         comfy("PPAPLoadGuider", guider_name="../class")
 
 
-def test_each_way_to_aim_refuses_what_it_is_not_for_in_one_sentence(comfy, world: World):
+def test_each_way_to_aim_refuses_what_it_is_not_for_in_one_sentence(comfy, world: PixelWorld):
     [depth] = comfy("PPAPLoadGuider", guider_name="tinyworld/depth")
     [regions] = comfy("PPAPLoadGuider", guider_name="tinyworld/segmentation")
     [symmetry], [bright] = (comfy("PPAPRule", rule=name) for name in ("symmetry half turn", "brightness"))
@@ -521,7 +466,7 @@ def test_each_way_to_aim_refuses_what_it_is_not_for_in_one_sentence(comfy, world
     assert palette.validate_inputs("#ff0000") is True and "no colour was given" in palette.validate_inputs(" , ")
 
 
-def test_damaged_and_foreign_experts_are_refused(comfy, world: World):
+def test_damaged_and_foreign_experts_are_refused(comfy, world: PixelWorld):
     comfy("PPAPSaveExperts", guider=world.experts(), file_name="whole")
     file = comfy.pack.nodes.bridge.paths.expert_file("whole.safetensors")
     file.with_name("cut.safetensors").write_bytes(file.read_bytes()[:-100])

@@ -7,18 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import says
-from test_latent_world import HEIGHT, WIDTH, LatentWorld
-from test_nodes_in_process import World
-
-
-@pytest.fixture(scope="module")
-def pixels(comfy) -> World:
-    return World(comfy)
-
-
-@pytest.fixture(scope="module")
-def latents(comfy) -> LatentWorld:
-    return LatentWorld(comfy)
+from helpers.worlds import HEIGHT, WIDTH, LatentWorld, PixelWorld
 
 
 class Shown:
@@ -47,7 +36,7 @@ class Shown:
 
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
-def test_what_is_recorded_of_pixels_is_what_guidance_would_show(comfy, pixels: World, view: str):
+def test_what_is_recorded_of_pixels_is_what_guidance_would_show(comfy, pixels: PixelWorld, view: str):
     shown = Shown(comfy, pixels.guider, view)
     [model] = comfy("PPAPApplyGuidance", model=pixels.model, terms=shown.terms, max_rms=0.0)
     empty = {"samples": torch.zeros(32, 3, 32, 32)}
@@ -68,7 +57,7 @@ def test_what_is_recorded_of_a_flow_is_what_guidance_would_show(comfy, latents: 
     assert samples.store.sigmas.max() > 1000 and samples.store.noisy.isfinite().all()
 
 
-def test_guidance_that_is_there_already_is_recorded_with_what_it_does(comfy, pixels: World):
+def test_guidance_that_is_there_already_is_recorded_with_what_it_does(comfy, pixels: PixelWorld):
     [model] = comfy("PPAPApplyGuidance", model=pixels.model, terms=pixels.term(weight=8.0), max_rms=0.0)
     plain, guided = (pixels.samples(name=name, model=each, steps=1).store
                      for name, each in (("not guided", pixels.model), ("guided", model)))
@@ -77,7 +66,7 @@ def test_guidance_that_is_there_already_is_recorded_with_what_it_does(comfy, pix
     assert (guided.denoised - plain.denoised).float().abs().mean() > 0.01
 
 
-def test_samples_do_not_depend_on_how_many_are_made_at_once(pixels: World):
+def test_samples_do_not_depend_on_how_many_are_made_at_once(pixels: PixelWorld):
     one, three = (pixels.samples(name=f"by {batch}", steps=4, latent_image={"samples": torch.zeros(batch, 3, 32, 32)}).store
                   for batch in (1, 3))
     assert torch.equal(one.sigmas, three.sigmas) and len(one.sigmas) == 64
@@ -86,7 +75,7 @@ def test_samples_do_not_depend_on_how_many_are_made_at_once(pixels: World):
                                    atol=1.0 if name == "images" else 2e-3)
 
 
-def test_a_sampler_that_asks_twice_a_step_is_heard_both_times(pixels: World):
+def test_a_sampler_that_asks_twice_a_step_is_heard_both_times(pixels: PixelWorld):
     """Two steps of Heun's are three questions, the last two of them at one noise level: each is kept twice in six."""
     store = pixels.samples(name="heun", sampler_name="heun", latent_image={"samples": torch.zeros(64, 3, 32, 32)}).store
     first, second, third = store.noisy.unflatten(1, (3, 2)).unbind(1)
@@ -98,7 +87,7 @@ def test_a_sampler_that_asks_twice_a_step_is_heard_both_times(pixels: World):
 
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
-def test_distillation_never_asks_the_diffusion_model(comfy, pixels: World, latents: LatentWorld, view: str):
+def test_distillation_never_asks_the_diffusion_model(comfy, pixels: PixelWorld, latents: LatentWorld, view: str):
     settings = {"view": view, "experts": 2, "sigma_min": 0.0, "sigma_max": 0.0, "steps": 3, "batch_size": 4,
                 "learning_rate": 1e-3, "rank": 2, "alpha": 2.0, "seed": 5}
     cases = ((pixels.model, pixels.guider, lambda: pixels.samples(name="asked")),
@@ -114,7 +103,7 @@ def test_distillation_never_asks_the_diffusion_model(comfy, pixels: World, laten
         assert len(asked) == before
 
 
-def test_experts_reach_as_far_as_the_samples_but_not_to_pure_noise(comfy, pixels: World, latents: LatentWorld):
+def test_experts_reach_as_far_as_the_samples_but_not_to_pure_noise(comfy, pixels: PixelWorld, latents: LatentWorld):
     schedule_for = comfy.pack.nodes.bridge.distillation.schedule_for
     samples = pixels.samples(name="reach", steps=4)
     lowest, highest = (float(value) for value in samples.store.sigmas.aminmax())
@@ -131,7 +120,7 @@ def test_experts_reach_as_far_as_the_samples_but_not_to_pure_noise(comfy, pixels
     assert levels[-1] > 1000 and schedule_for(flow, 2, 0.0, 0.0).edges[::2] == (levels[0], levels[-2])
 
 
-def test_ranges_without_steps_are_refused_before_the_training(comfy, pixels: World):
+def test_ranges_without_steps_are_refused_before_the_training(comfy, pixels: PixelWorld):
     settings = {"view": "noisy", "sigma_min": 0.0, "sigma_max": 0.0, "steps": 2, "batch_size": 4, "learning_rate": 1e-3,
                 "rank": 2, "alpha": 2.0, "seed": 0, "guider": pixels.guider}
     one = pixels.samples(name="one step", steps=1)
@@ -146,5 +135,5 @@ def test_ranges_without_steps_are_refused_before_the_training(comfy, pixels: Wor
     assert (set(folder.iterdir()) if folder.exists() else set()) == before
 
 
-def test_samples_hold_no_model(pixels: World):
+def test_samples_hold_no_model(pixels: PixelWorld):
     assert set(vars(pixels.samples())) == {"store", "space"}

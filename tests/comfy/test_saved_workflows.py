@@ -1,6 +1,7 @@
 """Workflows of version 0.1.0 mean the same to the nodes of today."""
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ from helpers.graphs import posted, quick
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "workflows"
 NAMES = sorted(file.stem for file in SAVED.glob("*.json") if file.stem != "posted")
-EXTRAS = ("custom_sampler", "images", "mask", "preview_any", "sd3")  # what of comfy_extras the workflows use
 SHORT = ("latent", "rules")
 
 
@@ -18,13 +18,9 @@ def page(name: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def info(comfy, comfyui: Path) -> dict:
+def info(comfy, load_extras: Callable[..., None]) -> dict:
     """/object_info of the nodes in this process, with those of ComfyUI that the workflows use."""
-    import nodes
-
-    for name in EXTRAS:
-        assert asyncio.run(nodes.load_custom_node(str(comfyui / "comfy_extras" / f"nodes_{name}.py"),
-                                                  module_parent="comfy_extras"))
+    load_extras("custom_sampler", "images", "mask", "preview_any", "sd3")
     return {name: kind.GET_NODE_INFO_V1() if hasattr(kind, "GET_NODE_INFO_V1") else
             {"input": kind.INPUT_TYPES(), "output": kind.RETURN_TYPES} for name, kind in comfy.registered.items()}
 

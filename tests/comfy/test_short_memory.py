@@ -5,18 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.small_models import FAMILIES
-from test_autoguidance_nodes import guided as autoguided
-from test_autoguidance_nodes import tuned, with_strength
-from test_compatibility import EPS, FLOW, THROUGH, Bench, bench, fused, ksampler
-from test_prior_node import asked, find
+from helpers.model_families import FAMILIES
+from helpers.workbench import (
+    EPS,
+    FLOW,
+    THROUGH,
+    Workbench,
+    autoguided,
+    cosmos_is_fused,
+    ksampler,
+    search,
+    train_lora,
+    with_lora_at,
+)
 from torch import Tensor
-
-__all__ = ["bench"]  # a fixture
 
 
 @pytest.fixture
-def short(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
+def short(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
     """Memory that runs out in every first pass with gradients; returns a list that grows with each of them."""
     autograd, failed = bench.comfy.pack.nodes.bridge.autograd, []
     real = autograd.with_gradients
@@ -41,8 +47,8 @@ def short(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[in
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Bench, short: list[int], family: str):
-    if family == "Cosmos-Predict2" and fused():
+def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Workbench, short: list[int], family: str):
+    if family == "Cosmos-Predict2" and cosmos_is_fused():
         pytest.skip("no gradient passes through Cosmos-Predict2 in this ComfyUI")
     scene = bench.scene(family)
     lean = ksampler(bench, bench.guide(scene, **THROUGH))
@@ -56,7 +62,7 @@ def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Bench, short
 
 
 @pytest.mark.parametrize("family", [EPS, FLOW])
-def test_weights_stay_and_all_else_is_copied(bench: Bench, family: str):
+def test_weights_stay_and_all_else_is_copied(bench: Workbench, family: str):
     autograd, net = bench.comfy.pack.nodes.bridge.autograd, bench.scene(family).model.model.diffusion_model
     with autograd.autograd(), autograd.save_activations_on_cpu(net):
         x, weight = torch.ones(3, requires_grad=True), next(net.parameters()).detach().clone()
@@ -73,32 +79,32 @@ def test_weights_stay_and_all_else_is_copied(bench: Bench, family: str):
         assert kept._saved_mat2.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
 
 
-def test_a_search_through_the_model_finds_the_same(bench: Bench, short: list[int]):
+def test_a_search_through_the_model_finds_the_same(bench: Workbench, short: list[int]):
     scene = bench.scene(FLOW)
     states = bench.comfy.pack.nodes.bridge.paths.output_folder("ppap_prior")
     shutil.rmtree(states, ignore_errors=True)
-    lean = find(bench, asked(scene), bench.terms(0.5), seed=41, **THROUGH)
+    lean = search(bench, scene.conditioned(), bench.terms(0.5), seed=41, **THROUGH)
     assert short == [0]
     shutil.rmtree(states)
     with pytest.MonkeyPatch.context() as patch:
         bridge = bench.comfy.pack.nodes.bridge
         patch.setattr(bridge.priors, "with_gradients", bridge.autograd.with_gradients)
-        whole = find(bench, asked(scene), bench.terms(0.5), seed=41, **THROUGH)
+        whole = search(bench, scene.conditioned(), bench.terms(0.5), seed=41, **THROUGH)
     assert (lean - whole).abs().mean() < 1e-3 * whole.abs().mean()
 
 
 def test_a_lora_is_trained_to_the_same_and_a_bad_model_beside_the_good_one_is_computed_again_with_its_lora(
-        bench: Bench, short: list[int]):
+        bench: Workbench, short: list[int]):
     scene = bench.scene(EPS)
-    lean = ksampler(bench, replace(scene, model=tuned(bench, scene, "lean", steps=6)[0]))
-    steered = ksampler(bench, bench.guide(autoguided(bench, scene, with_strength(scene, 1.0)), **THROUGH))
+    lean = ksampler(bench, replace(scene, model=train_lora(bench, scene, "lean", steps=6)[0]))
+    steered = ksampler(bench, bench.guide(autoguided(bench, scene, with_lora_at(scene, 1.0)), **THROUGH))
     assert short == [0, 1]
     shutil.rmtree(bench.comfy.pack.nodes.bridge.paths.output_folder("ppap_training"))
     with pytest.MonkeyPatch.context() as patch:
         bridge = bench.comfy.pack.nodes.bridge
         for module in (bridge.guidance, bridge.lora_training):
             patch.setattr(module, "with_gradients", bridge.autograd.with_gradients)
-        whole = ksampler(bench, replace(scene, model=tuned(bench, scene, "lean", steps=6)[0]))
-        freely = ksampler(bench, bench.guide(autoguided(bench, scene, with_strength(scene, 1.0)), **THROUGH))
+        whole = ksampler(bench, replace(scene, model=train_lora(bench, scene, "lean", steps=6)[0]))
+        freely = ksampler(bench, bench.guide(autoguided(bench, scene, with_lora_at(scene, 1.0)), **THROUGH))
     torch.testing.assert_close(lean, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
     torch.testing.assert_close(steered, freely, rtol=1e-3, atol=1e-3 * float(freely.abs().max()))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import level, randn, says
-from helpers.families import FAMILIES, LABELS, Family, row
+from helpers.guider_families import FAMILIES, LABELS, aimed, photographs, row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,7 +17,7 @@ from ppap_core.experts.samples import Pairs
 from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.transformers import semantic_logits
-from ppap_core.guiders.targets import aim_at_text, class_target, image_target, mask_target, number_target
+from ppap_core.guiders.targets import class_target, image_target
 from ppap_core.noise import to_vp
 from ppap_core.schedules import ExpertSchedule
 
@@ -27,24 +27,6 @@ pytest.importorskip("transformers")
 EVERY = pytest.mark.parametrize("name", FAMILIES)
 H, W = 40, 56
 SCHEDULE = ExpertSchedule((0.05, 0.4, 3.0, 20.0))
-
-
-def photograph(height: int = H, width: int = W, seed: int = 0) -> Tensor:
-    """Smooth pictures (2, 3, height, width) in [-1, 1]: random networks answer to them as to photographs."""
-    coarse = randn(2, 3, 5, 7, seed=seed)
-    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(-1, 1)
-
-
-def aimed(guider: Guider, family: Family) -> Guider:
-    """The guider with a target, in the way that people aim at it."""
-    if family.task == "mask":
-        guider = aim_at_text(guider, "a star")
-    other = photograph(48, 48, seed=5)[:1]
-    return {"class": lambda: guider.aim(class_target(guider, "star")),
-            "text": lambda: aim_at_text(guider, "a red ring"),
-            "mask": lambda: guider.aim(mask_target(guider, torch.eye(48)[None], "")),
-            "number": lambda: guider.aim(number_target(guider, 9.0)),
-            "image": lambda: guider.aim(image_target(guider, other))}[family.aim]()
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +68,7 @@ def numeric_slope(guider: Guider, image: Tensor, direction: Tensor, step: float)
 
 @EVERY
 def test_the_gradient_of_the_energy_reaches_the_image_and_is_the_finite_difference(name: str, guider: Guider):
-    image, direction = photograph(), photograph(seed=1).double()
+    image, direction = photographs(), photographs(seed=1).double()
     single = gradient_of(guider, image)
     assert single.isfinite().all() and bool((single.flatten(1).abs().amax(1) > 0).all())
     guider.net.double()
@@ -101,7 +83,7 @@ def test_the_gradient_of_the_energy_reaches_the_image_and_is_the_finite_differen
 
 @EVERY
 def test_three_experts_start_as_the_plain_network_learn_alone_and_come_back_from_a_file(name: str, guider: Guider, tmp_path):
-    net, image = base_network(guider), photograph()
+    net, image = base_network(guider), photographs()
     bank = ExpertBank(net, SCHEDULE, LoraSpec(rank=2, alpha=2.0), view="noisy")
     experts = with_experts(guider, bank)
     grouped = {part for part, module in net.named_modules() if getattr(module, "groups", 1) > 1}
@@ -289,7 +271,7 @@ def test_texts_are_read_as_the_library_reads_them_and_only_by_the_text_half(name
 
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP", "SigLIP 2 (NaFlex)"])
 def test_images_are_read_as_the_library_reads_them(name: str, guider: Guider, written):
-    folder, image = written[name], photograph(32, 32)
+    folder, image = written[name], photographs(32, 32)
     model = the_library_s_model(folder)
     prepared = {"pixel_values": guider.preprocess(image)}
     if "NaFlex" in name:
@@ -306,7 +288,7 @@ def test_images_are_read_as_the_library_reads_them(name: str, guider: Guider, wr
 def test_classes_times_masks_are_the_library_s_own_semantic_answer(name: str, guider: Guider):
     import transformers
 
-    image = photograph(64, 64)
+    image = photographs(64, 64)
     ours = guider.predict(image, clean(image))
     model = base_network(guider).model
     more = {"task_inputs": base_network(guider).ask.args[0].expand(2, -1)} if name == "OneFormer" else {}
@@ -340,7 +322,7 @@ def test_a_class_that_is_hardly_there_yet_has_a_gradient_in_float16():
 
 @pytest.mark.parametrize("name", ["DINOv2", "timm ViT, structure"])
 def test_structure_does_not_see_a_change_of_all_tokens_alike_but_where_things_are(name: str, guider: Guider):
-    image = photograph(42, 42)
+    image = photographs(42, 42)
     own = guider.aim(image_target(guider, image))
     assert own.energy(image, clean(image)).abs().max() < 1e-6
     assert (own.energy(image.flip(3), clean(image)) > 1e-4).all()
@@ -348,7 +330,7 @@ def test_structure_does_not_see_a_change_of_all_tokens_alike_but_where_things_ar
 
 def test_style_does_not_see_where_things_are(written):
     guider = load_guider(written["timm VGG, style"], "style")
-    image = photograph(224, 224)
+    image = photographs(224, 224)
     own = guider.aim(image_target(guider, image))
     turned, another = own.energy(image.flip(3), clean(image)), own.energy(image.flip(0), clean(image))
     assert (turned < another / 3).all()

@@ -4,8 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import VIEWS, B, H, W, disturb, images, level, randn, same, small_guider, snapshot
-from helpers.families import FAMILIES
-from test_families import aimed
+from helpers.guider_families import FAMILIES, aimed
 
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.guidance.gradients import HALF, energy_at, energy_gradient

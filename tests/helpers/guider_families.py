@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from helpers import randn
+from ppap_core.guiders.guider import Guider
+from ppap_core.guiders.targets import aim_at_text, class_target, image_target, mask_target, number_target
 
 LABELS = ("wall", "star", "disk", "heart", "ring")
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -220,3 +224,21 @@ def row(name: str) -> str:
     family = FAMILIES[name]
     aim = "Aim at Image or Mask" if family.task == "segmentation" else AIMS[family.aim]
     return f"| {name} | {family.task} | {aim} |" + " yes |" * 7
+
+
+def photographs(height: int = 40, width: int = 56, seed: int = 0) -> Tensor:
+    """Smooth images (2, 3, height, width) in [-1, 1], which random networks tell apart as they do photographs."""
+    coarse = randn(2, 3, 5, 7, seed=seed)
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(-1, 1)
+
+
+def aimed(guider: Guider, family: Family) -> Guider:
+    """The guider with a target, set as users set it."""
+    if family.task == "mask":
+        guider = aim_at_text(guider, "a star")
+    other = photographs(48, 48, seed=5)[:1]
+    return {"class": lambda: guider.aim(class_target(guider, "star")),
+            "text": lambda: aim_at_text(guider, "a red ring"),
+            "mask": lambda: guider.aim(mask_target(guider, torch.eye(48)[None], "")),
+            "number": lambda: guider.aim(number_target(guider, 9.0)),
+            "image": lambda: guider.aim(image_target(guider, other))}[family.aim]()

@@ -137,10 +137,10 @@ def ways(world: LatentWorld, task: str, distilled: Callable[[str], Guider]) -> d
     plain = world.guiders[task]
     found = {
         "no guidance": Way,
-        "plain, noisy view, colours": lambda: Way(replace(plain, view="noisy", see=SPACE.colours)),
-        "plain, denoised view, colours": lambda: Way(replace(plain, see=SPACE.colours)),
-        "plain, denoised view, colours, raw": lambda: Way(replace(plain, see=SPACE.colours), balanced=False),
-        "plain, denoised view, decoder": lambda: Way(replace(plain, see=world.see_decoded), slow=True),
+        "plain, noisy view, colours": lambda: Way(replace(plain, view="noisy", decode=SPACE.colours)),
+        "plain, denoised view, colours": lambda: Way(replace(plain, decode=SPACE.colours)),
+        "plain, denoised view, colours, raw": lambda: Way(replace(plain, decode=SPACE.colours), balanced=False),
+        "plain, denoised view, decoder": lambda: Way(replace(plain, decode=world.decoder), slow=True),
         "experts, noisy view, stem": lambda: Way(distilled("noisy")),
         "experts, denoised view, stem": lambda: Way(distilled("denoised")),
         "told the class": lambda: Way(told_class=True)}

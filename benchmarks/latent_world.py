@@ -43,7 +43,7 @@ class LatentWorld:
         """Images (B, 3, 8h, 8w) in [-1, 1]."""
         return self.autoencoder.decode(undiffused(latents)).clamp(-1, 1)
 
-    def see_decoded(self, latents: Tensor, sigma: Tensor) -> Tensor:
+    def decoder(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """What a guider sees of latents through the autoencoder."""
         return self.autoencoder.decode(undiffused(latents))
 

@@ -199,8 +199,8 @@ def classifiers(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Gu
     ways = {"colours": space.colours, "stem": stem, "taesd": lambda latent: tiny.decode(latent).sample,
             "vae": lambda latent: whole.decode(latent).sample}
     # a view, because the counter cannot follow a gradient that ends at what a module was given; images are never half
-    return {way: replace(plain, see=lambda latent, sigma, see=see: see(latent.view_as(latent)).float())
-            for way, see in ways.items()}
+    return {way: replace(plain, decode=lambda latent, sigma, decode=decode: decode(latent.view_as(latent)).float())
+            for way, decode in ways.items()}
 
 
 def from_diffusers(name: str) -> Callable[..., nn.Module]:

@@ -1,6 +1,6 @@
 """A MODEL whose denoised predictions are shifted by guiders, and what came of it."""
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from nodes import common_ksampler
 from ...ppap_core.experts.bank import ExpertBank
 from ...ppap_core.guidance.shift import guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, needs_model
-from ...ppap_core.guiders.guider import Guider
+from ...ppap_core.guiders.guider import Decode, Guider
 from ...ppap_core.training.loop import RunStep
 from . import latents, noise_levels
 from .autograd import autograd, for_gradients, make_differentiable, with_gradients
@@ -23,7 +23,6 @@ from .memory import compute_type, materialize_on, patcher_of, reserve_gradient_m
 from .noise_levels import PURE_NOISE
 
 KEY = "ppap"
-See = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,15 @@ class Run:
         return self.terms if sigma <= PURE_NOISE else [replace(term, through=False) for term in self.terms]
 
 
-def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], see: See | None) -> Term:
+def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], decode: Decode | None) -> Term:
     """A term in the units of a model's noise and on the grid of what is sampled.
 
-    see: how its guider sees what is diffused; None for pixels.
+    decode: how its guider makes images of latents; None for pixels.
     """
     window = noise_levels.window_of(model.get_model_object("model_sampling"), term.start, term.end)
     ramp = noise_levels.ramp_for(model, window, term.factor_at_start, term.factor_at_end)
     mask = None if term.mask is None else latents.mask_for(term.mask, shape)
-    return Term(replace(term.guider, see=see), term.weight, window, ramp, mask, term.balanced, term.through)
+    return Term(replace(term.guider, decode=decode), term.weight, window, ramp, mask, term.balanced, term.through)
 
 
 def require_same_space(guider: Guider, model: Patcher) -> None:
@@ -89,31 +88,31 @@ def require_same_space(guider: Guider, model: Patcher) -> None:
 
 
 def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
-             vae: comfy.sd.VAE | None) -> tuple[list[See | None], list[torch.nn.Module]]:
-    """How each term's guider sees what a model diffuses, and every network that takes part in it.
+             vae: comfy.sd.VAE | None) -> tuple[list[Decode | None], list[torch.nn.Module]]:
+    """The decoder of each term's guider for what a model diffuses, and every network that takes part.
 
     ValueError for experts of other latents.
     """
     pixels = latents.is_pixel(model)
 
     def may_look_through(guider: Guider) -> bool:
-        return vae is not None and not pixels and guider.see is None and guider.view == "denoised"
+        return vae is not None and not pixels and guider.decode is None and guider.view == "denoised"
 
     decoder = latents.Decoder(vae, model) if any(may_look_through(term.guider) for term in terms) else None
 
-    def eye(guider: Guider) -> See | None:
+    def decoder_of(guider: Guider) -> Decode | None:
         require_same_space(guider, model)
-        if pixels or guider.see:
-            return guider.see
+        if pixels or guider.decode:
+            return guider.decode
         return decoder if may_look_through(guider) else latents.space_of(model).colours
 
     networks = {id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}
-    return [eye(term.guider) for term in terms], list(networks.values())
+    return [decoder_of(term.guider) for term in terms], list(networks.values())
 
 
-def asked(terms: Sequence[GuidanceTerm], eyes: Sequence[See | None]) -> list[Guider]:
-    """The guiders at work, with their eyes."""
-    return [replace(term.guider, see=see) for term, see in zip(terms, eyes, strict=True) if term.weight]
+def asked(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:
+    """The guiders at work, with their decoders."""
+    return [replace(term.guider, decode=decode) for term, decode in zip(terms, decoders, strict=True) if term.weight]
 
 
 def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float,
@@ -124,13 +123,13 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     """
     latents.require_supported(model)
     through, runs = any(term.through and term.weight for term in terms), deque(maxlen=4)
-    eyes, networks = decoders_for(terms, model, vae)
+    decoders, networks = decoders_for(terms, model, vae)
     guided = for_gradients(model) if through else model.clone()
 
     def start_run(executor, noise, *args, **kwargs):
         patched = executor.class_obj.model_patcher
         shape = latents.frames_as_images(noise).shape
-        runs.append(Run([to_core_term(patched, term, shape, see) for term, see in zip(terms, eyes, strict=True)],
+        runs.append(Run([to_core_term(patched, term, shape, decode) for term, decode in zip(terms, decoders, strict=True)],
                         latents.sigma_data_of(patched), compute_type(patched)))
         runs[-1].samples = executor(noise, *args, **kwargs)
         return runs[-1].samples
@@ -155,7 +154,7 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
         return apply_shift(args, runs[-1], max_rms)
 
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
-    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory(asked(terms, eyes), through, KEY))
+    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory(asked(terms, decoders), through, KEY))
     guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, after_loading)
     if through:
         guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)

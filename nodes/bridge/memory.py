@@ -132,5 +132,5 @@ def _memory_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, lim
 
 def _pack_attributes(guider: Guider) -> tuple:
     """What this pack keeps on networks that is not part of them."""
-    networks = [each for each in (guider.net, guider.see) if isinstance(each, torch.nn.Module)]
+    networks = [each for each in (guider.net, guider.decode) if isinstance(each, torch.nn.Module)]
     return tuple(value for net in networks for name, value in vars(net).items() if name in ("comfy_patcher", "loaded_as"))

@@ -29,9 +29,9 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
            seed: int, config: PriorConfig, vae: comfy.sd.VAE | None, particles: int, **how: Any) -> tuple[dict, Losses]:
     """The LATENT that was found, and of every step the error of the noise and the energy. how: see `optimize_images`."""
     latents.require_supported(model)
-    eyes, networks = decoders_for(terms, model, vae)
+    decoders, networks = decoders_for(terms, model, vae)
     searched = for_gradients(model) if config.jacobian else model.clone()
-    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory(asked(terms, eyes), config.jacobian, KEY))
+    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory(asked(terms, decoders), config.jacobian, KEY))
     searched.set_additional_models(KEY, searched.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
     given = {**latents.without_sizes(latent), "samples": latents.resize_empty_latent(model, latent)}
     known = model.model.process_latent_in(given["samples"])
@@ -48,7 +48,7 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
             start = latents.frames_as_images(known.to(noise))
             seeds = range(seed, seed + particles * len(start))
             mask = latent.get("noise_mask")
-            core = [to_core_term(searched, term, start.shape, see) for term, see in zip(terms, eyes, strict=True)]
+            core = [to_core_term(searched, term, start.shape, decode) for term, decode in zip(terms, decoders, strict=True)]
             denoise = denoiser(guider.inner_model.model_sampling, predict, extra_args, noise, config.jacobian)
             images, losses = optimize_images(
                 denoise, core, start, config, seeds, mask=None if mask is None else latents.mask_for(mask, start.shape),

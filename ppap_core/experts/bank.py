@@ -3,7 +3,6 @@
 The only file that uses peft.
 """
 import copy
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from ..guiders.guider import VIEWS, Guider, IgnoreSigma, has_network
 from ..guiders.latents import PIXELS, LatentSpace, Stem
 from ..io.files import with_prefix
+from ..io.function_fingerprint import hashed_as
+from ..io.hashing import fingerprint_network
 from ..rng import seeded
 from ..schedules import ExpertSchedule
 
@@ -42,15 +43,6 @@ def default_targets(net: nn.Module) -> tuple[str, ...]:
         raise ValueError(f"{type(net).__name__} has {len(layers)} Linear or Conv2d layers: experts need at least two, "
                          "because the last one stays as it is")
     return tuple(layers[:-1])
-
-
-def fingerprint(net: nn.Module) -> str:
-    """A short hash of all weights and buffers of a network, the same in every process."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def _share_weights(net: nn.Module) -> nn.Module:
@@ -83,7 +75,7 @@ class ExpertBank(nn.Module):
         super().__init__()
         if view not in VIEWS:
             raise ValueError(f"there is no view '{view}': expected one of {', '.join(VIEWS)}")
-        self.fingerprint = fingerprint(base)
+        self.fingerprint = fingerprint_network(base)
         self.recipe: dict = {}  # how the experts were made, for people
         self.schedule, self.view, self.space = schedule, view, space
         self.lora = replace(lora, targets=lora.targets or default_targets(base))
@@ -180,9 +172,10 @@ class ExpertBank(nn.Module):
         self.select(self._responsible(sigma))
         return self.net(image, *prompt)
 
-    def see(self, diffused: Tensor, sigma: Tensor) -> Tensor:
-        """The image that the expert responsible for sigma (B,) sees of latents (B, C, h, w)."""
-        return self.stems[self._responsible(sigma)](diffused)
+    @hashed_as("ExpertBank.see")
+    def decode(self, latent: Tensor, sigma: Tensor) -> Tensor:
+        """The image that the expert responsible for sigma (B,) makes of latents (B, C, h, w)."""
+        return self.stems[self._responsible(sigma)](latent)
 
     def _responsible(self, sigma: Tensor) -> int:
         low, high = (self.schedule.index(float(value)) for value in sigma.aminmax())
@@ -252,4 +245,4 @@ def base_network(guider: Guider) -> nn.Module:
 
 def with_experts(guider: Guider, bank: ExpertBank) -> Guider:
     """The guider with a bank in the place of its network; it looks at what the experts were distilled for."""
-    return replace(guider, net=bank, view=bank.view, see=bank.see if bank.space else None)
+    return replace(guider, net=bank, view=bank.view, decode=bank.decode if bank.space else None)

@@ -6,8 +6,9 @@ from torch import Tensor
 from ..guiders.guider import Guider
 from ..guiders.latents import PIXELS, LatentSpace
 from ..io.files import load_tensors, save_tensors, with_prefix, without_prefix
+from ..io.hashing import fingerprint_network
 from ..schedules import ExpertSchedule
-from .bank import ExpertBank, LoraSpec, base_network, fingerprint
+from .bank import ExpertBank, LoraSpec, base_network
 
 FORMAT = 1
 KIND = "expert bank"
@@ -39,7 +40,7 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     ValueError naming both values where the file belongs to something else.
     """
     tensors, about = load_tensors(path)
-    for key, value in _belongs(guider, fingerprint(base_network(guider))).items():
+    for key, value in _belongs(guider, fingerprint_network(base_network(guider))).items():
         if about.get(key) != value:
             raise ValueError(f"{Path(path).name} does not fit: its {key} is {about.get(key)!r}, expected {value!r}; load "
                              "the guider that these experts were distilled for, or distil new ones")

@@ -51,7 +51,7 @@ def distill_loss(guider: Guider, bank: ExpertBank, pairs: Pairs, temperature: fl
         if TASKS[guider.task].is_logits:
             teacher = teacher / temperature
     student = with_experts(guider, bank)
-    return TASKS[guider.task].distance(student.predict(student.look(pairs.seen, pairs.sigma), pairs.sigma), teacher)
+    return TASKS[guider.task].distance(student.predict(student.to_image(pairs.seen, pairs.sigma), pairs.sigma), teacher)
 
 
 def sample_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, config: DistillConfig,
@@ -120,7 +120,7 @@ def teacher_distance(guider: Guider, other: Guider, store: SampleStore, schedule
         teacher, distances = guider.predict(pairs.images, clean(pairs.images)), []
         for level in pairs.sigma.unique():  # an expert answers for one interval at a time, which the schedule may cut
             mine = pairs.sigma == level
-            seen = other.look(pairs.seen[mine], pairs.sigma[mine])
+            seen = other.to_image(pairs.seen[mine], pairs.sigma[mine])
             distances.append(TASKS[guider.task].distance(other.predict(seen, pairs.sigma[mine]), teacher[mine]))
         found.append((float(pairs.sigma.log().mean().exp()), float(torch.cat(distances).mean())))
     return found

@@ -100,7 +100,7 @@ def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype
 def _energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype | None) -> tuple[Tensor, int]:
     """The same, and how many values an image has that the network sees."""
     with _computing_in(compute, guider, point.device.type):
-        image = guider.look(to_vp(point, sigma) if guider.view == "noisy" else point, sigma)
+        image = guider.to_image(to_vp(point, sigma) if guider.view == "noisy" else point, sigma)
         energy = guider.energy(_full(image), sigma)  # a picture is resized in full precision
     return _full(energy), image[0].numel()
 

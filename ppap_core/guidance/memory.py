@@ -20,12 +20,12 @@ def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute: torch.dtype 
     with torch.inference_mode(False), torch.enable_grad():
         mode, kept = FakeTensorMode(allow_non_fake_inputs=True), {}
         net, weights = _to_fake(guider.net, mode, without)
-        see = guider.see
-        if isinstance(see, nn.Module):
-            see, more = _to_fake(see, mode, without)
+        decode = guider.decode
+        if isinstance(decode, nn.Module):
+            decode, more = _to_fake(decode, mode, without)
             weights += more
-        elif getattr(see, "__self__", None) is guider.net:
-            see = getattr(net, see.__name__)
+        elif getattr(decode, "__self__", None) is guider.net:
+            decode = getattr(net, decode.__name__)
         with mode:
             point = torch.zeros(shape, requires_grad=True)
 
@@ -35,7 +35,7 @@ def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute: torch.dtype 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            energy_at(replace(guider, net=net, see=see), point, torch.ones(shape[0]), compute)
+            energy_at(replace(guider, net=net, decode=decode), point, torch.ones(shape[0]), compute)
     own = {weight.untyped_storage()._cdata for weight in weights}
     return sum(storage.nbytes() for number, storage in kept.items() if number not in own)
 

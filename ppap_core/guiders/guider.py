@@ -8,13 +8,17 @@ from .cutouts import cut_outs
 from .preprocess import Preprocess
 from .tasks import TASKS, resize_map
 
+Decode = Callable[[Tensor, Tensor], Tensor]
+"""(latent (B, C, h, w), sigma (B,)) -> image (B, 3, H, W) in [-1, 1]"""
+
+
 
 @dataclass(frozen=True)
 class Guider:
     """A differentiable judge of images.
 
     image (B, 3, H, W) in [-1, 1] -> preprocess -> net(image, sigma) -> output -> task loss against the target -> (B,)
-    Where a latent is diffused, `see` makes the image of it.
+    Where a model diffuses latents, `decode` turns them into images.
 
     An off-the-shelf network ignores sigma (`IgnoreSigma`); an `ExpertBank` in its place uses it.
     """
@@ -30,15 +34,19 @@ class Guider:
     prompt: Tensor | None = None             # (B|1, D), for networks that answer about a text
     read_text: Callable[[str], Tensor] | None = None  # text -> (1, D), for networks that know texts
     cutouts: int = 0                         # square parts of the image that are judged beside the whole
-    see: Callable[[Tensor, Tensor], Tensor] | None = None  # (what is diffused, sigma) -> image; None where it is one
+    decode: Decode | None = None             # makes images of latents; None for models of pixels
 
     def aim(self, target: Tensor) -> "Guider":
         """The same guider with a target."""
         return replace(self, target=target)
 
-    def look(self, diffused: Tensor, sigma: Tensor) -> Tensor:
-        """The image (B, 3, H, W) that is seen of what is diffused (B, C, h, w)."""
-        return self.see(diffused, sigma) if self.see else diffused
+    def to_image(self, latent: Tensor, sigma: Tensor) -> Tensor:
+        """The image (B, 3, H, W) of a latent (B, C, h, w) at noise levels (B,); images stay as they are."""
+        return self.decode(latent, sigma) if self.decode else latent
+
+    def fingerprint_fields(self) -> dict[str, object]:
+        """Fields for `digest`, under the names by which version 0.1.0 recognises saved work."""
+        return {"see" if name == "decode" else name: value for name, value in vars(self).items()}
 
     def predict(self, image: Tensor, sigma: Tensor) -> Tensor:
         """The network's output for images at noise levels (B,). ValueError where it waits for a text."""

@@ -1,64 +1,88 @@
-"""A short name for a value, the same in every process: what a recipe says about what it was made from."""
-import dis
+"""Short names of values and networks that are the same in every process.
+
+They stand in manifests, state files and file names, so that saved work is recognised. What is hashed and in which order,
+names of dataclass fields included, is therefore a file format: a field or function that is renamed keeps its old name here
+by `fingerprint_fields` or `hashed_as`.
+"""
 import hashlib
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import is_dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-SAMPLED = 1024  # values of each tensor of a model that count, evenly spread
-SCALARS = (str, bytes, int, float, torch.dtype)
+from .function_fingerprint import SCALARS, function_fingerprint
+
+SAMPLE_COUNT = 1024  # values hashed of each tensor of a model, evenly spread
+
+
+class Hash(Protocol):
+    """The part of hashlib's objects that is used here."""
+
+    def update(self, data: Any, /) -> None:
+        """Feed bytes."""
 
 
 def digest(value: object, sampled: bool = False) -> str:
-    """16 hex digits of any nest of mappings, dataclasses, sequences, scalars and tensors.
+    """16 hex digits that identify any nest of mappings, dataclasses, sequences, scalars and tensors.
 
-    Of a function its name counts and what scalars it closes over and does not change, of all else the type.
-    sampled: for weights, which are too big to hash whole: of each tensor some values count. They would miss what is
-    painted into a mask.
+    Dataclasses hash by `fingerprint_fields()` where they have it, else by their fields; functions and other objects by
+    `function_fingerprint`. sampled: hash at most about 1024 values of each tensor, for weights, which are too big to hash
+    whole; False: every value, because what is painted into a mask would be missed.
     """
     hashed = hashlib.sha256()
     _feed(hashed, value, sampled)
     return hashed.hexdigest()[:16]
 
 
-def _feed(hashed, value: object, sampled: bool) -> None:
+def fingerprint_network(net: nn.Module) -> str:
+    """16 hex digits that identify all parameters and buffers of a network by name, type and value."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hashed.update(_bytes(tensor))
+    return hashed.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _feed(hashed: Hash, value: object, sampled: bool) -> None:
     if isinstance(value, Tensor):
-        hashed.update(f"{tuple(value.shape)} {value.dtype}".encode())
-        flat = value.detach().reshape(-1)
-        counted = flat[:: max(1, len(flat) // SAMPLED)] if sampled else flat
-        hashed.update(counted.cpu().contiguous().view(torch.uint8).numpy())
+        _feed_tensor(hashed, value, sampled)
     elif is_dataclass(value) and not isinstance(value, type):
-        _feed(hashed, vars(value), sampled)
+        fields = getattr(value, "fingerprint_fields", None)
+        _feed(hashed, fields() if fields else vars(value), sampled)
     elif isinstance(value, Mapping):
-        hashed.update(f"{{{len(value)}".encode())
-        for key in sorted(value, key=str):
-            hashed.update(f"{key}:".encode())
-            _feed(hashed, value[key], sampled)
+        _feed_mapping(hashed, value, sampled)
     elif isinstance(value, (list, tuple)):
         hashed.update(f"[{len(value)}".encode())
-        for part in value:
-            _feed(hashed, part, sampled)
+        _feed_all(hashed, value, sampled)
     elif isinstance(value, (set, frozenset)):
         _feed(hashed, sorted(digest(part, sampled) for part in value), sampled)
     elif value is None or isinstance(value, SCALARS):
         hashed.update(f"{value!r};".encode())
     else:
-        hashed.update(getattr(value, "__qualname__", type(value).__qualname__).encode())
-        for part in _inside(value):
-            _feed(hashed, part, sampled)
+        name, parts = function_fingerprint(value)
+        hashed.update(name.encode())
+        _feed_all(hashed, parts, sampled)
 
 
-def _inside(value: object) -> Iterator[object]:
-    """What tells objects of a type apart: the tensors of a LoRA's adapter, the settings of a patch that is a function."""
-    yield getattr(value, "weights", None)
-    if inspect.isfunction(value):
-        rebound = {each.argval for each in dis.get_instructions(value) if each.opname == "STORE_DEREF"}  # its memory
-        held = [*(value.__defaults__ or ())]
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with suppress(ValueError):  # a cell that is empty yet
-                held += [cell.cell_contents] if name not in rebound else []
-        yield from (part for part in held if isinstance(part, SCALARS))
+def _feed_all(hashed: Hash, parts: list | tuple, sampled: bool) -> None:
+    for part in parts:
+        _feed(hashed, part, sampled)
+
+
+def _feed_tensor(hashed: Hash, tensor: Tensor, sampled: bool) -> None:
+    hashed.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    flat = tensor.detach().reshape(-1)
+    hashed.update(_bytes(flat[:: max(1, len(flat) // SAMPLE_COUNT)] if sampled else flat))
+
+
+def _feed_mapping(hashed: Hash, value: Mapping, sampled: bool) -> None:
+    hashed.update(f"{{{len(value)}".encode())
+    for key in sorted(value, key=str):
+        hashed.update(f"{key}:".encode())
+        _feed(hashed, value[key], sampled)

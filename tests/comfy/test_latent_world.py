@@ -300,7 +300,7 @@ def test_samples_of_a_model_that_is_guided_through_a_vae_have_a_recipe_of_their_
 def test_experts_look_with_their_own_eyes_even_where_a_vae_is_connected(world: LatentWorld):
     guider = world.experts("flow", "denoised")
     assert torch.equal(world.guided("flow", guider, vae=world.vae), world.guided("flow", guider))
-    assert not torch.equal(world.guided("flow", replace(guider, see=None), vae=world.vae), world.guided("flow", guider))
+    assert not torch.equal(world.guided("flow", replace(guider, decode=None), vae=world.vae), world.guided("flow", guider))
 
 
 # The ControlNet of depth

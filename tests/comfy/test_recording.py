@@ -16,7 +16,7 @@ class Shown:
     def __init__(self, comfy: Callable[..., tuple], guider: Any, view: str, colours: Callable | None = None):
         self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.colours = colours
-        [self.terms] = comfy("PPAPGuidanceTerm", guider=replace(guider, see=self.look), weight=1e-30, start_percent=0.0,
+        [self.terms] = comfy("PPAPGuidanceTerm", guider=replace(guider, decode=self.look), weight=1e-30, start_percent=0.0,
                              end_percent=1.0, factor_at_start=1.0, factor_at_end=1.0, view=view, strength="raw")
 
     def look(self, seen: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,14 @@
 """The short name of a value: the same in every process, another one for another value."""
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import randn
 
+from ppap_core.io.function_fingerprint import hashed_as
 from ppap_core.io.hashing import digest
 
 VALUE = {"model": "tiny", "steps": 4, "cfg": 7.5, "tags": {"b", "a", "c"}, "none": None, "shape": (3, [32, 32])}
@@ -76,8 +78,32 @@ def test_a_function_that_waits_for_a_value_has_a_name():
         return 1
 
 
+def test_a_function_or_field_that_was_renamed_keeps_its_name():
+    @dataclass
+    class Old:
+        see: object
+
+    @dataclass
+    class New:
+        decode: object
+
+        def fingerprint_fields(self):
+            return {"see": self.decode}
+
+    class Patch:
+        def __init__(self, scale):
+            self.scale = scale
+
+        @hashed_as("scaled.<locals>.<lambda>", "scale")
+        def apply(self, x):
+            return self.scale * x
+
+    assert digest(New(3)) == digest(Old(3)) != digest(New(4))
+    assert digest(Patch(2.0).apply) == digest(scaled(2.0)) != digest(Patch(3.0).apply)
+
+
 def test_a_value_has_the_same_name_in_another_process():
-    code = f"import sys; sys.path.append({str(Path(__file__).parent.parent)!r}); from ppap_core.digest import digest; " \
+    code = f"import sys; sys.path.append({str(Path(__file__).parent.parent)!r}); from ppap_core.io.hashing import digest; " \
            f"print(digest({VALUE!r}))"
     names = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                             env={"PYTHONHASHSEED": str(seed)}).stdout.strip() for seed in (1, 2)}

@@ -8,9 +8,10 @@ import torch
 from helpers import B, SmallNet, disturb, fixed_weights, level, randn, same, says, small_guider, snapshot
 from torch import nn
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, default_targets, fingerprint, with_experts
+from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, default_targets, with_experts
 from ppap_core.guiders.guider import IgnoreSigma
 from ppap_core.guiders.tasks import TASKS
+from ppap_core.io.hashing import fingerprint_network
 from ppap_core.schedules import ExpertSchedule
 
 SCHEDULE = ExpertSchedule((0.1, 0.5, 2.0, 10.0))
@@ -310,20 +311,20 @@ def test_experts_are_made_from_a_plain_guider_only():
 
 def test_the_fingerprint_tells_networks_apart_by_every_weight_and_statistic():
     net = fixed_weights(SmallNet())
-    first = fingerprint(net)
-    assert len(first) == 16 and fingerprint(copy.deepcopy(net)) == fingerprint(fixed_weights(SmallNet())) == first
+    first = fingerprint_network(net)
+    assert len(first) == 16 and fingerprint_network(copy.deepcopy(net)) == fingerprint_network(fixed_weights(SmallNet())) == first
     for change in (lambda net: net.head.bias.data[0].add_(1e-6), lambda net: net.norm_1.running_mean[0].add_(1e-6),
                    lambda net: net.norm_2.num_batches_tracked.add_(1)):
         other = copy.deepcopy(net)
         change(other)
-        assert fingerprint(other) != first
-    assert fingerprint(copy.deepcopy(net).bfloat16()) != first
+        assert fingerprint_network(other) != first
+    assert fingerprint_network(copy.deepcopy(net).bfloat16()) != first
 
 
 def test_the_fingerprint_of_given_numbers_is_this_one_so_that_files_of_today_fit_tomorrow():
     net = nn.Linear(3, 2)
     net.load_state_dict({"weight": torch.arange(6.0).reshape(2, 3) / 8, "bias": torch.tensor([0.5, -1.0])})
-    assert fingerprint(net) == "08f314c3943a705e"
+    assert fingerprint_network(net) == "08f314c3943a705e"
 
 
 @pytest.mark.parametrize("rank", [4, 8])

@@ -121,16 +121,16 @@ class Experts(torch.nn.Module):
     def forward(self, image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return self.net(image, sigma)
 
-    def see(self, diffused: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def decode(self, diffused: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return self.eye(diffused, sigma)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["decoder", "of the experts"])
 def test_what_a_guider_looks_through_may_be_on_another_device(own: bool):
     net = Experts(small_guider().net)
-    guider = replace(small_guider(), net=net, see=net.see if own else net.eye)
+    guider = replace(small_guider(), net=net, decode=net.decode if own else net.eye)
     here = gradient_bytes(guider, (B, 3, H, W))
-    assert here > gradient_bytes(replace(guider, see=None), (B, 3, H, W))
+    assert here > gradient_bytes(replace(guider, decode=None), (B, 3, H, W))
     net.eye.to("meta")
     assert gradient_bytes(guider, (B, 3, H, W)) == here
 

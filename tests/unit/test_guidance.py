@@ -497,9 +497,9 @@ def test_the_large_energy_of_a_large_image_does_not_overflow_in_float16():
 
 
 def test_the_large_energy_of_what_a_small_latent_shows_does_not_overflow_in_float16():
-    def see(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def decode(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(latent, scale_factor=8, mode="bilinear")
-    latent, guider = randn(1, 3, 48, 56).tanh(), replace(small_guider("number"), see=see)
+    latent, guider = randn(1, 3, 48, 56).tanh(), replace(small_guider("number"), decode=decode)
     _, gradient = energy_gradient(guider, latent, level(1.0, latent), latent)
     _, half = energy_gradient(guider, latent, level(1.0, latent), latent, torch.float16)
     assert half.isfinite().all() and alike(half, gradient) > 0.99

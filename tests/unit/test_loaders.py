@@ -6,10 +6,11 @@ import torch
 from helpers import B, fixed_weights, images, level, says
 from safetensors.torch import load_file, save_file
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, fingerprint, with_experts
+from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.targets import class_target
+from ppap_core.io.hashing import fingerprint_network
 from ppap_core.schedules import ExpertSchedule
 
 timm = pytest.importorskip("timm")
@@ -37,7 +38,7 @@ def test_a_network_that_timm_saved_is_loaded_with_its_weights_preprocessing_and_
     guider = load_guider(tmp_path / "my net")
     data = timm.data.resolve_data_config({}, model=net)
     assert guider.name == "timm/my net" and guider.task == "class" and guider.labels == tuple(LABELS)
-    assert fingerprint(base_network(guider)) == fingerprint(net)
+    assert fingerprint_network(base_network(guider)) == fingerprint_network(net)
     assert guider.preprocess.crop == ARCHITECTURES[architecture][1]
     assert tuple(guider.preprocess.mean) == tuple(data["mean"]) and tuple(guider.preprocess.std) == tuple(data["std"])
     assert guider.preprocess.interpolation == data["interpolation"] == "bicubic"

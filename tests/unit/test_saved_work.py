@@ -85,7 +85,7 @@ def answer(guider, x: Tensor, sigma: float) -> Tensor:
     """What a guider says at one noise level; of maps some places."""
     level = torch.full((len(x),), sigma)
     with torch.no_grad():
-        found = guider.predict(guider.look(x, level), level)
+        found = guider.predict(guider.to_image(x, level), level)
     return found[..., ::5, ::7] if found.ndim == 4 else found
 
 

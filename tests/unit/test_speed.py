@@ -46,7 +46,7 @@ def by_hand(device: str):
     conv = nn.Conv2d(4, 4, 3, padding=1).to(device).requires_grad_(False)
     judge = nn.Sequential(nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(device)
     guider = Guider("tests/conv", IgnoreSigma(judge), Preprocess((20, 28), (0.5,) * 4, (0.5,) * 4), "class",
-                    target=torch.tensor([3], device=device), see=lambda latent, sigma: latent.view_as(latent))
+                    target=torch.tensor([3], device=device), decode=lambda latent, sigma: latent.view_as(latent))
     x, sigma = torch.ones(1, 4, 20, 28, device=device), torch.ones(1)
     return (lambda x, sigma: conv(x.view_as(x)), guider, x, sigma), (2 * 4 * 4 * 9 * PLACES, 2 * 4 * 5 * PLACES)
 

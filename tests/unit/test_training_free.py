@@ -350,7 +350,7 @@ def test_clipping_is_sampling_with_a_denoiser_that_clips():
 @pytest.mark.parametrize("name", METHODS)
 def test_of_latents_the_guider_judges_the_image_that_it_sees(name):
     world = mixture()
-    seeing = replace(judge(world), see=lambda latent, sigma: 1.5 * latent + 0.1)
+    seeing = replace(judge(world), decode=lambda latent, sigma: 1.5 * latent + 0.1)
     told = replace(judge(world), net=lambda image, sigma: world.log_likelihood(1.5 * image + 0.1, sigma))
     torch.testing.assert_close(run(SETTINGS[name], guider=seeing), run(SETTINGS[name], guider=told), **CLOSE)
 

@@ -67,13 +67,13 @@ def test_a_stem_starts_as_the_enlarged_colours(shuffle: int):
 
 def test_each_expert_sees_with_its_own_stem():
     bank, x = bank_of(), latents()
-    before = [bank.see(x, level(sigma, x)) for sigma in (0.5, 5.0)]
+    before = [bank.decode(x, level(sigma, x)) for sigma in (0.5, 5.0)]
     assert torch.equal(*before)
     train_a_little(bank, 1)
-    after = [bank.see(x, level(sigma, x)) for sigma in (0.5, 5.0)]
+    after = [bank.decode(x, level(sigma, x)) for sigma in (0.5, 5.0)]
     assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
     with says(ValueError, "experts 0 and 1"):
-        bank.see(x, torch.tensor([0.5, 0.5, 5.0]))
+        bank.decode(x, torch.tensor([0.5, 0.5, 5.0]))
 
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
@@ -88,7 +88,7 @@ def test_the_gradient_reaches_the_latent(view: str):
     def energy_along(step: float) -> torch.Tensor:
         point = (x if view == "noisy" else denoised) + step * direction
         seen = to_vp(point, sigma) if view == "noisy" else point
-        return guider.energy(bank.see(seen, sigma), sigma).detach()
+        return guider.energy(bank.decode(seen, sigma), sigma).detach()
 
     direction, step = randn(*x.shape, seed=9), 1e-2
     torch.testing.assert_close(energy_along(0.0), energy)
@@ -98,7 +98,7 @@ def test_the_gradient_reaches_the_latent(view: str):
 
 def test_a_plain_guider_guides_latents_by_their_colours():
     here, x = space(), latents()
-    guider = replace(small_guider(), see=here.colours)
+    guider = replace(small_guider(), decode=here.colours)
     found = guidance_shift([Term(guider)], x, level(0.7, x), x, sigma_data=1.0)
     assert found.shift.shape == x.shape and found.shift.abs().max() > 0
     moved = guider.energy(here.colours(x + 0.01 * found.shift / found.shift.std()), level(0.7, x))
@@ -169,7 +169,7 @@ def test_a_bank_of_latents_is_saved_with_its_stems_and_their_space(tmp_path: Pat
     loaded = load_bank(tmp_path / "bank.safetensors", guider)
     assert loaded.space_name == "Test" and loaded.space.shuffle == 2
     for sigma in (0.5, 5.0):
-        assert torch.equal(loaded.see(x, level(sigma, x)), bank.see(x, level(sigma, x)))
+        assert torch.equal(loaded.decode(x, level(sigma, x)), bank.decode(x, level(sigma, x)))
 
 
 @pytest.mark.parametrize("name, shape", [("space.factors", (5, 4)), ("space.factors", (3,)), ("space.bias", (1,))])
@@ -197,7 +197,7 @@ def test_stems_count_among_what_is_trained():
 def test_the_memory_of_seeing_is_counted():
     guider = small_guider()
     here = space()
-    by_colours = replace(guider, see=here.colours)
+    by_colours = replace(guider, decode=here.colours)
     by_stem = with_experts(guider, bank_of())
     shape = (2, C, 24, 28)
     assert gradient_bytes(by_stem, shape) > gradient_bytes(by_colours, shape) > 0
@@ -207,7 +207,7 @@ def test_what_a_decoder_says_in_half_precision_is_resized_in_full():
     """An antialiased resize knows no halves on a CPU, and what comes after it is as coarse as they are elsewhere."""
     decoder = torch.nn.Conv2d(C, 3, 3, padding=1)
     torch.nn.init.normal_(decoder.weight, std=0.2, generator=torch.Generator().manual_seed(0))
-    guider = replace(small_guider(), see=lambda diffused, sigma: decoder(diffused))
+    guider = replace(small_guider(), decode=lambda diffused, sigma: decoder(diffused))
     x = latents()
     exact, half = (energy_gradient(guider, x, level(0.7, x), x, compute)[1] for compute in (None, torch.bfloat16))
     assert torch.nn.functional.cosine_similarity(exact.flatten(1), half.flatten(1)).min() > 0.98

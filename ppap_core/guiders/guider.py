@@ -12,7 +12,6 @@ Decode = Callable[[Tensor, Tensor], Tensor]
 """(latent (B, C, h, w), sigma (B,)) -> image (B, 3, H, W) in [-1, 1]"""
 
 
-
 @dataclass(frozen=True)
 class Guider:
     """A differentiable judge of images.

@@ -18,7 +18,7 @@ NOISE = "sigma of x = image + sigma noise"
 def _belongs(guider: Guider, weights: str) -> dict:
     """What must agree between a file and a guider: everything that would silently make experts useless."""
     return {"kind": KIND, "format": FORMAT, "noise": NOISE, "task": guider.task, "fingerprint": weights,
-            "preprocess": guider.preprocess.about()}
+            "preprocess": guider.preprocess.to_dict()}
 
 
 def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:

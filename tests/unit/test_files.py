@@ -246,7 +246,7 @@ def test_the_file_of_a_bank_holds_adapters_only_and_says_what_they_belong_to(tmp
     assert about["guider"] == "small/class" and about["task"] == "class" and about["fingerprint"] == bank.fingerprint
     assert about["view"] == "denoised" and about["space"] == "pixel" and about["edges"] == [0.1, 1.0, 10.0]
     assert about["rank"] == 2 and about["alpha"] == 3.0 and about["targets"] == list(bank.lora.targets)
-    assert about["preprocess"] == guider.preprocess.about() and about["recipe"]["losses"] == [[1.0], [2.0]]
+    assert about["preprocess"] == guider.preprocess.to_dict() and about["recipe"]["losses"] == [[1.0], [2.0]]
     assert {"format", "kind", "noise"} <= about.keys()
 
 
@@ -334,5 +334,5 @@ def test_a_bank_whose_description_lacks_something_is_refused(tmp_path, key):
 
 
 def test_the_preprocessing_of_a_guider_is_json():
-    about = Preprocess((12, 16), (0.48, 0.45, 0.4), (0.22, 0.23, 0.24), "bicubic").about()
+    about = Preprocess((12, 16), (0.48, 0.45, 0.4), (0.22, 0.23, 0.24), "bicubic").to_dict()
     assert json.loads(json.dumps(about)) == about

@@ -136,13 +136,13 @@ def test_the_gradient_is_the_finite_difference(preprocess):
 
 @pytest.mark.parametrize("preprocess", KINDS.values(), ids=KINDS)
 def test_the_description_is_json_and_makes_the_same_preprocessing_again(preprocess):
-    about = json.loads(json.dumps(preprocess.about()))
+    about = json.loads(json.dumps(preprocess.to_dict()))
     again = Preprocess(**{name: tuple(value) if isinstance(value, list) else value for name, value in about.items()})
-    assert again == preprocess and about == preprocess.about()
+    assert again == preprocess and about == preprocess.to_dict()
 
 
 def test_what_is_left_at_its_default_is_not_in_the_description():
-    about = Preprocess((12, 16)).about()
+    about = Preprocess((12, 16)).to_dict()
     assert about == {"size": [12, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
 
 

@@ -137,9 +137,9 @@ def ways(world: LatentWorld, task: str, distilled: Callable[[str], Guider]) -> d
     plain = world.guiders[task]
     found = {
         "no guidance": Way,
-        "plain, noisy view, colours": lambda: Way(replace(plain, view="noisy", decode=SPACE.colours)),
-        "plain, denoised view, colours": lambda: Way(replace(plain, decode=SPACE.colours)),
-        "plain, denoised view, colours, raw": lambda: Way(replace(plain, decode=SPACE.colours), balanced=False),
+        "plain, noisy view, colours": lambda: Way(replace(plain, view="noisy", decode=SPACE.colors)),
+        "plain, denoised view, colours": lambda: Way(replace(plain, decode=SPACE.colors)),
+        "plain, denoised view, colours, raw": lambda: Way(replace(plain, decode=SPACE.colors), balanced=False),
         "plain, denoised view, decoder": lambda: Way(replace(plain, decode=world.decoder), slow=True),
         "experts, noisy view, stem": lambda: Way(distilled("noisy")),
         "experts, denoised view, stem": lambda: Way(distilled("denoised")),

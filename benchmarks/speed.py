@@ -196,7 +196,7 @@ def classifiers(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Gu
     stem = built(lambda: Stem(space, torch.Generator()), device)
     tiny = built(from_diffusers("AutoencoderTiny"), device, dtype)
     whole = built(lambda: from_diffusers("AutoencoderKL")(**VAE), device, dtype)
-    ways = {"colours": space.colours, "stem": stem, "taesd": lambda latent: tiny.decode(latent).sample,
+    ways = {"colours": space.colors, "stem": stem, "taesd": lambda latent: tiny.decode(latent).sample,
             "vae": lambda latent: whole.decode(latent).sample}
     # a view, because the counter cannot follow a gradient that ends at what a module was given; images are never half
     return {way: replace(plain, decode=lambda latent, sigma, decode=decode: decode(latent.view_as(latent)).float())

@@ -125,7 +125,7 @@ def autoencoder_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator)
     latent = net.encode(image.contiguous(memory_format=torch.channels_last)).float()
     noise = torch.randn(latent.shape, generator=generator).to(latent)
     error = net.decode(latent + 0.1 / SCALE * noise).float() - image
-    off = SPACE.colours(diffused(latent)) - F.avg_pool2d(image, SHRINK)
+    off = SPACE.colors(diffused(latent)) - F.avg_pool2d(image, SHRINK)
     parts = (error.abs(), error.square(), 0.25 * off.square(), 0.01 * diffused(latent).square())
     return sum(part.flatten(1).mean(1) for part in parts)
 

@@ -29,7 +29,6 @@ from .guiders.guider import Guider, IgnoreSigma
 from .guiders.latents import LatentSpace
 from .guiders.loaders import load_guider
 from .guiders.preprocess import Preprocess
-from .guiders.visualize import visualize
 from .guiders.rules import RULES, rule_guider
 from .guiders.targets import (
     aim_at_text,
@@ -41,6 +40,7 @@ from .guiders.targets import (
     with_cutouts,
 )
 from .guiders.tasks import TASKS, Task
+from .guiders.visualize import visualize
 from .noise import NoiseInterval, flow_to_ve, to_vp
 from .sampling import Denoiser, karras_sigmas, sample_euler, sample_heun
 from .schedules import ExpertSchedule, Ramp

@@ -104,7 +104,7 @@ def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
         require_same_space(guider, model)
         if pixels or guider.decode:
             return guider.decode
-        return decoder if may_look_through(guider) else latents.space_of(model).colours
+        return decoder if may_look_through(guider) else latents.space_of(model).colors
 
     networks = {id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}
     return [decoder_of(term.guider) for term in terms], list(networks.values())

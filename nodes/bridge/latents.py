@@ -67,7 +67,7 @@ def preview(model: Patcher, diffused: Tensor) -> Tensor | None:
     if is_pixel(model):
         return diffused
     known = model.get_model_object("latent_format").latent_rgb_factors is not None
-    return space_of(model).colours(diffused) if known else None
+    return space_of(model).colors(diffused) if known else None
 
 
 class Decoder(torch.nn.Module):

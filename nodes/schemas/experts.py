@@ -5,7 +5,7 @@ from ...ppap_core.experts.bank import ExpertBank, LoraSpec, with_experts
 from ...ppap_core.experts.checkpoint import load_bank, save_bank
 from ...ppap_core.experts.distill import DistillConfig, uses_warm_start
 from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY, from_uint8
-from ...ppap_core.guiders.guider import VIEWS
+from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import autograd, distillation, fingerprint, latents, paths, progress, sampler, tensors
 from ..bridge.distillation import Samples
 from .io_types import GuiderType, LossesType, SamplesType

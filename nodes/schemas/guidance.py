@@ -4,7 +4,8 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ...ppap_core.experts.bank import ExpertBank
-from ...ppap_core.guiders.guider import VIEWS, Guider
+from ...ppap_core.guiders.guider import Guider
+from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import guidance, sampler
 from ..bridge.guidance import GuidanceTerm
 from .inputs import IN_PREDICTION, THROUGH_MODEL, limit_input, vae_input

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..guiders.guider import VIEWS, Guider, IgnoreSigma, has_network
-from ..guiders.latents import PIXELS, LatentSpace, Stem
+from ..guiders.guider import Guider, IgnoreSigma, has_network
+from ..guiders.latents import PIXELS, VIEWS, LatentSpace, Stem
 from ..io.files import with_prefix
 from ..io.function_fingerprint import hashed_as
 from ..io.hashing import fingerprint_network

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def cut_outs(image: Tensor, count: int, seed: float) -> list[Tensor]:
-    """Square parts of images (B, C, H, W): the same places in every image, which depend on the seed only.
+    """`count` square parts of images (B, C, H, W), in the same places in every image; the places depend on the seed only.
 
-    Their edges are between 0.4 and 1 of the shorter side. A guider that judges the whole image only through a small
-    picture of it sees details in them.
+    Their sides are between 0.4 and 1 of the shorter side of the image. They show a guider details that are lost where it
+    shrinks the whole image.
     """
-    generator = random.Random(seed)  # not torch's: it takes 32 bits of a seed, which many noise levels have in common
+    generator = random.Random(seed)  # torch's keeps 32 bits of a seed, which many noise levels have in common
     height, width = image.shape[-2:]
     parts = []
     for _ in range(count):

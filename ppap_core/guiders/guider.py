@@ -1,10 +1,11 @@
 """A guider: a network that judges images, with its preprocessing, its task and what it is aimed at."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from .cutouts import cut_outs
+from .latents import View
 from .preprocess import Preprocess
 from .tasks import TASKS, resize_map
 
@@ -14,29 +15,29 @@ Decode = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Guider:
-    """A differentiable judge of images.
+    """A differentiable judge of images: its energy is how far an image is from a target.
 
-    image (B, 3, H, W) in [-1, 1] -> preprocess -> net(image, sigma) -> output -> task loss against the target -> (B,)
-    Where a model diffuses latents, `decode` turns them into images.
+    image (B, 3, H, W) in [-1, 1] -> preprocess -> net(image, sigma[, prompt]) -> output -> loss of its task -> (B,)
 
-    An off-the-shelf network ignores sigma (`IgnoreSigma`); an `ExpertBank` in its place uses it.
+    An off-the-shelf network ignores sigma (`IgnoreSigma`); an `ExpertBank` in its place uses it. The names of the fields
+    are part of the identity of saved work.
     """
 
-    name: str                                # such as "tinyworld/class"; goes into the files of its experts
-    net: Callable[..., Tensor]               # (preprocessed image, sigma[, prompt]) -> output
+    name: str                       # such as "tinyworld/class"; written into the files of its experts
+    net: Callable[..., Tensor]      # (preprocessed image, sigma[, prompt]) -> output
     preprocess: Preprocess
-    task: str                                # a key of TASKS
-    labels: tuple[str, ...] = ()             # names of the classes, if it has any
-    view: str = "denoised"                   # what it looks at: "noisy" state or "denoised" prediction
-    target: Tensor | None = None             # class (B|1,) long or weights (B|1, K); depth, mask (B|1, 1, h, w);
-    #                                          segmentation (B|1, h, w) long; embedding (B|1, D); number (B|1, 1)
-    prompt: Tensor | None = None             # (B|1, D), for networks that answer about a text
+    task: str                       # a key of TASKS
+    labels: tuple[str, ...] = ()    # names of the classes, if it has any
+    view: View = "denoised"         # judges the "noisy" state on the variance-preserving scale, or the "denoised" prediction
+    target: Tensor | None = None    # class (B|1,) long or weights (B|1, K); depth, mask (B|1, 1, h, w); segmentation
+    #                                 (B|1, h, w) long; embedding (B|1, D); number (B|1, 1); otherwise like the output
+    prompt: Tensor | None = None    # (B|1, D), for networks that are asked for a text
     read_text: Callable[[str], Tensor] | None = None  # text -> (1, D), for networks that know texts
-    cutouts: int = 0                         # square parts of the image that are judged beside the whole
-    decode: Decode | None = None             # makes images of latents; None for models of pixels
+    cutouts: int = 0                # square parts of the image that are judged beside the whole; 0: only the whole
+    decode: Decode | None = None    # makes images of latents; None for models of pixels
 
     def aim(self, target: Tensor) -> "Guider":
-        """The same guider with a target."""
+        """This guider with a target; its shape is that of the field."""
         return replace(self, target=target)
 
     def to_image(self, latent: Tensor, sigma: Tensor) -> Tensor:
@@ -48,7 +49,10 @@ class Guider:
         return {"see" if name == "decode" else name: value for name, value in vars(self).items()}
 
     def predict(self, image: Tensor, sigma: Tensor) -> Tensor:
-        """The network's output for images at noise levels (B,). ValueError where it waits for a text."""
+        """Output of the network for images (B, 3, H, W) in [-1, 1] at noise levels (B,).
+
+        ValueError for a network that waits for a text.
+        """
         require_prompt(self)
         if self.prompt is None:
             return self.net(self.preprocess(image), sigma)
@@ -56,24 +60,30 @@ class Guider:
         return self.net(self.preprocess(image), sigma, prompt)
 
     def energy(self, image: Tensor, sigma: Tensor) -> Tensor:
-        """How far each image is from the target, (B,), lower is better. ValueError without a target that fits."""
-        task = TASKS[self.task]
+        """Distance of images (B, 3, H, W) in [-1, 1] at noise levels (B,) from the target, (B,); lower is better.
 
-        def loss(part: Tensor) -> Tensor:
-            output = self.predict(part, sigma)
-            return task.loss(output, self.target_for(part, output))
+        With cut-outs the mean over the whole and its parts. ValueError without a target that fits.
+        """
+        energy = self._loss(image, sigma)
+        for part in cut_outs(image, self.cutouts, float(sigma[0])):
+            energy = energy + self._loss(part, sigma)
+        energy = energy / (1 + self.cutouts)
+        return energy * image[0].numel() if TASKS[self.task].sum_over_pixels else energy
 
-        energies = [loss(part) for part in (image, *cut_outs(image, self.cutouts, float(sigma[0])))]
-        energy = sum(energies) / len(energies)
-        return energy * image[0].numel() if task.sum_over_pixels else energy
+    def _loss(self, image: Tensor, sigma: Tensor) -> Tensor:
+        output = self.predict(image, sigma)
+        return TASKS[self.task].loss(output, self.target_for(image, output))
 
     def score(self, image: Tensor, sigma: Tensor) -> Tensor:
-        """How well each image meets the target, (B,) in [0, 1]. Judge with a network that did not guide."""
+        """How well images (B, 3, H, W) in [-1, 1] meet the target, (B,) in [0, 1]. ValueError without a target that fits.
+
+        As a measure of guidance, take a network that did not guide.
+        """
         output = self.predict(image, sigma)
         return TASKS[self.task].score(output, self.target_for(image, output))
 
     def target_for(self, image: Tensor, output: Tensor) -> Tensor:
-        """The target, in the place of the images and the size of the answers. ValueError without one that fits."""
+        """The target on the device of the images, resized to a dense output. ValueError without one that fits."""
         if self.target is None:
             raise ValueError(f"the guider {self.name} has no target: it judges {self.task}; aim it first")
         if len(self.target) not in (1, len(image)):
@@ -81,9 +91,10 @@ class Guider:
                              "sampled: give one target for all, or one for each")
         target = _fit_for_autograd(self.target, image)
         if TASKS[self.task].dense:
-            return resize_map(target, output.shape[-2:])
+            height, width = output.shape[-2:]
+            return resize_map(target, (height, width))
         if target[0].numel() > 1 and target.shape[1:] != output.shape[1:]:
-            raise ValueError(f"the target of {self.name} has the shape {tuple(target.shape[1:])} but its answers have "
+            raise ValueError(f"the target of {self.name} has the shape {tuple(target.shape[1:])} but its outputs have "
                              f"{tuple(output.shape[1:])}: aim it at an image of the size that is sampled")
         return target
 
@@ -94,7 +105,7 @@ def _fit_for_autograd(tensor: Tensor, image: Tensor) -> Tensor:
 
 
 class IgnoreSigma(nn.Module):
-    """An off-the-shelf network as net(image, sigma[, prompt])."""
+    """An off-the-shelf network, frozen, as net(image, sigma[, prompt])."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -105,9 +116,12 @@ class IgnoreSigma(nn.Module):
         return self.net(image, *prompt)
 
 
-def short_labels(descriptions: list[str]) -> tuple[str, ...]:
-    """The first name of each class that no class before it has; 'crane 517' where there is none: without commas."""
-    names: dict[str, str] = {}  # by what they are when case does not count: 'Cardigan' the dog, 'cardigan' the coat
+def short_labels(descriptions: Sequence[str]) -> tuple[str, ...]:
+    """Unique short labels without commas: the first synonym that no class before it has, else "name index".
+
+    descriptions: of each class its synonyms, separated by commas, such as "crane, heron". Case does not count.
+    """
+    names: dict[str, str] = {}
     for index, description in enumerate(descriptions):
         choices = [*(part.strip() for part in description.split(",")), f"{description.split(',')[0]} {index}"]
         name = next(name for name in choices if name.lower() not in names)
@@ -122,13 +136,10 @@ def require_prompt(guider: Guider) -> None:
 
 
 def has_network(guider: Guider) -> bool:
-    """Whether it has weights, as a network has and a rule has not."""
+    """Whether a guider has weights; a rule has none."""
     return isinstance(guider.net, nn.Module) and any(True for _ in guider.net.parameters())
 
 
 def clean(images: Tensor) -> Tensor:
-    """The noise level of images without noise: zeros (B,)."""
+    """Noise levels of images without noise: zeros (B,)."""
     return images.new_zeros(len(images))
-
-
-VIEWS = ("noisy", "denoised")

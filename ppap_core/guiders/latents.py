@@ -1,20 +1,27 @@
-"""What a guider sees of what is diffused: of a latent, an image is made, cheaply enough for every step."""
+"""Images of latents, cheap enough for every step, and the views of a noisy state that a guider can have."""
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTH = 32  # features of a stem
-GROW = 4    # its pixels along one side of a latent's place
+View = Literal["noisy", "denoised"]
+"""What a guider judges: the noisy state on the variance-preserving scale, or the denoised prediction."""
+VIEWS: tuple[View, ...] = get_args(View)
+
+PIXELS = "pixel"  # the name of a space of images themselves
+
+STEM_WIDTH = 32   # channels inside a stem
+STEM_SCALE = 4    # pixels along one side of a latent's place in the image of a stem
 
 
 @dataclass(frozen=True, eq=False)
 class LatentSpace:
-    """A kind of latents: all models that diffuse it share experts.
+    """A kind of latents with its linear colours; all models that diffuse it share experts.
 
-    factors (C, 3), bias (3,): what each channel adds to red, green and blue in [-1, 1], about.
-    shuffle: pixels along one side that a place of the latent holds among its channels before the factors meet them.
+    factors (C, 3), bias (3,): contribution of each channel to red, green and blue, approximately in [-1, 1].
+    shuffle: pixels along one side that a place of the latent holds in its channels (a pixel shuffle comes first); 1: none.
     """
 
     name: str
@@ -22,37 +29,32 @@ class LatentSpace:
     bias: Tensor
     shuffle: int = 1
 
-    def colours(self, latent: Tensor, sigma: Tensor | None = None) -> Tensor:
-        """The image that the colours alone tell, whatever the noise: (B, C shuffle^2, h, w) -> (B, 3, h shuffle, w shuffle).
-
-        What a guider without a stem or a decoder sees.
-        """
+    def colors(self, latent: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Linear latent-to-RGB preview, (B, C shuffle^2, h, w) -> (B, 3, h shuffle, w shuffle); ignores sigma."""
         latent = F.pixel_shuffle(latent, self.shuffle)
         return torch.einsum("bchw, cd -> bdhw", latent, self.factors.to(latent)) + self.bias.to(latent)[:, None, None]
 
 
 class Stem(nn.Module):
-    """A small convolutional decoder that starts as the colours of the latent and is trained together with an expert.
+    """A small convolutional decoder that starts as the linear colours and is trained together with an expert.
 
-    latent (B, C shuffle^2, h, w) -> image (B, 3, GROW h, GROW w), times the shuffle of the space
+    latent (B, C shuffle^2, h, w) -> image (B, 3, H, W) with H = STEM_SCALE shuffle h and W = STEM_SCALE shuffle w
     """
 
     def __init__(self, space: LatentSpace, generator: torch.Generator):
         super().__init__()
         self.space = space
-        channels = len(space.factors)
-        self.body = nn.Sequential(nn.Conv2d(channels, WIDTH, 3, padding=1), nn.SiLU(),
-                                  nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.SiLU(),
-                                  nn.Conv2d(WIDTH, 3 * GROW**2, 3, padding=1))
-        for layer in self.body[:4:2]:
+        convolutions = [nn.Conv2d(inputs, outputs, 3, padding=1) for inputs, outputs in (
+            (len(space.factors), STEM_WIDTH), (STEM_WIDTH, STEM_WIDTH), (STEM_WIDTH, 3 * STEM_SCALE**2))]
+        first, middle, last = convolutions
+        self.body = nn.Sequential(first, nn.SiLU(), middle, nn.SiLU(), last)
+        for name, parameter in self.body.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        for layer in (first, middle):
             nn.init.kaiming_uniform_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.body[4].weight)
-        nn.init.zeros_(self.body[4].bias)
+        nn.init.zeros_(last.weight)  # a new stem shows the linear colours alone
 
     def forward(self, latent: Tensor) -> Tensor:
-        plain = F.interpolate(self.space.colours(latent), scale_factor=GROW, mode="bilinear", align_corners=False)
-        return plain + F.pixel_shuffle(self.body(F.pixel_shuffle(latent, self.space.shuffle)), GROW)
-
-
-PIXELS = "pixel"  # the name of what is diffused where that is images
+        colors = F.interpolate(self.space.colors(latent), scale_factor=STEM_SCALE, mode="bilinear", align_corners=False)
+        return colors + F.pixel_shuffle(self.body(F.pixel_shuffle(latent, self.space.shuffle)), STEM_SCALE)

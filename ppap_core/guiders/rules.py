@@ -1,9 +1,11 @@
-"""Guiders without a network: what can be measured in any picture. Nothing to download, nothing to train.
+"""Rules: guiders without a network, which measure something in any picture. Nothing to download, nothing to train.
 
-Each rule reads features (B, ...) from images (B, 3, H, W) in [-1, 1] and compares them by squared error. The energy counts
-once for each value of the image, so that a weight means the same at every size, and the rules are scaled so that it means
-nearly the same for each of them: 4 moves images clearly, 16 most of the way. Sharpness and smoothness are about pixels next
-to one another: what they want of a picture depends on its size.
+Each rule reads features (B, ...) from images (B, 3, H, W) in [-1, 1] and compares them by squared error. The energy is the
+mean times the number of values of the image, so that a weight means the same at every size, and the rules are scaled so
+that it means nearly the same for each of them: 4 moves images clearly, 16 most of the way. Sharpness and smoothness compare
+neighbouring pixels: their effect depends on the size of the picture.
+
+A new rule is one function and one row of `RULES`.
 """
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -19,17 +21,17 @@ from .preprocess import Preprocess
 
 
 def grey(image: Tensor) -> Tensor:
-    """Mean of the three colours, (B, 1, H, W) in [-1, 1]: to make it lighter tints nothing, unlike with luma."""
+    """Mean of the three colours, (B, 1, H, W) in [-1, 1]. Unlike luma, it can be raised without a tint."""
     return image.mean(1, keepdim=True)
 
 
 def brightness(image: Tensor) -> Tensor:
-    """Mean brightness from 0, black, to 1, white, (B, 1)."""
+    """Mean brightness, (B, 1): 0 is black, 1 is white."""
     return (grey(image).mean((2, 3)) + 1) / 2
 
 
 def contrast(image: Tensor) -> Tensor:
-    """Spread of the brightness, (B, 1): 0 is flat, 0.5 is half black and half white."""
+    """Standard deviation of the brightness, (B, 1): 0 is flat, 0.5 is half black and half white."""
     return (grey(image).flatten(1).var(1, keepdim=True, unbiased=False) + 1e-12).sqrt() / 2
 
 
@@ -39,7 +41,7 @@ def saturation(image: Tensor) -> Tensor:
 
 
 def sharpness(image: Tensor) -> Tensor:
-    """Root mean square of what a blur over nine pixels takes from the brightness, (B, 1).
+    """Root mean square of the detail that a blur over nine pixels removes, (B, 1).
 
     0 is blurred; photographs have 0.05 to 0.1.
     """
@@ -53,9 +55,9 @@ DIRECTIONS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (1, -1, 0), (0, 1, -1)
 
 
 def colors(image: Tensor, shares: int = 64) -> Tensor:
-    """The distribution of colours, wherever they are, (B, 8, 64): sorted along eight directions, in equal shares.
+    """Distribution of the colours, wherever they are, (B, 8, shares): quantiles along eight directions.
 
-    The squared difference of two is their sliced Wasserstein distance (Rabin et al. 2011).
+    The squared difference of two of them is a sliced Wasserstein distance (Rabin et al. 2011).
     """
     directions = F.normalize(image.new_tensor(DIRECTIONS), dim=1)
     along = (directions @ image.flatten(2)).sort(dim=2).values
@@ -63,15 +65,15 @@ def colors(image: Tensor, shares: int = 64) -> Tensor:
 
 
 def layout(image: Tensor, cells: int = 8) -> Tensor:
-    """The image in cells: where it is light or dark and of which colour, (B, 3, 8, 8).
+    """The image in cells x cells large pixels: where it is light or dark and of which colour, (B, 3, cells, cells).
 
-    Each cell fades into its neighbours, so that no grid is drawn into what it steers.
+    Cells overlap, so that guidance draws no grid.
     """
     return shrink(image, cells)
 
 
 def edges(image: Tensor, size: int = 64) -> Tensor:
-    """How strong the edges are in each place, (B, 1, 64, 64)."""
+    """Strength of the edges in each place (Sobel), (B, 1, size, size)."""
     small = shrink(grey(image), size)
     across = image.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])[None, None] / 2
     padded = F.pad(small, (1, 1, 1, 1), mode="replicate")
@@ -79,39 +81,44 @@ def edges(image: Tensor, size: int = 64) -> Tensor:
 
 
 def shrink(image: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, size, size), smoothly. On CUDA torch reaches across at most 94 pixels for one: what is larger
-    is averaged down first."""
-    sides = tuple(min(side, 64 * size) for side in image.shape[-2:])
-    return F.interpolate(F.adaptive_avg_pool2d(image, sides), (size, size), mode="bilinear", antialias=True)
+    """(B, C, H, W) -> (B, C, size, size), smoothly.
+
+    Large images are averaged down first: torch's antialiasing on CUDA reaches across at most 94 pixels.
+    """
+    height, width = (min(side, 64 * size) for side in image.shape[-2:])
+    small = F.adaptive_avg_pool2d(image, (height, width))
+    return F.interpolate(small, (size, size), mode="bilinear", antialias=True)
 
 
 def left_right(image: Tensor) -> Tensor:
-    """What differs between the image and its mirror image, each pair of pixels counted once."""
+    """Difference between the image and its mirror image, each pair of pixels counted once, (B, 3, H, W)."""
     return (image - image.flip(3)) / 2**0.5
 
 
 def top_bottom(image: Tensor) -> Tensor:
-    """What differs between the image and its upside-down one, each pair of pixels counted once."""
+    """Difference between the image and itself upside down, each pair of pixels counted once, (B, 3, H, W)."""
     return (image - image.flip(2)) / 2**0.5
 
 
 def half_turn(image: Tensor) -> Tensor:
-    """What differs between the image and itself turned by 180 degrees, each pair of pixels counted once."""
+    """Difference between the image and itself turned by 180 degrees, each pair of pixels counted once, (B, 3, H, W)."""
     return (image - image.flip((2, 3))) / 2**0.5
 
 
 def seams(image: Tensor) -> Tensor:
-    """How the image goes on across its border when it is laid beside itself, less how it goes on inside, (B, n)."""
-    def seam(x: Tensor) -> Tensor:  # across the last axis: value and slope shall go on
-        step = x[..., :1] - x[..., -1:]
-        slope = (x[..., 1:2] - x[..., :1] + x[..., -1:] - x[..., -2:-1]) / 2
-        return (step - slope).flatten(1)
-    seam_values = torch.cat([seam(image), seam(image.mT)], dim=1)
-    return seam_values * (seam_values.shape[1] / image[0].numel()) ** 0.5  # each value at the border counts once
+    """Jump across the border of an image laid beside itself, less the slope inside, (B, n): 0 tiles without seams."""
+    jumps = torch.cat([_seam(image), _seam(image.mT)], dim=1)
+    return jumps * (jumps.shape[1] / image[0].numel()) ** 0.5  # each value at the border counts once
+
+
+def _seam(image: Tensor) -> Tensor:
+    step = image[..., :1] - image[..., -1:]
+    slope = (image[..., 1:2] - image[..., :1] + image[..., -1:] - image[..., -2:-1]) / 2
+    return (step - slope).flatten(1)
 
 
 def roughness(image: Tensor) -> Tensor:
-    """Differences between neighbouring pixels as roots, (B, 3, H, W): their energy is a quarter of the total variation."""
+    """Square root of half the local gradient, (B, 3, H, W): its energy is a quarter of the total variation."""
     right, down = F.pad(image.diff(dim=3), (0, 1)), F.pad(image.diff(dim=2), (0, 0, 0, 1))
     return ((right.square() + down.square() + 1e-6).sqrt() / 2).sqrt()
 

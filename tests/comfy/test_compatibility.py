@@ -136,7 +136,7 @@ def test_the_colours_of_all_latents_are_those_of_comfyui_s_previews(bench: Workb
         preview = Latent2RGBPreviewer(known.latent_rgb_factors, known.latent_rgb_factors_bias, *filter(None, [reshape]))
         latent = 0.5 * torch.randn(1, known.latent_channels, 6, 10, generator=torch.Generator().manual_seed(0))
         wanted = torch.tensor(np.array(preview.decode_latent_to_preview(latent)))
-        image = bench.comfy.pack.nodes.bridge.latents.space_of(model).colours(latent)[0].movedim(0, -1)
+        image = bench.comfy.pack.nodes.bridge.latents.space_of(model).colors(latent)[0].movedim(0, -1)
         assert (255 * (image + 1).clamp(0, 2) / 2 - wanted).abs().max() <= 1, name
 
 

@@ -48,7 +48,7 @@ def test_what_is_recorded_of_pixels_is_what_guidance_would_show(comfy, pixels: P
 def test_what_is_recorded_of_a_flow_is_what_guidance_would_show(comfy, latents: LatentWorld, view: str):
     """From pure noise on, with conditioning and CFG."""
     flow = latents.model("flow")
-    shown = Shown(comfy, latents.guider, view, comfy.pack.nodes.bridge.latents.space_of(flow).colours)
+    shown = Shown(comfy, latents.guider, view, comfy.pack.nodes.bridge.latents.space_of(flow).colors)
     [model] = comfy("PPAPApplyGuidance", model=flow, terms=shown.terms, max_rms=0.0)
     samples = comfy("PPAPGenerateSamples", name=f"shown flow {view}", count=64, steps=4, cfg=3.0, sampler_name="euler",
                     scheduler="simple", seed=0, model=model, positive=latents.star, negative=latents.nothing,

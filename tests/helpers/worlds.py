@@ -100,7 +100,7 @@ class LatentWorld:
     def seen(self, kind: str, samples: torch.Tensor) -> torch.Tensor:
         """What guiders see of sampled latents without a VAE."""
         space = self.comfy.pack.nodes.bridge.latents.space_of(self.model(kind))
-        return space.colours(self.model(kind).model.process_latent_in(samples).clone())
+        return space.colors(self.model(kind).model.process_latent_in(samples).clone())
 
     def energy(self, kind: str, samples: torch.Tensor, guider: Any = None) -> torch.Tensor:
         with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():

@@ -23,7 +23,7 @@ def test_the_autoencoder_gives_back_scenes_and_its_latents_have_the_colours_of_t
         found = latent.load_autoencoder()
         latents = found.encode(scenes.image)
         assert (found.decode(latents) - scenes.image).abs().mean() < 0.03
-        colours = latent.SPACE.colours(latent.diffused(latents))
+        colours = latent.SPACE.colors(latent.diffused(latents))
     assert (colours - F.avg_pool2d(scenes.image, latent.SHRINK)).square().mean().sqrt() < 0.1
     assert torch.allclose(latent.undiffused(latent.diffused(latents)), latents, atol=1e-5)
 

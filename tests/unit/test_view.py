@@ -14,7 +14,7 @@ from ppap_core.guidance.gradients import energy_gradient
 from ppap_core.guidance.memory import gradient_bytes
 from ppap_core.guidance.shift import guidance_shift
 from ppap_core.guidance.terms import Term
-from ppap_core.guiders.latents import GROW, LatentSpace, Stem
+from ppap_core.guiders.latents import STEM_SCALE, LatentSpace, Stem
 from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.noise import to_vp
 from ppap_core.rng import seeded
@@ -44,7 +44,7 @@ def train_a_little(bank: ExpertBank, index: int) -> None:
 
 
 def test_colours_are_what_each_channel_adds():
-    found, latent, here = space().colours(latents()), latents(), space()
+    found, latent, here = space().colors(latents()), latents(), space()
     assert found.shape == (B, 3, H, W)
     one = here.factors.T @ latent[1, :, 4, 5] + here.bias
     torch.testing.assert_close(found[1, :, 4, 5], one)
@@ -54,14 +54,15 @@ def test_places_that_hold_several_pixels_are_unfolded_first():
     """As the reshape of such formats is written: channel, then row, then column of the place."""
     packed = latents(shuffle=2)
     unfolded = packed.reshape(B, C, 2, 2, H, W).permute(0, 1, 4, 2, 5, 3).reshape(B, C, 2 * H, 2 * W)
-    assert torch.equal(space(2).colours(packed), space().colours(unfolded))
+    assert torch.equal(space(2).colors(packed), space().colors(unfolded))
 
 
 @pytest.mark.parametrize("shuffle", [1, 2])
 def test_a_stem_starts_as_the_enlarged_colours(shuffle: int):
     seen = Stem(space(shuffle), seeded(0))(latents(shuffle))
-    plain = torch.nn.functional.interpolate(space(shuffle).colours(latents(shuffle)), scale_factor=GROW, mode="bilinear")
-    assert seen.shape == (B, 3, GROW * shuffle * H, GROW * shuffle * W)
+    colors = space(shuffle).colors(latents(shuffle))
+    plain = torch.nn.functional.interpolate(colors, scale_factor=STEM_SCALE, mode="bilinear")
+    assert seen.shape == (B, 3, STEM_SCALE * shuffle * H, STEM_SCALE * shuffle * W)
     assert torch.equal(seen, plain)
 
 
@@ -98,10 +99,10 @@ def test_the_gradient_reaches_the_latent(view: str):
 
 def test_a_plain_guider_guides_latents_by_their_colours():
     here, x = space(), latents()
-    guider = replace(small_guider(), decode=here.colours)
+    guider = replace(small_guider(), decode=here.colors)
     found = guidance_shift([Term(guider)], x, level(0.7, x), x, sigma_data=1.0)
     assert found.shift.shape == x.shape and found.shift.abs().max() > 0
-    moved = guider.energy(here.colours(x + 0.01 * found.shift / found.shift.std()), level(0.7, x))
+    moved = guider.energy(here.colors(x + 0.01 * found.shift / found.shift.std()), level(0.7, x))
     assert (moved < found.records[0].energy).all()
 
 
@@ -120,7 +121,7 @@ def latent_store(folder: Path) -> SampleStore:
 
 
 def picture(latent: torch.Tensor) -> torch.Tensor:
-    return (3 * space().colours(latent)).tanh().repeat_interleave(2, 3)
+    return (3 * space().colors(latent)).tanh().repeat_interleave(2, 3)
 
 
 def test_a_store_keeps_what_was_diffused_beside_the_images(tmp_path: Path):
@@ -197,7 +198,7 @@ def test_stems_count_among_what_is_trained():
 def test_the_memory_of_seeing_is_counted():
     guider = small_guider()
     here = space()
-    by_colours = replace(guider, decode=here.colours)
+    by_colours = replace(guider, decode=here.colors)
     by_stem = with_experts(guider, bank_of())
     shape = (2, C, 24, 28)
     assert gradient_bytes(by_stem, shape) > gradient_bytes(by_colours, shape) > 0

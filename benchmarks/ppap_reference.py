@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core.experts.bank import ExpertBank
-from ppap_core.experts.samples import Pairs, SampleStore
+from ppap_core.experts.samples import BatchSpec, Pairs, SampleStore
 from ppap_core.guiders.guider import Guider
 from ppap_core.io.files import load_tensors, save_tensors, with_prefix, without_prefix
 from ppap_core.noise import expand, to_vp
@@ -34,14 +34,17 @@ def ddim_sigmas(steps: int) -> Tensor:
 
 
 def schedule(experts: int = 5) -> ExpertSchedule:
-    """Equal shares of the timesteps."""
-    return ExpertSchedule.from_timesteps(experts, SIGMAS)
+    """The paper's split: equal shares of the timesteps. ValueError for more experts than intervals between timesteps."""
+    if not 1 <= experts < TIMESTEPS:
+        raise ValueError(f"cannot split {TIMESTEPS} timesteps among {experts} experts")
+    edges = [float(SIGMAS[round(index * TIMESTEPS / experts)]) for index in range(experts)]
+    return ExpertSchedule((*edges, float(SIGMAS[-1])))
 
 
 def pairs(store: SampleStore, experts: int, index: int, step: int, size: int) -> Pairs:
     """Images, some mirrored, under the noise of timesteps drawn evenly from an interval."""
     generator, width = seeded(0, index, step), TIMESTEPS // experts
-    images = store.batch(step, size, index)
+    images = store.random_images(BatchSpec(step, size, index))
     images = torch.where(torch.rand(size, 1, 1, 1, generator=generator) < 0.5, images.flip(-1), images)
     sigma = SIGMAS[torch.randint(index * width, (index + 1) * width, (size,), generator=generator)]
     noise = torch.randn(images.shape, generator=generator)

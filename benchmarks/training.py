@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.experts.distill import DistillConfig, distill, distill_loss
-from ppap_core.experts.samples import Pairs, SampleStore, trajectory_pairs
+from ppap_core.experts.samples import BatchSpec, Pairs, SampleStore, trajectory_pairs
 from ppap_core.guiders.guider import Guider
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.files import load_tensors, read_json, save_tensors, write_json
@@ -24,6 +24,7 @@ from ppap_core.schedules import ExpertSchedule
 from ppap_core.tinyworld.scenes import draw, truth
 
 from . import ppap_reference
+from .fresh_noise import fresh_pairs
 from .tiny_world import TinyWorld, generate_store
 from .train_tinyworld import LOSSES
 
@@ -121,12 +122,13 @@ def train_experts(world: TinyWorld, bank: ExpertBank, training: Training, store:
             return distill_loss(world.guider, bank, pairs.to(world.device), ppap_reference.TEMPERATURE)
         return ppap_reference.distill(bank, store, loss, training.steps, training.batch, training.lr,
                                       folder / "bank.safetensors", on_step)
-    if training.features or training.jitter or training.draws > 1:
-        loss = features_loss if training.features else jitter_loss if training.jitter else draws_loss
+    if training.features or training.jitter or training.draws > 1 or training.fresh_noise:
+        loss = features_loss if training.features else jitter_loss if training.jitter else \
+            draws_loss if training.draws > 1 else fresh_noise_loss
         return learn(bank, training, folder, partial(loss, world, bank, training, store), on_step)
     config = DistillConfig(training.steps, training.batch, training.lr, temperature=training.temperature,
-                           fresh_noise=training.fresh_noise, warm_start=training.warm_start)
-    distill(world.guider, bank, store, config, folder, on_step, world.denoise)
+                           warm_start=training.warm_start)
+    distill(world.guider, bank, store, config, folder, on_step)
 
 
 def learn(net: nn.Module, training: Training, folder: Path, loss: Callable[[int, int], Tensor],
@@ -136,6 +138,8 @@ def learn(net: nn.Module, training: Training, folder: Path, loss: Callable[[int,
         file = folder / f"weights_{index}.safetensors"
         part = net.nets[index] if training.whole else None
         if not file.exists():
+            if training.warm_start and index:
+                net.load(index, net.weights(index - 1))
             with torch.enable_grad(), trainable(net, index) as parameters:
                 optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0)
                 rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
@@ -163,10 +167,18 @@ def label_loss(world: TinyWorld, net: nn.Module, training: Training, index: int,
     return LOSSES[world.guider.task](answer, truth(scenes, world.guider.task).to(world.device))
 
 
+def fresh_noise_loss(world: TinyWorld, bank: ExpertBank, training: Training, store: SampleStore, index: int,
+                     step: int) -> Tensor:
+    """Distillation from the paper's pairs, (B,)."""
+    view = to_vp if bank.view == "noisy" else world.denoise
+    pairs = fresh_pairs(store, bank.schedule, index, BatchSpec(step, training.batch), view, world.device)
+    return distill_loss(world.guider, bank, pairs, training.temperature)
+
+
 def draws_loss(world: TinyWorld, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
     """Distillation with several draws of noise for each answer of the teacher, noisy view, (B,)."""
     generator, count = seeded(0, index, step), training.batch // training.draws
-    images = store.batch(step, count, index * 2**64).to(world.device)
+    images = store.random_images(BatchSpec(step, count, index * 2**64)).to(world.device)
     sigma = bank.schedule[index].sample(count * training.draws, generator).to(world.device)
     teacher, repeated = (each.repeat_interleave(training.draws, 0) for each in (world.answer(images), images))
     noise = torch.randn(repeated.shape, generator=generator).to(world.device)
@@ -176,20 +188,20 @@ def draws_loss(world: TinyWorld, bank: ExpertBank, training: Training, store: Sa
 
 def jitter_loss(world: TinyWorld, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
     """Distillation with noise on what is seen, as large as `jitter` at high noise and less at low, (B,)."""
-    pairs = trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view)
-    noise = torch.randn(pairs.seen.shape, generator=seeded(0, index, step, 1))
-    pairs = pairs._replace(seen=pairs.seen + training.jitter * to_vp(expand(pairs.sigma, noise) * noise, pairs.sigma))
+    pairs = trajectory_pairs(store, bank.schedule, index, BatchSpec(step, training.batch), training.view)
+    noise = torch.randn(pairs.inputs.shape, generator=seeded(0, index, step, 1))
+    pairs = pairs._replace(inputs=pairs.inputs + training.jitter * to_vp(expand(pairs.sigma, noise) * noise, pairs.sigma))
     return distill_loss(world.guider, bank, pairs.to(world.device))
 
 
 def features_loss(world: TinyWorld, bank: ExpertBank, training: Training, store: SampleStore, index: int, step: int) -> Tensor:
     """Distillation of the features before the head beside the answers, (B,)."""
-    pairs = trajectory_pairs(store, bank.schedule, index, step, training.batch, 0, training.view).to(world.device)
+    pairs = trajectory_pairs(store, bank.schedule, index, BatchSpec(step, training.batch), training.view).to(world.device)
     prepare, base = world.guider.preprocess, base_network(world.guider)
     with torch.no_grad():
         wanted = base.features(prepare(pairs.images))
     bank.select(index)
-    found = bank.net.features(prepare(pairs.seen))
+    found = bank.net.features(prepare(pairs.inputs))
     off = (found - wanted).square().mean(1) / wanted.square().mean(1)
     return distill_loss(world.guider, bank, pairs) + training.features * off
 

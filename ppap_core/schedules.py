@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from torch import Tensor
-
 from .noise import NoiseInterval
 
 
@@ -59,14 +57,6 @@ class ExpertSchedule:
                              "experts, or samples of more steps")
         inner = (i * len(levels) // n for i in range(1, n))
         return cls((sigma_min, *((levels[i - 1] * levels[i]) ** 0.5 for i in inner), sigma_max))
-
-    @classmethod
-    def from_timesteps(cls, n: int, sigmas: Sequence[float] | Tensor) -> "ExpertSchedule":
-        """The paper's split: equal shares of the timesteps of a discrete schedule; sigmas ascending, (T,)."""
-        values = [float(sigma) for sigma in sigmas]
-        if not 1 <= n <= len(values) - 1:
-            raise ValueError(f"cannot split {len(values)} timesteps among {n} experts")
-        return cls(tuple(values[round(i * len(values) / n)] for i in range(n)) + (values[-1],))
 
 
 def constant(sigma: float) -> float:

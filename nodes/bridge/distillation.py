@@ -44,7 +44,7 @@ def generate_samples(samples: Samples, count: int, latent: dict, model: Patcher,
     def note(args: dict) -> Tensor:
         x, sigma = noise_levels.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
         if sigma.isfinite().all():
-            recorder.note(x, sigma, args["denoised"])
+            recorder.record(x, sigma, args["denoised"])
         return args["denoised"]
 
     def generate(seeds: list[int]) -> tuple[Tensor, Trajectories]:
@@ -77,9 +77,9 @@ def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | N
     return latents.space_of(model)
 
 
-def open_store(name: str, recipe: dict) -> SampleStore:
-    """The store of a name. ValueError if it holds images of another recipe."""
-    return SampleStore(paths.output_folder("ppap_samples", paths.checked_file_name(name)), recipe)
+def open_store(name: str, manifest: dict) -> SampleStore:
+    """The store of a name. ValueError if it holds images of another manifest."""
+    return SampleStore(paths.output_folder("ppap_samples", paths.checked_file_name(name)), manifest)
 
 
 def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:
@@ -102,8 +102,8 @@ def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: Di
         losses[names[index]].append(loss)
         report(index * config.steps + step + 1, losses)
 
-    recipe = [samples.store.recipe, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
-              bank.schedule.edges, vars(bank.lora), vars(config)]
+    recipe = [samples.store.manifest, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
+              bank.schedule.edges, bank.lora, config]
     folder = paths.output_folder("ppap_distillation", digest(recipe))
     load_to_train([guider.net, bank])
     with autograd():

@@ -76,7 +76,7 @@ class ExpertBank(nn.Module):
         if view not in VIEWS:
             raise ValueError(f"there is no view '{view}': expected one of {', '.join(VIEWS)}")
         self.fingerprint = fingerprint_network(base)
-        self.recipe: dict = {}  # how the experts were made, for people
+        self.training_info: dict = {}  # how the experts were made, for people
         self.schedule, self.view, self.space = schedule, view, space
         self.lora = replace(lora, targets=lora.targets or default_targets(base))
         self.net = _share_weights(base)

@@ -31,7 +31,7 @@ def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
     save_tensors(path, tensors, _belongs(guider, bank.fingerprint) | {
         "guider": guider.name, "space": bank.space_name, "shuffle": bank.space.shuffle if bank.space else 1,
         "view": bank.view, "edges": list(bank.schedule.edges), "rank": bank.lora.rank, "alpha": bank.lora.alpha,
-        "targets": list(bank.lora.targets), "recipe": bank.recipe})
+        "targets": list(bank.lora.targets), "recipe": bank.training_info})
 
 
 def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
@@ -51,7 +51,7 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the description in {Path(path).name} is damaged ({error}): copy or distil it again") from error
     bank = ExpertBank(base_network(guider), schedule, lora, view, space=space)
-    bank.recipe = about.get("recipe", {})
+    bank.training_info = about.get("recipe", {})
     for index in range(len(schedule)):
         bank.load(index, without_prefix(f"expert_{index}", tensors))
     return bank

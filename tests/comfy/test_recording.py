@@ -54,7 +54,7 @@ def test_what_is_recorded_of_a_flow_is_what_guidance_would_show(comfy, latents: 
                     scheduler="simple", seed=0, model=model, positive=latents.star, negative=latents.nothing,
                     vae=latents.vae, latent_image={"samples": torch.zeros(32, 16, HEIGHT, WIDTH)})[0]
     shown.compare(samples.store, view, 32, 4)
-    assert samples.store.sigmas.max() > 1000 and samples.store.noisy.isfinite().all()
+    assert samples.store.sigmas.max() > 1000 and samples.store.noisy_vp.isfinite().all()
 
 
 def test_guidance_that_is_there_already_is_recorded_with_what_it_does(comfy, pixels: PixelWorld):
@@ -78,7 +78,7 @@ def test_samples_do_not_depend_on_how_many_are_made_at_once(pixels: PixelWorld):
 def test_a_sampler_that_asks_twice_a_step_is_heard_both_times(pixels: PixelWorld):
     """Two steps of Heun's are three questions, the last two of them at one noise level: each is kept twice in six."""
     store = pixels.samples(name="heun", sampler_name="heun", latent_image={"samples": torch.zeros(64, 3, 32, 32)}).store
-    first, second, third = store.noisy.unflatten(1, (3, 2)).unbind(1)
+    first, second, third = store.noisy_vp.unflatten(1, (3, 2)).unbind(1)
     for question in (first, second, third):
         assert torch.equal(question[:, 0], question[:, 1])
     levels = store.sigmas.unflatten(1, (3, 2))

@@ -314,8 +314,8 @@ def test_guided_trajectories_end_at_images_of_what_the_guider_was_aimed_at(finis
     world = load_world()
     store = generate_store(world, tmp_path / "samples_4_64", 64, 4, lambda line: None, 0.5)
     assert [file.name for file in tmp_path.iterdir()] == ["samples_4_64_guided_0.5"]
-    free = SampleStore(finished[0] / "samples_4_64", {name: store.recipe[name] for name in store.recipe if name != "guided"})
-    wanted = draw([NOISE + store.recipe["seed"] + index for index in range(64)]).label
+    free = SampleStore(finished[0] / "samples_4_64", {name: store.manifest[name] for name in store.manifest if name != "guided"})
+    wanted = draw([NOISE + store.manifest["seed"] + index for index in range(64)]).label
     right = [(world.answer(from_uint8(each.images)).argmax(1) == wanted).float().mean() for each in (free, store)]
     assert right[1] > right[0] + 0.1
 

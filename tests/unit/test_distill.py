@@ -25,11 +25,11 @@ from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_expe
 from ppap_core.experts.distill import DistillConfig, distill, distill_expert, distill_loss, sample_batch, teacher_distance
 from ppap_core.experts.samples import (
     SHARD_SIZE,
+    BatchSpec,
     Pairs,
     SampleStore,
     Trajectories,
     TrajectoryRecorder,
-    fresh_pairs,
     trajectory_pairs,
 )
 from ppap_core.guidance.shift import guidance_shift
@@ -37,16 +37,14 @@ from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import IgnoreSigma, clean
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.files import load_tensors
-from ppap_core.noise import to_vp
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import karras_sigmas, sample_euler
 from ppap_core.schedules import ExpertSchedule
 from ppap_core.tinyworld.loaders import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider
 from ppap_core.training.loop import RunOptions
 
-CONFIG = DistillConfig(steps=10, batch=3, lr=1e-2, seed=4, save_every=3)
-FRESH, WARM = replace(CONFIG, fresh_noise=True), replace(CONFIG, warm_start=True)
-KINDS = pytest.mark.parametrize("config", [CONFIG, FRESH], ids=["trajectories", "fresh noise"])
+CONFIG = DistillConfig(steps=10, batch=3, lr=1e-2, seed=4)
+WARM = replace(CONFIG, warm_start=True)
 EDGES = (0.1, 0.5, 2.0, 10.0)
 TASK_VIEWS = [(task, view) for task in TASKS for view in VIEWS]
 
@@ -108,74 +106,40 @@ def test_without_noise_a_new_expert_has_nothing_to_learn():
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_an_expert_sees_in_guidance_what_it_saw_in_distillation(store, view):
-    """Of fresh noise to the bit, of a trajectory up to the half precision that it is kept in."""
-    guider, seen, states, recorder = small_guider(), [], [], TrajectoryRecorder()
-    bank = make_bank(guider, view)
-    def see(x, sigma):
-        states.append((x, sigma))
-        return to_vp(x, sigma) if view == "noisy" else shrink(x, sigma)
-    fresh = fresh_pairs(store, bank.schedule, 1, 0, 1, 0, see)
-    (x, sigma), = states
-    recorder.note(x, sigma, shrink(x, sigma))
-    way = recorder.trajectories([0], 1)
+    """Up to the half precision that trajectories are kept in."""
+    guider, seen, recorder = small_guider(), [], TrajectoryRecorder()
+    bank, x = make_bank(guider, view), randn(1, *store.images.shape[1:])
+    sigma = level(1.0, x)
+    recorder.record(x, sigma, shrink(x, sigma))
+    inputs = {"noisy": recorder.calls[0][1], "denoised": recorder.calls[0][2]}[view]
     handle = bank.register_forward_pre_hook(lambda module, inputs: seen.append([part.detach().clone() for part in inputs]))
-    distill_loss(guider, bank, fresh)
-    distill_loss(guider, bank, Pairs(fresh.images, getattr(way, view)[:, 0].float(), way.sigmas[:, 0]))
+    distill_loss(guider, bank, Pairs(images(1), inputs.float(), sigma))
     guidance_shift([Term(with_experts(guider, bank))], x, sigma, shrink(x, sigma))
     handle.remove()
-    (learned, learned_at), (kept, kept_at), (guided, at) = seen
-    assert torch.equal(learned, guided) and torch.equal(learned_at, at) and torch.equal(kept_at, at)
-    torch.testing.assert_close(kept, guided, rtol=0, atol=5e-3)
+    (learned, learned_at), (guided, at) = seen
+    assert torch.equal(learned_at, at)
+    torch.testing.assert_close(learned, guided, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_no_gradient_reaches_the_teacher_or_the_denoiser(store, view):
+def test_no_gradient_reaches_the_teacher(store, view):
     guider = small_guider()
     bank = make_bank(guider, view)
-    factor = torch.nn.Parameter(torch.tensor(0.8))
     with bank.trainable(1):
-        distill_loss(guider, bank, sample_batch(bank, 1, store, 0, FRESH, lambda x, sigma: x * factor)).sum().backward()
-    assert factor.grad is None and all(parameter.grad is None for parameter in guider.net.parameters())
+        distill_loss(guider, bank, sample_batch(bank, 1, store, 0, CONFIG)).sum().backward()
+    assert all(parameter.grad is None for parameter in guider.net.parameters())
     assert any(parameter.grad is not None for parameter in bank.parameters())
 
 
 # Pairs
 
-@KINDS
 @pytest.mark.parametrize("view", VIEWS)
-def test_the_pairs_of_a_step_are_those_of_bank_and_config(store, view, config):
+def test_the_pairs_of_a_step_are_those_of_bank_and_config(store, view):
     bank = make_bank(small_guider(), view)
-    found = sample_batch(bank, 2, store, 5, config, shrink)
-    if config.fresh_noise:
-        expected = fresh_pairs(store, bank.schedule, 2, 5, 3, 4, {"noisy": to_vp, "denoised": shrink}[view])
-    else:
-        expected = trajectory_pairs(store, bank.schedule, 2, 5, 3, 4, view)
+    found = sample_batch(bank, 2, store, 5, CONFIG)
+    expected = trajectory_pairs(store, bank.schedule, 2, BatchSpec(5, 3, 4), view)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert {bank.schedule.index(float(sigma)) for sigma in found.sigma} == {2}
-
-
-def test_only_fresh_noise_in_the_denoised_view_asks_the_model(store):
-    for view, config, asks in (("noisy", CONFIG, False), ("denoised", CONFIG, False), ("noisy", FRESH, False),
-                               ("denoised", FRESH, True)):
-        guider, asked = small_guider(), []
-        bank = make_bank(guider, view)
-        def denoise(x, sigma, asked=asked):
-            asked.append(len(x))
-            return shrink(x, sigma)
-        distill_expert(guider, bank, 1, store, config, denoise=denoise)
-        assert asked == ([3] * 10 if asks else []), (view, config.fresh_noise)
-        if asks:
-            with says(ValueError, "fresh noise", "denoised", "denoiser"):
-                distill_expert(guider, bank, 1, store, config)
-        else:
-            distill_expert(guider, bank, 1, store, config)
-
-
-def test_the_model_is_asked_about_fresh_noise_where_the_bank_is(store):
-    """On a device that every machine has, and that no tensor gets to by itself."""
-    asked, bank = [], make_bank(small_guider()).to("meta")
-    pairs = sample_batch(bank, 1, store, 0, FRESH, lambda x, sigma: asked.append((x.device, sigma.device)) or x)
-    assert asked == [(torch.device("meta"),) * 2] and {part.device.type for part in pairs} == {"meta"}
 
 
 @pytest.mark.parametrize("seed", [123_456_789, 2**32 - 1, 2**64 - 1])
@@ -191,19 +155,17 @@ def test_any_seed_that_comfyui_gives_can_be_distilled_with(store, seed):
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 9])
 @pytest.mark.parametrize("view", VIEWS)
-@KINDS
-def test_a_training_that_was_stopped_and_gone_on_with_gives_the_same_bits_as_one_without_a_stop(store, tmp_path, stop, view,
-                                                                                              config):
+def test_a_training_that_was_stopped_and_gone_on_with_gives_the_same_bits_as_one_without_a_stop(store, tmp_path, stop, view):
     guider = small_guider()
     straight, stopped, resumed = (make_bank(guider, view) for _ in range(3))
-    losses = distill_expert(guider, straight, 1, store, config, denoise=shrink)
+    losses = distill_expert(guider, straight, 1, store, CONFIG)
     state = tmp_path / "state.safetensors"
     with pytest.raises(Stop):
-        distill_expert(guider, stopped, 1, store, config, RunOptions(state_file=state, on_step=stop_after(stop)), shrink)
+        distill_expert(guider, stopped, 1, store, CONFIG, RunOptions(state_file=state, on_step=stop_after(stop)))
     assert len(load_tensors(state)[1]["losses"]) == stop
     disturb(resumed, 1)  # what was in memory is lost and does not matter
-    again = SampleStore(store.folder, store.recipe)
-    assert distill_expert(guider, resumed, 1, again, config, RunOptions(state_file=state), denoise=shrink) == losses
+    again = SampleStore(store.folder, store.manifest)
+    assert distill_expert(guider, resumed, 1, again, CONFIG, RunOptions(state_file=state)) == losses
     assert same(resumed.weights(1), straight.weights(1)) and not same(stopped.weights(1), straight.weights(1))
 
 
@@ -229,7 +191,7 @@ def test_a_training_that_the_machine_ended_goes_on_from_the_last_saved_step(stor
     def on_step(step, loss, weights):
         if step == 7:  # the state of step 6 is what a power cut here leaves
             copy.write_bytes(state.read_bytes())
-    distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state, on_step=on_step))
+    distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state, save_every=3, on_step=on_step))
     assert len(load_tensors(copy)[1]["losses"]) == 6
     assert distill_expert(guider, resumed, 1, store, CONFIG, RunOptions(state_file=copy)) == losses
     assert same(resumed.weights(1), straight.weights(1))
@@ -293,16 +255,15 @@ def test_distillation_changes_no_weight_and_no_statistic_of_the_plain_network(st
     assert not any(parameter.requires_grad for parameter in bank.parameters())
 
 
-@KINDS
 @pytest.mark.parametrize("view", VIEWS)
-def test_distillation_works_under_inference_mode_and_gives_the_same_experts(store, view, config):
+def test_distillation_works_under_inference_mode_and_gives_the_same_experts(store, view):
     guider = small_guider()
     outside, inside = make_bank(guider, view), make_bank(guider, view)
-    losses = distill_expert(guider, outside, 1, store, config, denoise=shrink)
+    losses = distill_expert(guider, outside, 1, store, CONFIG)
     with torch.inference_mode():
-        again = SampleStore(store.folder, store.recipe)
-        trajectory_pairs(again, outside.schedule, 1, 0, 2, 0, view)  # its tensors are now those of inference mode
-        assert distill_expert(guider, inside, 1, again, config, denoise=shrink) == losses
+        again = SampleStore(store.folder, store.manifest)
+        trajectory_pairs(again, outside.schedule, 1, BatchSpec(0, 2, 0), view)  # its tensors are now those of inference mode
+        assert distill_expert(guider, inside, 1, again, CONFIG) == losses
     assert same(inside.weights(1), outside.weights(1))
 
 
@@ -333,13 +294,14 @@ def tiny(tmp_path_factory) -> tuple[SampleStore, SampleStore]:
     return tuple(stores)
 
 
-@pytest.mark.parametrize("view, fresh", [("noisy", False), ("denoised", False), ("noisy", True)])
-def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_the_plain_network(tiny, view, fresh):
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_the_plain_network(tiny, view):
     """The bundled guider on the way to images that the training has not seen."""
     guider, (store, held_out) = replace(load_guider("class"), view=view), tiny
     bank = ExpertBank(base_network(guider), ExpertSchedule((0.05, 5.0, 80.0)), LoraSpec(rank=4), view)
-    distill_expert(guider, bank, 1, store, DistillConfig(steps=40, batch=8, lr=3e-3, fresh_noise=fresh))
-    plain, expert = (teacher_distance(guider, judge, held_out, bank.schedule) for judge in (guider, with_experts(guider, bank)))
+    distill_expert(guider, bank, 1, store, DistillConfig(steps=40, batch=8, lr=3e-3))
+    plain, expert = (teacher_distance(guider, judge, held_out, bank.schedule)
+                     for judge in (guider, with_experts(guider, bank)))
     assert expert[1][1] < 0.8 * plain[1][1]
     assert expert[0] == pytest.approx(plain[0], rel=1e-4)  # of the expert that was not trained
 
@@ -366,7 +328,7 @@ def test_the_disagreement_has_one_value_for_each_interval_also_where_experts_cha
     found = teacher_distance(guider, other, store, schedule, size=40)
     assert len(found) == len(schedule)
     for index, (at, value) in enumerate(found):
-        pairs = trajectory_pairs(store, schedule, index, 0, 40, -1, view)
+        pairs = trajectory_pairs(store, schedule, index, BatchSpec(0, 40, -1), view)
         each = [distill_loss(guider, bank, Pairs(*(part[i:i + 1] for part in pairs))) for i in range(40)]
         assert at == pytest.approx(float(pairs.sigma.log().mean().exp()), rel=1e-5)
         assert value == pytest.approx(float(torch.cat(each).mean()), rel=1e-4)
@@ -390,15 +352,14 @@ def test_a_network_that_breaks_in_distillation_is_told_and_the_steps_before_are_
     net = NanAfter(10**6)
     guider = replace(small_guider(), net=IgnoreSigma(net))
     expected = make_bank(guider)
-    losses = distill_expert(guider, expected, 1, store, FRESH, denoise=shrink)
-    bank, state, breaks = make_bank(guider), tmp_path / "state.safetensors", iter(range(100))
-    def breaking(x, sigma):
-        return shrink(x, sigma) * (math.nan if next(breaks) == 4 else 1)
+    losses = distill_expert(guider, expected, 1, store, CONFIG)
+    bank, state, net.left = make_bank(guider), tmp_path / "state.safetensors", 4
     with says(ValueError, "expert 1", "nan", "step 4", guider.name):
-        distill_expert(guider, bank, 1, store, FRESH, RunOptions(state_file=state), denoise=breaking)
+        distill_expert(guider, bank, 1, store, CONFIG, RunOptions(state_file=state))
     assert load_tensors(state)[1]["losses"] == losses[:4]
     assert all(bool(value.isfinite().all()) for value in bank.weights(1).values())
-    assert distill_expert(guider, make_bank(guider), 1, store, FRESH, RunOptions(state_file=state), denoise=shrink) == losses
+    net.left = 10**6
+    assert distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state)) == losses
     net.left = 0
     with says(ValueError, "expert 0", "nan", "step 0"):
         distill_expert(guider, bank, 0, store, CONFIG, RunOptions(state_file=tmp_path / "other.safetensors"))
@@ -435,16 +396,6 @@ def test_the_state_of_another_distillation_is_refused_and_left_alone(store, tmp_
         store.fill(SHARD_SIZE, made)
     with says(ValueError, "state.safetensors", f"({word} is", "delete"):
         distill_expert(guider, bank, index, store, config, RunOptions(state_file=state))
-    assert state.read_bytes() == kept
-
-
-@pytest.mark.parametrize("mine, other", [(CONFIG, FRESH), (FRESH, CONFIG)], ids=["trajectories", "fresh noise"])
-def test_a_state_of_the_other_kind_of_pairs_is_refused_and_left_alone(store, tmp_path, mine, other):
-    guider, state = small_guider(), tmp_path / "state.safetensors"
-    distill_expert(guider, make_bank(guider), 1, store, mine, RunOptions(state_file=state), denoise=shrink)
-    kept = state.read_bytes()
-    with says(ValueError, "state.safetensors", "config is", f"'fresh_noise': {other.fresh_noise}", "delete"):
-        distill_expert(guider, make_bank(guider), 1, store, other, RunOptions(state_file=state), denoise=shrink)
     assert state.read_bytes() == kept
 
 

@@ -224,10 +224,10 @@ def make_bank(guider, rank: int = 2, view: str = "denoised", edges=(0.1, 1.0, 10
 def test_a_bank_comes_back_with_every_bit_and_every_answer(tmp_path, task, view):
     guider = small_guider(task)
     bank = make_bank(guider, view=view, edges=(0.02, 1 / 3, 2.5, 80.0))
-    bank.recipe = {"steps": 5}
+    bank.training_info = {"steps": 5}
     save_bank(tmp_path / "x.safetensors", bank, guider)
     again = load_bank(tmp_path / "x.safetensors", small_guider(task))
-    assert again.recipe == bank.recipe
+    assert again.training_info == bank.training_info
     assert (again.schedule, again.lora, again.view) == (bank.schedule, bank.lora, view)
     for index, sigma in enumerate((0.1, 1.0, 30.0)):
         assert same(again.weights(index), bank.weights(index))
@@ -239,7 +239,7 @@ def test_a_bank_comes_back_with_every_bit_and_every_answer(tmp_path, task, view)
 def test_the_file_of_a_bank_holds_adapters_only_and_says_what_they_belong_to(tmp_path):
     guider = small_guider()
     bank = make_bank(guider)
-    bank.recipe = {"steps": 5, "losses": [[1.0], [2.0]]}
+    bank.training_info = {"steps": 5, "losses": [[1.0], [2.0]]}
     save_bank(tmp_path / "x.safetensors", bank, guider)
     tensors, about = load_tensors(tmp_path / "x.safetensors")
     assert len(tensors) == 2 * len(bank.weights(0)) and all("lora_" in name for name in tensors)

@@ -109,22 +109,10 @@ def test_log_spaced_intervals_have_equal_ratios_and_the_exact_ends():
 
 @pytest.mark.parametrize("make", [lambda: ExpertSchedule.log_spaced(0, 0.1, 1.0),
                                   lambda: ExpertSchedule.equal_shares(0, 0.1, 1.0, [0.1, 1.0]),
-                                  lambda: ExpertSchedule.equal_shares(2, 0.2, 1.0, [0.1, 1.0, 1.0]),
-                                  lambda: ExpertSchedule.from_timesteps(0, [0.1, 1.0]),
-                                  lambda: ExpertSchedule.from_timesteps(3, [0.1, 0.2, 1.0])])
+                                  lambda: ExpertSchedule.equal_shares(2, 0.2, 1.0, [0.1, 1.0, 1.0])])
 def test_a_number_of_experts_that_is_impossible_is_refused(make):
     with says(ValueError, "expert"):
         make()
-
-
-@pytest.mark.parametrize("timesteps, experts", [(1000, 5), (1000, 10), (10, 3), (7, 2)])
-def test_the_papers_split_gives_every_expert_an_equal_share_of_the_timesteps(timesteps, experts):
-    sigmas = torch.linspace(0.01, 4, timesteps, dtype=torch.float64).exp()
-    schedule = ExpertSchedule.from_timesteps(experts, sigmas)
-    shares = [0] * experts
-    for sigma in sigmas.tolist():
-        shares[schedule.index(sigma)] += 1
-    assert len(schedule) == experts and max(shares) - min(shares) <= (1 if timesteps % experts else 0)
 
 
 @pytest.mark.parametrize("steps, experts", [(16, 5), (25, 5), (11, 11), (7, 2), (3, 1)])

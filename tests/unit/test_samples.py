@@ -10,22 +10,22 @@ from helpers import full_disk, level, randn, says, shrink, ways
 from ppap_core.experts.samples import (
     SHARD_SIZE,
     STEPS_PER_TRAJECTORY,
+    BatchSpec,
     SampleStore,
     Trajectories,
     TrajectoryRecorder,
-    fresh_pairs,
     from_uint8,
     to_uint8,
     trajectory_pairs,
 )
 from ppap_core.io.files import load_tensors, save_tensors
-from ppap_core.noise import expand, to_vp
+from ppap_core.noise import to_vp
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import karras_sigmas, sample_heun
 from ppap_core.schedules import ExpertSchedule
 
 SHAPE = (3, 5, 7)
-RECIPE = {"model": "gaussian", "steps": 4, "seed": 11}
+MANIFEST = {"model": "gaussian", "steps": 4, "seed": 11}
 
 
 def generate(seeds: list[int]) -> tuple[torch.Tensor, Trajectories]:
@@ -52,12 +52,12 @@ def test_every_byte_value_survives_the_way_to_an_image_and_back():
 
 
 def test_a_store_is_filled_by_whole_shards_with_the_images_of_its_seeds(tmp_path):
-    store, asked = SampleStore(tmp_path / "a", RECIPE), []
+    store, asked = SampleStore(tmp_path / "a", MANIFEST), []
     store.fill(SHARD_SIZE + 1, lambda seeds: asked.extend(seeds) or generate(seeds))
     assert len(store) == 2 * SHARD_SIZE and asked == list(range(11, 11 + 2 * SHARD_SIZE))
     assert store.images.shape == (2 * SHARD_SIZE, *SHAPE) and store.images.dtype == torch.uint8
     assert store.sigmas.shape == (2 * SHARD_SIZE, STEPS_PER_TRAJECTORY)
-    assert store.noisy.shape == store.denoised.shape == (2 * SHARD_SIZE, STEPS_PER_TRAJECTORY, *SHAPE)
+    assert store.noisy_vp.shape == store.denoised.shape == (2 * SHARD_SIZE, STEPS_PER_TRAJECTORY, *SHAPE)
     expected, paths = generate(asked)
     torch.testing.assert_close(from_uint8(store.images), expected.clamp(-1, 1), rtol=0, atol=1 / 127)
     for name, part in paths._asdict().items():
@@ -75,16 +75,16 @@ def test_an_image_and_its_trajectory_depend_on_its_seed_and_not_on_the_size_of_t
 
 
 def test_a_store_that_holds_enough_generates_nothing(tmp_path):
-    SampleStore(tmp_path, RECIPE).fill(SHARD_SIZE, generate)
+    SampleStore(tmp_path, MANIFEST).fill(SHARD_SIZE, generate)
     def fail(seeds):
         raise AssertionError("generated again")
-    SampleStore(tmp_path, RECIPE).fill(SHARD_SIZE, fail)
+    SampleStore(tmp_path, MANIFEST).fill(SHARD_SIZE, fail)
 
 
 @pytest.mark.parametrize("where", ["in a shard", "after a shard", "while writing"])
 def test_a_fill_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, where, monkeypatch):
-    SampleStore(tmp_path / "straight", RECIPE).fill(2 * SHARD_SIZE, generate)
-    store = SampleStore(tmp_path / "stopped", RECIPE)
+    SampleStore(tmp_path / "straight", MANIFEST).fill(2 * SHARD_SIZE, generate)
+    store = SampleStore(tmp_path / "stopped", MANIFEST)
 
     def stop(*_):
         raise InterruptedError
@@ -98,112 +98,112 @@ def test_a_fill_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, where, monk
             store.fill(2 * SHARD_SIZE, stop if where == "in a shard" else generate)
     monkeypatch.undo()
     assert len(store) == SHARD_SIZE and len(contents(tmp_path / "stopped")) == 2
-    again = SampleStore(tmp_path / "stopped", RECIPE)
+    again = SampleStore(tmp_path / "stopped", MANIFEST)
     again.fill(2 * SHARD_SIZE, generate)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
 
 
 def test_a_fill_reports_each_shard_after_it_is_safe(tmp_path):
-    store, seen = SampleStore(tmp_path, RECIPE), []
+    store, seen = SampleStore(tmp_path, MANIFEST), []
     store.fill(2 * SHARD_SIZE, generate, on_shard=lambda count, new: seen.append((count, len(new), len(store))))
     assert seen == [(SHARD_SIZE, SHARD_SIZE, SHARD_SIZE), (2 * SHARD_SIZE, SHARD_SIZE, 2 * SHARD_SIZE)]
 
 
 def test_images_added_later_are_seen(tmp_path):
-    store = SampleStore(tmp_path, RECIPE)
+    store = SampleStore(tmp_path, MANIFEST)
     store.fill(SHARD_SIZE, generate)
-    assert {len(part) for part in (store.images, store.sigmas, store.noisy, store.denoised)} == {SHARD_SIZE}
+    assert {len(part) for part in (store.images, store.sigmas, store.noisy_vp, store.denoised)} == {SHARD_SIZE}
     store.fill(2 * SHARD_SIZE, generate)
-    assert {len(part) for part in (store.images, store.sigmas, store.noisy, store.denoised)} == {2 * SHARD_SIZE}
+    assert {len(part) for part in (store.images, store.sigmas, store.noisy_vp, store.denoised)} == {2 * SHARD_SIZE}
 
 
 @pytest.mark.parametrize("other, words", [
-    (RECIPE | {"steps": 5}, ["steps is 4, expected 5"]),
-    (RECIPE | {"cfg": 7.0}, ["cfg is None, expected 7.0"]),
+    (MANIFEST | {"steps": 5}, ["steps is 4, expected 5"]),
+    (MANIFEST | {"cfg": 7.0}, ["cfg is None, expected 7.0"]),
     ({"model": "gaussian", "steps": 4}, ["seed is 11, expected None"]),
 ])
-def test_a_folder_of_another_recipe_is_refused_and_left_alone(tmp_path, other, words):
-    SampleStore(tmp_path / "mine", RECIPE).fill(SHARD_SIZE, generate)
+def test_a_folder_of_another_manifest_is_refused_and_left_alone(tmp_path, other, words):
+    SampleStore(tmp_path / "mine", MANIFEST).fill(SHARD_SIZE, generate)
     kept = contents(tmp_path / "mine")
     with says(ValueError, "mine", *words):
         SampleStore(tmp_path / "mine", other)
     assert contents(tmp_path / "mine") == kept
 
 
-@pytest.mark.parametrize("recipe", [{"size": (20, 28), "seed": 0}, {"sigma_max": 80.0}, {"nested": {"a": [1, (2, 3)]}}])
-def test_a_store_knows_its_own_recipe_again(tmp_path, recipe):
-    assert SampleStore(tmp_path, recipe).recipe == SampleStore(tmp_path, recipe).recipe
+@pytest.mark.parametrize("manifest", [{"size": (20, 28), "seed": 0}, {"sigma_max": 80.0}, {"nested": {"a": [1, (2, 3)]}}])
+def test_a_store_knows_its_own_manifest_again(tmp_path, manifest):
+    assert SampleStore(tmp_path, manifest).manifest == SampleStore(tmp_path, manifest).manifest
 
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]", "\x00\xff"])
 def test_a_damaged_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin1"))
     with says(ValueError, "manifest.json", "JSON"):
-        SampleStore(tmp_path, RECIPE)
+        SampleStore(tmp_path, MANIFEST)
 
 
 def test_an_empty_store_is_refused(tmp_path):
     with says(ValueError, "empty", "no images"):
-        SampleStore(tmp_path / "empty", RECIPE).batch(0, 4, 0)
+        SampleStore(tmp_path / "empty", MANIFEST).random_images(BatchSpec(0, 4, 0))
 
 
 def test_a_truncated_shard_is_refused_by_name(tmp_path):
-    store = SampleStore(tmp_path, RECIPE)
+    store = SampleStore(tmp_path, MANIFEST)
     store.fill(SHARD_SIZE, generate)
     shard = next(tmp_path.glob("shard_*"))
     shard.write_bytes(shard.read_bytes()[:1000])
     with says(ValueError, shard.name, "cannot be read"):
-        SampleStore(tmp_path, RECIPE).batch(0, 4, 0)
+        SampleStore(tmp_path, MANIFEST).random_images(BatchSpec(0, 4, 0))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("part", ["images", "noisy", "denoised"])
+@pytest.mark.parametrize("part", ["images", "noisy_vp", "denoised"])
 def test_what_is_not_finite_is_not_stored(tmp_path, value, part):
     def broken(seeds):
         images, paths = generate(seeds)
         (images if part == "images" else getattr(paths, part))[3, 1, 2, 2] = value
         return images, paths
-    store = SampleStore(tmp_path, RECIPE)
+    store = SampleStore(tmp_path, MANIFEST)
     with says(ValueError, "NaN", "precision"):
         store.fill(SHARD_SIZE, broken)
     assert len(store) == 0 and not list(tmp_path.glob("shard_*"))
 
 
 def test_a_batch_is_a_function_of_step_size_and_seed(tmp_path):
-    store = SampleStore(tmp_path, RECIPE)
+    store = SampleStore(tmp_path, MANIFEST)
     store.fill(2 * SHARD_SIZE, generate)
-    first = store.batch(3, 6, 5)
+    first = store.random_images(BatchSpec(3, 6, 5))
     assert first.shape == (6, *SHAPE) and first.abs().max() <= 1
-    store.batch(4, 6, 5)
-    assert torch.equal(SampleStore(tmp_path, RECIPE).batch(3, 6, 5), first)
-    for other in (store.batch(4, 6, 5), store.batch(3, 6, 6)):
+    store.random_images(BatchSpec(4, 6, 5))
+    assert torch.equal(SampleStore(tmp_path, MANIFEST).random_images(BatchSpec(3, 6, 5)), first)
+    for other in (store.random_images(BatchSpec(4, 6, 5)), store.random_images(BatchSpec(3, 6, 6))):
         assert not torch.equal(other, first)
 
 
 def test_batches_reach_every_image(tmp_path):
-    store = SampleStore(tmp_path, RECIPE)
+    store = SampleStore(tmp_path, MANIFEST)
     images = torch.arange(2 * SHARD_SIZE, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1) / 127.5 - 1
     store.fill(2 * SHARD_SIZE, lambda seeds: end_in(images[[seed - 11 for seed in seeds]]))
-    drawn = torch.cat([store.batch(step, 32, 0) for step in range(60)])[:, 0, 0, 0]
+    drawn = torch.cat([store.random_images(BatchSpec(step, 32, 0)) for step in range(60)])[:, 0, 0, 0]
     assert len(to_uint8(drawn).unique()) == 2 * SHARD_SIZE
 
 
 @pytest.mark.parametrize("seed", [2**32 - 1, 2**63, 2**64 - 1])
 def test_any_seed_that_comfyui_gives_fills_a_store_and_draws_batches(tmp_path, seed):
-    store = SampleStore(tmp_path, RECIPE | {"seed": seed})
+    store = SampleStore(tmp_path, MANIFEST | {"seed": seed})
     store.fill(SHARD_SIZE, generate)
-    assert not torch.equal(store.batch(0, 4, seed), store.batch(0, 4, seed - 1))
+    assert not torch.equal(store.random_images(BatchSpec(0, 4, seed)), store.random_images(BatchSpec(0, 4, seed - 1)))
 
 
 def test_nothing_of_a_shard_is_left_behind_when_the_disk_is_full(tmp_path):
-    store = SampleStore(tmp_path, RECIPE)
+    store = SampleStore(tmp_path, MANIFEST)
     with full_disk(), says(OSError, "shard_00000", "Free some disk space"):
         store.fill(SHARD_SIZE, generate)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_stored_images_are_the_ones_generated_up_to_rounding(tmp_path):
-    store = SampleStore(tmp_path, RECIPE)
+    store = SampleStore(tmp_path, MANIFEST)
     store.fill(SHARD_SIZE, lambda seeds: end_in(randn(len(seeds), *SHAPE, seed=seeds[0]).tanh()))
     assert (from_uint8(store.images) - randn(SHARD_SIZE, *SHAPE, seed=11).tanh()).abs().max() <= 0.5 / 127.5 + 1e-6
 
@@ -213,7 +213,7 @@ def test_a_generator_that_does_not_make_one_image_and_one_trajectory_of_each_see
     def wrong(seeds):
         made, way = generate(seeds + [0])
         return made[:SHARD_SIZE + images], Trajectories(*(part[:SHARD_SIZE + paths] for part in way))
-    store = SampleStore(tmp_path, RECIPE)
+    store = SampleStore(tmp_path, MANIFEST)
     with says(ValueError, f"{SHARD_SIZE + images} images", f"{SHARD_SIZE + paths} trajectories", f"{SHARD_SIZE} seeds"):
         store.fill(SHARD_SIZE, wrong)
     assert len(store) == 0 and not list(tmp_path.glob("shard_*"))
@@ -221,15 +221,13 @@ def test_a_generator_that_does_not_make_one_image_and_one_trajectory_of_each_see
 
 @pytest.mark.parametrize("old", [0, 1])
 def test_a_store_of_images_without_trajectories_is_refused(tmp_path, old):
-    store = SampleStore(tmp_path / "old", RECIPE)
+    store = SampleStore(tmp_path / "old", MANIFEST)
     store.fill(2 * SHARD_SIZE, generate)
     shard = tmp_path / "old" / f"shard_{old:05d}.safetensors"
     save_tensors(shard, {"images": load_tensors(shard)[0]["images"]}, {"first": old * SHARD_SIZE})
-    assert SampleStore(tmp_path / "old", RECIPE).batch(0, 4, 0).shape == (4, *SHAPE)
-    for draw in (lambda store: trajectory_pairs(store, ExpertSchedule((0.1, 1.0)), 0, 0, 4, 0, "noisy"),
-                 lambda store: fresh_pairs(store, ExpertSchedule((0.1, 1.0)), 0, 0, 4, 0, to_vp)):
-        with says(ValueError, "old", "trajectories", "delete"):
-            draw(SampleStore(tmp_path / "old", RECIPE))
+    assert SampleStore(tmp_path / "old", MANIFEST).random_images(BatchSpec(0, 4, 0)).shape == (4, *SHAPE)
+    with says(ValueError, "old", "trajectories", "delete"):
+        trajectory_pairs(SampleStore(tmp_path / "old", MANIFEST), ExpertSchedule((0.1, 1.0)), 0, BatchSpec(0, 4, 0), "noisy")
 
 
 # What is kept of a trajectory
@@ -239,13 +237,13 @@ def recorded(seeds: Sequence[int], calls: int, kept: int) -> torch.Tensor:
     recorder = TrajectoryRecorder()
     for call in range(calls):
         image = torch.arange(len(seeds)).float().reshape(-1, 1, 1, 1).expand(-1, 2, 3, 5)
-        recorder.note(call + image, level(float(call), image), image)
+        recorder.record(call + image, level(float(call), image), image)
     found = recorder.trajectories(seeds, kept)
     image, call = torch.arange(len(seeds))[:, None], found.sigmas.long()
-    assert found.noisy.shape == found.denoised.shape == (len(seeds), kept, 2, 3, 5)
+    assert found.noisy_vp.shape == found.denoised.shape == (len(seeds), kept, 2, 3, 5)
     assert (found.denoised == image[..., None, None, None]).all(), "what is kept is of the image itself"
     expected = ((image + call) / (1 + call**2).sqrt()).half()
-    assert (found.noisy == expected[..., None, None, None]).all(), "state and noise level are of one call"
+    assert (found.noisy_vp == expected[..., None, None, None]).all(), "state and noise level are of one call"
     return call
 
 
@@ -282,7 +280,7 @@ def test_a_recorder_forgets_what_it_gave_and_refuses_a_model_that_was_not_asked(
     with says(ValueError, "not asked", "step"):
         recorder.trajectories(range(3))
     for sigma in (2.0, 0.5):
-        recorder.note(x, level(sigma, x), x)
+        recorder.record(x, level(sigma, x), x)
         assert recorder.trajectories(range(3), 2).sigmas.tolist() == [[sigma, sigma]] * 3
     with says(ValueError, "not asked", "step"):
         recorder.trajectories(range(3))
@@ -291,10 +289,10 @@ def test_a_recorder_forgets_what_it_gave_and_refuses_a_model_that_was_not_asked(
 @pytest.mark.parametrize("sigma", [80.0, 1e6])
 def test_half_precision_bears_the_strongest_noise(sigma):
     recorder, image, noise = TrajectoryRecorder(), randn(3, *SHAPE).tanh(), randn(3, *SHAPE, seed=1)
-    recorder.note(image + sigma * noise, level(sigma, image), image)
+    recorder.record(image + sigma * noise, level(sigma, image), image)
     found = recorder.trajectories(range(3), 1)
-    assert found.noisy.dtype == found.denoised.dtype == torch.float16 and found.sigmas.tolist() == [[sigma]] * 3
-    torch.testing.assert_close(found.noisy[:, 0].float(), noise, rtol=2e-3, atol=2 / sigma)
+    assert found.noisy_vp.dtype == found.denoised.dtype == torch.float16 and found.sigmas.tolist() == [[sigma]] * 3
+    torch.testing.assert_close(found.noisy_vp[:, 0].float(), noise, rtol=2e-3, atol=2 / sigma)
 
 
 def test_overhearing_a_sampling_changes_nothing_about_it():
@@ -338,20 +336,20 @@ def spread_sigmas() -> torch.Tensor:
 
 def places(pairs) -> tuple[torch.Tensor, torch.Tensor]:
     """Image numbers and steps that pairs of a numbered store were made of."""
-    seen = pairs.seen[:, 0, 0, 0].abs().long()
-    assert (pairs.seen.abs() == seen[:, None, None, None]).all()
+    seen = pairs.inputs[:, 0, 0, 0].abs().long()
+    assert (pairs.inputs.abs() == seen[:, None, None, None]).all()
     return seen // 10, seen % 10
 
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
 def test_pairs_are_steps_and_the_images_that_these_led_to(tmp_path, view):
     store = numbered(tmp_path, spread_sigmas())
-    pairs = trajectory_pairs(store, SCHEDULE, 1, 0, 500, 0, view)
+    pairs = trajectory_pairs(store, SCHEDULE, 1, BatchSpec(0, 500, 0), view)
     number, step = places(pairs)
-    assert pairs.images.shape == pairs.seen.shape == (500, *SHAPE) and pairs.seen.dtype == torch.float32
+    assert pairs.images.shape == pairs.inputs.shape == (500, *SHAPE) and pairs.inputs.dtype == torch.float32
     assert (to_uint8(pairs.images) == number[:, None, None, None]).all(), "the image is that of the step"
     assert torch.equal(pairs.sigma, store.sigmas[number, step]), "the noise level is that of the step"
-    assert (pairs.seen.flatten(1)[number + step > 0].sign() == (1 if view == "noisy" else -1)).all()
+    assert (pairs.inputs.flatten(1)[number + step > 0].sign() == (1 if view == "noisy" else -1)).all()
 
 
 @pytest.mark.parametrize("edges", [SCHEDULE.edges, (0.5, 1.0), (0.001, 0.7, 200.0)])
@@ -360,27 +358,27 @@ def test_every_step_is_of_the_expert_that_answers_for_it_in_guidance(tmp_path, e
     sigmas, schedule = spread_sigmas(), ExpertSchedule(edges)
     store, responsible = numbered(tmp_path, sigmas), [[schedule.index(float(sigma)) for sigma in row] for row in sigmas]
     for index in range(len(schedule)):
-        number, step = places(trajectory_pairs(store, schedule, index, 0, 12_000, 0, "noisy"))
+        number, step = places(trajectory_pairs(store, schedule, index, BatchSpec(0, 12_000, 0), "noisy"))
         expected = {(i, k) for i in range(64) for k in range(6) if responsible[i][k] == index}
         assert set(zip(number.tolist(), step.tolist(), strict=True)) == expected
 
 
 def test_pairs_are_a_function_of_seed_expert_and_step(tmp_path):
     store = numbered(tmp_path, spread_sigmas())
-    first = trajectory_pairs(store, SCHEDULE, 1, 5, 9, 4, "noisy")
-    trajectory_pairs(store, SCHEDULE, 1, 6, 9, 4, "noisy")
-    again = trajectory_pairs(SampleStore(tmp_path, store.recipe), SCHEDULE, 1, 5, 9, 4, "noisy")
+    first = trajectory_pairs(store, SCHEDULE, 1, BatchSpec(5, 9, 4), "noisy")
+    trajectory_pairs(store, SCHEDULE, 1, BatchSpec(6, 9, 4), "noisy")
+    again = trajectory_pairs(SampleStore(tmp_path, store.manifest), SCHEDULE, 1, BatchSpec(5, 9, 4), "noisy")
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for index, step, seed in ((2, 5, 4), (1, 6, 4), (1, 5, 5)):
-        other = trajectory_pairs(store, SCHEDULE, index, step, 9, seed, "noisy")
+        other = trajectory_pairs(store, SCHEDULE, index, BatchSpec(step, 9, seed), "noisy")
         assert not torch.equal(first.images, other.images) and not torch.equal(first.sigma, other.sigma)
-    other_view = trajectory_pairs(store, SCHEDULE, 1, 5, 9, 4, "denoised")
-    assert torch.equal(first.images, other_view.images) and torch.equal(first.seen, -other_view.seen)
+    other_view = trajectory_pairs(store, SCHEDULE, 1, BatchSpec(5, 9, 4), "denoised")
+    assert torch.equal(first.images, other_view.images) and torch.equal(first.inputs, -other_view.inputs)
 
 
 def test_experts_with_equally_many_steps_do_not_learn_from_the_same_images_at_once(tmp_path):
     store = numbered(tmp_path, torch.tensor([5.0, 0.4]).repeat(64, 1))
-    first, second = (places(trajectory_pairs(store, ExpertSchedule((0.1, 1.0, 10.0)), index, 0, 9, 0, "noisy"))[0]
+    first, second = (places(trajectory_pairs(store, ExpertSchedule((0.1, 1.0, 10.0)), index, BatchSpec(0, 9, 0), "noisy"))[0]
                      for index in (0, 1))
     assert not torch.equal(first, second)
 
@@ -388,66 +386,6 @@ def test_experts_with_equally_many_steps_do_not_learn_from_the_same_images_at_on
 def test_an_interval_that_no_step_lies_in_is_refused(tmp_path):
     store = numbered(tmp_path, torch.tensor([5.0, 1.0, 0.4]).repeat(64, 1))
     schedule = ExpertSchedule((0.1, 0.5, 0.75, 10.0))
-    assert trajectory_pairs(store, schedule, 0, 0, 4, 0, "noisy").sigma.tolist() == pytest.approx([0.4] * 4)
+    assert trajectory_pairs(store, schedule, 0, BatchSpec(0, 4, 0), "noisy").sigma.tolist() == pytest.approx([0.4] * 4)
     with says(ValueError, "0.5", "0.75", "expert 1", "more steps"):
-        trajectory_pairs(store, schedule, 1, 0, 4, 0, "noisy")
-
-
-# Pairs of fresh noise
-
-@pytest.fixture
-def pixels(tmp_path) -> SampleStore:
-    store = SampleStore(tmp_path / "pixels", RECIPE)
-    store.fill(SHARD_SIZE, lambda seeds: end_in(randn(len(seeds), *SHAPE, seed=seeds[0]).tanh()))
-    return store
-
-
-def test_fresh_noise_is_the_one_of_the_paper(pixels):
-    """Standard normal, independent of image and step, at noise levels that are log-uniform in the interval of the expert."""
-    asked = []
-    def see(x, sigma):
-        asked.append((x, sigma))
-        return to_vp(x, sigma)
-    pairs = [fresh_pairs(pixels, SCHEDULE, 1, step, 50, 0, see) for step in range(40)]
-    images, seen, sigma = (torch.cat(part) for part in zip(*pairs, strict=True))
-    assert torch.equal(torch.cat([x for x, _ in asked]) / (1 + sigma**2).sqrt()[:, None, None, None], seen)
-    assert torch.equal(torch.cat([at for _, at in asked]), sigma)
-    noise = (torch.cat([x for x, _ in asked]) - images) / expand(sigma, images)
-    assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01 and abs((noise**4).mean() - 3) < 0.05
-    assert (noise * images).mean().abs() < 0.01
-    assert len(noise.flatten(1)[:, 0].unique()) == 2000
-    assert {SCHEDULE.index(float(each)) for each in sigma} == {1}
-    share = (sigma / 0.7).log() / math.log(2.0 / 0.7)
-    assert abs(share.mean() - 0.5) < 0.03 and abs(share.std() - 12**-0.5) < 0.02
-
-
-def test_half_of_the_images_under_fresh_noise_are_mirrored_and_nothing_else_is_done_to_them(pixels):
-    mirrored, stored = 0, from_uint8(pixels.images)
-    for step in range(40):
-        for image in fresh_pairs(pixels, SCHEDULE, 0, step, 8, 0, to_vp).images:
-            straight, turned = ((stored == each).flatten(1).all(1).any() for each in (image, image.flip(-1)))
-            assert bool(straight) != bool(turned)
-            mirrored += int(turned)
-    assert 120 < mirrored < 200  # of 320
-
-
-def test_fresh_pairs_are_a_function_of_seed_expert_and_step(pixels):
-    first = fresh_pairs(pixels, SCHEDULE, 1, 5, 6, 4, to_vp)
-    again = fresh_pairs(SampleStore(pixels.folder, pixels.recipe), SCHEDULE, 1, 5, 6, 4, to_vp)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for index, step, seed in ((2, 5, 4), (1, 6, 4), (1, 5, 5)):
-        other = fresh_pairs(pixels, SCHEDULE, index, step, 6, seed, to_vp)
-        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def test_no_gradient_passes_through_what_sees_fresh_noise(pixels):
-    factor = torch.nn.Parameter(torch.tensor(0.8))
-    pairs = fresh_pairs(pixels, SCHEDULE, 1, 0, 4, 0, lambda x, sigma: x * factor)
-    assert not any(part.requires_grad for part in pairs)
-
-
-def test_fresh_noise_on_decoded_latents_is_refused(tmp_path):
-    store = SampleStore(tmp_path, RECIPE)
-    store.fill(SHARD_SIZE, lambda seeds: (randn(len(seeds), *SHAPE).tanh(), ways(randn(len(seeds), 4, 2, 3))))
-    with says(ValueError, "(4, 2, 3)", str(SHAPE), "trajectories"):
-        fresh_pairs(store, SCHEDULE, 1, 0, 4, 0, to_vp)
+        trajectory_pairs(store, schedule, 1, BatchSpec(0, 4, 0), "noisy")

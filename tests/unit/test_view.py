@@ -114,7 +114,7 @@ def latent_store(folder: Path) -> SampleStore:
         recorder, made = TrajectoryRecorder(), torch.stack([randn(C, H, W, seed=seed) for seed in seeds])
         for place, sigma in enumerate((20.0, 5.0, 2.0, 0.8, 0.4, 0.05)):
             x = made + sigma * randn(*made.shape, seed=place)
-            recorder.note(x, level(sigma, x), made)
+            recorder.record(x, level(sigma, x), made)
         return picture(made), recorder.trajectories(seeds)
     store.fill(SHARD_SIZE, generate)
     return store
@@ -126,14 +126,15 @@ def picture(latent: torch.Tensor) -> torch.Tensor:
 
 def test_a_store_keeps_what_was_diffused_beside_the_images(tmp_path: Path):
     store = latent_store(tmp_path)
-    assert store.images.shape == (SHARD_SIZE, 3, H, 2 * W) and store.noisy.shape == store.denoised.shape == (SHARD_SIZE, 6, C, H, W)
+    assert store.images.shape == (SHARD_SIZE, 3, H, 2 * W)
+    assert store.noisy_vp.shape == store.denoised.shape == (SHARD_SIZE, 6, C, H, W)
     predicted = sample_batch(bank_of("denoised"), 1, store, 5, DistillConfig(batch=6))
     noisy = sample_batch(bank_of("noisy"), 1, store, 5, DistillConfig(batch=6))
-    assert predicted.seen.shape == noisy.seen.shape == (6, C, H, W) and predicted.images.shape == (6, 3, H, 2 * W)
-    torch.testing.assert_close(predicted.images, picture(predicted.seen), rtol=0, atol=0.02)
+    assert predicted.inputs.shape == noisy.inputs.shape == (6, C, H, W) and predicted.images.shape == (6, 3, H, 2 * W)
+    torch.testing.assert_close(predicted.images, picture(predicted.inputs), rtol=0, atol=0.02)
     assert torch.equal(noisy.images, predicted.images) and torch.equal(noisy.sigma, predicted.sigma)
     scale = (1 + noisy.sigma**2).sqrt()[:, None, None, None]
-    noise = (noisy.seen * scale - predicted.seen) / noisy.sigma[:, None, None, None]
+    noise = (noisy.inputs * scale - predicted.inputs) / noisy.sigma[:, None, None, None]
     assert abs(noise.std() - 1) < 0.1
 
 
@@ -181,11 +182,6 @@ def test_a_bank_whose_colours_have_another_shape_is_refused(tmp_path: Path, name
     save_tensors(file, tensors | {name: torch.zeros(shape)}, about)
     with says(ValueError, "damaged", "colours of its latents", shape):
         load_bank(file, guider)
-
-
-def test_experts_of_latents_refuse_fresh_noise(tmp_path: Path):
-    with says(ValueError, (C, H, W), (3, H, 2 * W), "trajectories"):
-        distill_expert(small_guider(), bank_of("noisy"), 1, latent_store(tmp_path), DistillConfig(steps=2, fresh_noise=True))
 
 
 def test_stems_count_among_what_is_trained():

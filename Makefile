@@ -1,6 +1,7 @@
 # Each command sets up all it needs in .venv, once.
 #   make demo      distil five experts on the bundled world and guide with them (no ComfyUI needed)
 #   make test      all tests; those of the nodes run where a ComfyUI is at hand
+#   make test-fast the tests of the core without those that train, sample or measure: under a minute
 #   make lint      ruff and mypy
 #   make comfyui   start ComfyUI with this pack in it
 #   make bench     the short table of the benchmark
@@ -15,8 +16,9 @@ AROUND := $(patsubst %/main.py,%,$(wildcard $(abspath ../..)/main.py))
 COMFYUI_PATH ?= $(or $(and $(wildcard ../../custom_nodes),$(AROUND)),$(patsubst %/main.py,%,$(wildcard $(HOME)/comfy/ComfyUI/main.py)))
 export COMFYUI_PATH
 NAME := $(notdir $(CURDIR))
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test lint comfyui bench pictures help-pages archive
+.PHONY: demo test test-fast lint comfyui bench pictures help-pages archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -25,7 +27,10 @@ bench: .venv/ready
 	$(BIN)/ppap bench --quick
 
 test: .venv/ready .venv/comfyui
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: .venv/ready
+	$(PYTEST) tests/unit -m "not slow"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -320,5 +320,6 @@ def test_the_document_lists_the_features_and_what_they_are_tested_with():
 
 def test_the_document_says_where_the_order_matters():
     orders = {feature: order for feature, _, order in rows("Other features")[1:]}
-    for order, features in (("before or after", ANYWHERE), ("after, if the guider should see it", ADDING), ("after", MIXING)):
+    expected = {"before or after": ANYWHERE, "after, if the guider should see it": ADDING, "after": MIXING}
+    for order, features in expected.items():
         assert {feature for feature, said in orders.items() if said == order} == set(features)

@@ -58,10 +58,13 @@ def words(folder: Path, length: int = 16) -> None:
     fast.save_pretrained(folder)
 
 
-def timm_net(architecture: str, labels: bool = True, **settings) -> Callable[[Path], None]:
+def timm_net(architecture: str, labels: bool = True, side: int | None = None, **settings) -> Callable[[Path], None]:
+    """side: pixels that its config names as the input's, where they are no setting of the network."""
     def write(folder: Path) -> None:
         timm = pytest.importorskip("timm")
         net = wake(timm.create_model(architecture, pretrained=False, num_classes=len(LABELS) if labels else 0, **settings))
+        if side:
+            net.pretrained_cfg["input_size"] = (3, side, side)
         config = {"label_names": list(LABELS)} if labels else {}
         timm.models._hub.save_for_hf(net, folder, model_config=config, model_args=settings or None, safe_serialization=True)
     return write
@@ -160,7 +163,7 @@ WHOLE_IMAGE = {
                                                       **VIT), processor("DINOv3ViT", 32, **IMAGENET)), "structure"),
     "timm ViT, structure": Family(timm_net("vit_tiny_patch16_224", labels=False, img_size=48, depth=2), "structure",
                                   "structure"),
-    "timm VGG, style": Family(timm_net("vgg11", mlp_ratio=0.01), "style", "style"),
+    "timm VGG, style": Family(timm_net("vgg11", side=64, mlp_ratio=0.01), "style", "style"),
     "timm embedding": Family(timm_net("vit_tiny_patch16_224", labels=False, img_size=48, depth=2), "embedding"),
 }
 DEPTH = {

@@ -78,6 +78,7 @@ def test_guidance_by_a_network_shifts_the_combined_prediction():
 
 # The toy
 
+@pytest.mark.slow
 def test_the_density_of_a_tree_integrates_to_one_and_its_points_lie_in_it():
     grid = torch.linspace(-1.5, 2.5, 800)
     points = torch.cartesian_prod(grid, grid)
@@ -102,6 +103,7 @@ def found() -> dict[str, toy2d.Panel]:
     return toy2d.panels(steps=700, count=2000)
 
 
+@pytest.mark.slow
 def test_autoguidance_removes_outliers_and_keeps_the_branches_where_classifier_free_guidance_loses_them(found):
     none, free, _, auto = found.values()
     assert auto.outliers < 0.6 * none.outliers and free.outliers > none.outliers

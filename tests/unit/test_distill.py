@@ -294,6 +294,7 @@ def tiny(tmp_path_factory) -> tuple[SampleStore, SampleStore]:
     return tuple(stores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_the_plain_network(tiny, view):
     """The bundled guider on the way to images that the training has not seen."""

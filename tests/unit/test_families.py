@@ -81,6 +81,7 @@ def test_the_gradient_of_the_energy_reaches_the_image_and_is_the_finite_differen
     torch.testing.assert_close(single.double(), gradient, rtol=0.02, atol=0.02 * float(gradient.abs().max()))
 
 
+@pytest.mark.slow
 @EVERY
 def test_three_experts_start_as_the_plain_network_learn_alone_and_come_back_from_a_file(name: str, guider: Guider, tmp_path):
     net, image = base_network(guider), photographs()

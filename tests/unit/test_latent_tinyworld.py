@@ -17,6 +17,7 @@ from ppap_core.tinyworld.networks.flow import TinyControl, from_diffusers, to_di
 from ppap_core.tinyworld.scenes import CLASSES, draw
 
 
+@pytest.mark.slow
 def test_the_autoencoder_gives_back_scenes_and_its_latents_have_the_colours_of_their_kind():
     scenes = draw(range(500, 516), latent.SIZE)
     with torch.no_grad():
@@ -28,6 +29,7 @@ def test_the_autoencoder_gives_back_scenes_and_its_latents_have_the_colours_of_t
     assert torch.allclose(latent.undiffused(latent.diffused(latents)), latents, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, floor", [("flow", 0.4), ("eps", 0.25)])
 def test_the_latent_models_know_the_class_that_they_are_told(kind, floor):
     """One in eight is chance."""
@@ -80,6 +82,7 @@ def test_labels_are_read_from_names_and_refused_with_those_there_are():
         latent.class_labels("star, sun")
 
 
+@pytest.mark.slow
 def test_the_latent_benchmark_measures_every_way_once(tmp_path):
     config = LatentBench(images=4, steps=4, batch=4, store=64, edges=(0.1, 1.0, 10.0), rank=2, weights=(0.1, 0.3), scenes=64,
                          repeats=1, training=DistillConfig(steps=2, batch=4))

@@ -72,7 +72,7 @@ def test_many_single_points_are_numbered_and_few_are_not():
     [], [(1.0, 2.0)], [(1.0, 2.0), (3.0, 2.0)], [(0.0, 1.0), (1.0, 0.0)], [(-1.0, -2.0), (-3.0, -4.0)],
     [(1.0, math.nan), (2.0, 3.0)], [(math.nan, math.nan)], [(1.0, math.inf), (2.0, 1e30), (3.0, 1e-30)],
     [(1e-9, 1e-9), (1.1e-9, 1.1e-9)], [(1e6, 1.0), (1e6 + 1e-3, 1.0 + 1e-12)], [(0, 0), (80, 7)],
-], ids=str)
+])
 def test_no_points_break_a_plot(points, log_x, log_y):
     assert is_picture(line_plot({"line": points}, "title", "x", "y", log_x=log_x, log_y=log_y), 420, 720)
 

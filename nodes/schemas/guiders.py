@@ -1,7 +1,7 @@
 """Nodes that load: the tiny world, guiders, experts."""
 from comfy_api.latest import io
 
-from ...ppap_core.guiders.loaders import ANSWERS
+from ...ppap_core.guiders.loaders import OUTPUTS
 from ...ppap_core.guiders.loaders.hub import download
 from ...ppap_core.guiders.rules import RULES, rule_guider
 from ..bridge import autograd, guider_cache, paths, progress
@@ -21,7 +21,7 @@ class PPAPLoadGuider(io.ComfyNode):
                         "CLIPSeg and DINO. What cannot be loaded is refused with a sentence that says why.",
             inputs=[io.Combo.Input("guider_name", options=list(guider_cache.guider_sources()),
                                    tooltip="The network. tinyworld/... come with the pack."),
-                    io.Combo.Input("answer", options=list(ANSWERS), default="own", optional=True,
+                    io.Combo.Input("answer", options=list(OUTPUTS), default="own", optional=True,
                                    tooltip="What is read of the network. own: its answer, such as classes or depth. Or how "
                                            "it sees an image inside: structure (what is where, without colours; DINO or "
                                            "timm), style (textures and colours, without places; timm, such as VGG), "

@@ -18,7 +18,7 @@ def here(comfy, hub: Hub, monkeypatch):
     """The pack with its downloads going to the test's hub and to an empty folder."""
     module, load = comfy.pack.ppap_core.guiders.loaders.hub, comfy.pack.nodes.schemas.guiders
     monkeypatch.setattr(load, "download", lambda repo, folder, report: module.download(repo, folder, report, hub.url))
-    monkeypatch.setattr(module, "PIECE", 2000)
+    monkeypatch.setattr(module, "PIECE_SIZE", 2000)
     place = comfy.pack.nodes.bridge.paths.downloaded_guider(REPO)
     assert not place.exists()
     yield place

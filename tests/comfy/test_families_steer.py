@@ -40,7 +40,7 @@ def test_a_folder_of_each_kind_steers_the_stock_sampler(comfy, world: PixelWorld
     folder.mkdir(parents=True)
     try:
         family.write(folder)
-        [guider] = comfy("PPAPLoadGuider", guider_name=name, answer=family.answer)
+        [guider] = comfy("PPAPLoadGuider", guider_name=name, answer=family.output)
         guider = aimed(comfy, world, guider, family)
         plain = world.sample(steps=20)
         term = world.term(guider, weight=10000.0, start_percent=0.3)

@@ -26,7 +26,7 @@ class Family(NamedTuple):
 
     write: Callable[[Path], None]
     task: str
-    answer: str = "own"
+    output: str = "own"
     aim: str = "image"    # or "class", "text", "mask", "number"
     grouped: bool = False  # whether it has grouped convolutions, which keep no adapter
 

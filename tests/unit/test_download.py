@@ -8,14 +8,14 @@ from helpers import says
 from helpers.hub import CONFIG, FILES, REPO, TAKEN, Hub, contents, serving
 
 from ppap_core.guiders.loaders import hub as module
-from ppap_core.guiders.loaders.hub import download, folder_name, wanted
+from ppap_core.guiders.loaders.hub import download, files_to_fetch, folder_name
 
 pytest.importorskip("huggingface_hub")
 
 
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[Hub]:
-    monkeypatch.setattr(module, "PIECE", 2000)
+    monkeypatch.setattr(module, "PIECE_SIZE", 2000)
     with serving() as hub:
         yield hub
 
@@ -45,7 +45,7 @@ PLAIN, SHARDS = ["config.json", "model.safetensors"], [f"model-0000{i}-of-00002.
      ["config.json", "preprocessor_config.json", "special_tokens_map.json", "spiece.model", "other.safetensors"]),
     ([*PLAIN, "../evil.safetensors", "a\\b.safetensors", "config.json.py", "tokenizer.py", "x.bin"], PLAIN)])
 def test_of_a_repository_only_the_known_kinds_at_its_root_are_wanted(names, taken):
-    assert wanted(REPO, names) == taken
+    assert files_to_fetch(REPO, names) == taken
 
 
 @pytest.mark.parametrize(("names", "words"), [

@@ -44,7 +44,7 @@ def written(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def guider(name: str, written) -> Guider:
-    return aimed(load_guider(written[name], FAMILIES[name].answer), FAMILIES[name])
+    return aimed(load_guider(written[name], FAMILIES[name].output), FAMILIES[name])
 
 
 @EVERY
@@ -292,7 +292,7 @@ def test_classes_times_masks_are_the_library_s_own_semantic_answer(name: str, gu
     image = photographs(64, 64)
     ours = guider.predict(image, clean(image))
     model = base_network(guider).model
-    more = {"task_inputs": base_network(guider).ask.args[0].expand(2, -1)} if name == "OneFormer" else {}
+    more = {"task_inputs": base_network(guider).forward_fn.args[0].expand(2, -1)} if name == "OneFormer" else {}
     with torch.no_grad():
         found = model(pixel_values=guider.preprocess(image), **more)
     shares = torch.einsum("bqc,bqhw->bchw", found.class_queries_logits.softmax(-1)[..., :-1],

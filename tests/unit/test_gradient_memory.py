@@ -44,7 +44,7 @@ def test_what_is_told_is_what_is_kept(view, task, compute):
 @pytest.mark.parametrize("name", ["timm ResNet", "timm VGG, style", "CLIP", "Depth Anything", "SegFormer", "CLIPSeg"])
 def test_networks_of_the_libraries_are_told_and_compute_in_half_precision(name, tmp_path):
     FAMILIES[name].write(tmp_path)
-    guider = aimed(load_guider(tmp_path, FAMILIES[name].answer), FAMILIES[name])
+    guider = aimed(load_guider(tmp_path, FAMILIES[name].output), FAMILIES[name])
     for compute in (None, torch.bfloat16):
         kept = really_kept(guider, B, compute)
         assert gradient_bytes(guider, (B, 3, H, W), compute) == pytest.approx(kept, rel=0.05)

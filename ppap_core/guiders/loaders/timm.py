@@ -1,9 +1,10 @@
-"""Networks of timm from a local folder: what class an image is of, or its style, its structure, its embedding."""
+"""Networks of timm from a local folder: the class of an image, its style, its structure, or its embedding."""
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from ..preprocess import timm_preprocess
 
 log = logging.getLogger(__name__)
 
+FINE_STRIDE = 16  # layers with at most so many pixels between two places show textures
+
 
 class IntermediateFeatures(nn.Module):
-    """Some of a network's inner maps, without what comes after them: image -> [(B, C, h, w)]."""
+    """Feature maps of some layers, without the layers after them: image -> [(B, C, h, w)]."""
 
-    def __init__(self, net: nn.Module, layers: list[int]):
+    def __init__(self, net: Any, layers: list[int]):
         super().__init__()
         self.net, self.layers = net, layers
         net.prune_intermediate_layers(layers)
@@ -29,7 +32,7 @@ class IntermediateFeatures(nn.Module):
 
 
 class VggFeatures(nn.Module):
-    """The same for a network that is one chain of layers (VGG), which not every timm shows: what each pooling is given."""
+    """VGG features, which not every release of timm shows: the input of every max-pool, image -> [(B, C, h, w)]."""
 
     def __init__(self, layers: nn.Sequential):
         super().__init__()
@@ -45,7 +48,7 @@ class VggFeatures(nn.Module):
 
 
 class Features(nn.Module):
-    """What is made of a network's inner maps."""
+    """A function of a network's feature maps."""
 
     def __init__(self, maps: nn.Module, read: Callable[[list[Tensor]], Tensor]):
         super().__init__()
@@ -56,9 +59,9 @@ class Features(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A network up to the vector that its head would read."""
+    """A network up to the vector that its head reads, (B, D)."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: Any):
         super().__init__()
         self.net = net
 
@@ -66,46 +69,55 @@ class Embedding(nn.Module):
         return self.net.forward_head(self.net.forward_features(image), pre_logits=True)
 
 
-def gram(maps: list[Tensor]) -> Tensor:
-    """Which features occur together, wherever they are: the Gram matrices of all layers, (B, n).
+def gram(maps: Sequence[Tensor]) -> Tensor:
+    """Gram matrices of all layers, (B, n): which features occur together, wherever they are.
 
-    Gatys et al. 2016, of features of unit length, and so that every layer counts alike.
+    Gatys et al. 2016, with features of unit length, and scaled so that every layer counts alike.
     """
     blocks = []
-    for each in maps:
-        features = F.normalize(each.flatten(2), dim=1)
+    for layer in maps:
+        features = F.normalize(layer.flatten(2), dim=1)
         blocks.append((features @ features.mT).flatten(1) * (features.shape[1] / features.shape[2]))
     total = sum(block.shape[1] for block in blocks)
     return torch.cat([block * (total / (len(blocks) * block.shape[1])) ** 0.5 for block in blocks], dim=1)
 
 
-def self_similarity(maps: list[Tensor]) -> Tensor:
+def self_similarity(maps: Sequence[Tensor]) -> Tensor:
     """Cosine of each pair of places of the last layer, (B, n, n): the structure of an image without its colours."""
     places = F.normalize(maps[-1].flatten(2), dim=1)
     return places.mT @ places
 
 
-def load_timm(folder: Path, answer: str = "own") -> Guider:
-    """A timm network saved with config.json and safetensors, as its model cards and `save_for_hf` write them."""
+FEATURES: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"style": gram, "structure": self_similarity}
+"""Task -> what it reads in feature maps."""
+
+
+def load_timm(folder: Path, output: str = "own") -> Guider:
+    """A guider of a timm network saved with config.json and safetensors, as its model cards and `save_for_hf` write them.
+
+    output: "own" is its classes, or its embedding if it has none; "embedding", "style" or "structure" are read inside it.
+    ValueError or FileNotFoundError for a folder that does not fit, and where the network has no such output.
+    """
     net, config = _load(folder)
-    data = _data_config(config, net)
-    make = partial(Guider, f"timm/{folder.name}", preprocess=timm_preprocess(data))
-    if answer == "own" and net.num_classes > 0:
-        return make(IgnoreSigma(net), task="class", labels=_labels(folder.name, config, net))
-    if answer in ("own", "embedding"):
-        return make(IgnoreSigma(Embedding(net)), task="embedding")
-    read = gram if answer == "style" else self_similarity
-    if config["architecture"].startswith("vgg"):
-        return make(IgnoreSigma(Features(VggFeatures(net.features), read)), task=answer)
+    guider = partial(Guider, f"timm/{folder.name}", preprocess=timm_preprocess(_data_config(config, net)))
+    if output == "own" and net.num_classes > 0:
+        return guider(IgnoreSigma(net), task="class", labels=_labels(folder.name, config, net))
+    if output in ("own", "embedding"):
+        return guider(IgnoreSigma(Embedding(net)), task="embedding")
+    return guider(IgnoreSigma(Features(_feature_maps(net, config["architecture"], output), FEATURES[output])), task=output)
+
+
+def _feature_maps(net: Any, architecture: str, output: str) -> nn.Module:
+    if architecture.startswith("vgg"):
+        return VggFeatures(net.features)
     if not hasattr(net, "forward_intermediates"):
-        raise ValueError(f"{config['architecture']} shows timm no inner maps, which {answer} is read from: expected another "
+        raise ValueError(f"{architecture} shows timm no inner maps, which {output} is read from: expected another "
                          "network, such as vgg19 for style or a vision transformer for structure")
-    fine = [index for index, about in enumerate(net.feature_info) if about["reduction"] <= 16]
-    layers = fine if answer == "style" else [len(net.feature_info) - 1]
-    return make(IgnoreSigma(Features(IntermediateFeatures(net, layers), read)), task=answer)
+    fine = [index for index, layer in enumerate(net.feature_info) if layer["reduction"] <= FINE_STRIDE]
+    return IntermediateFeatures(net, fine if output == "style" else [len(net.feature_info) - 1])
 
 
-def _load(folder: Path) -> tuple[nn.Module, dict]:
+def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
     try:
         import timm
     except ImportError as error:
@@ -113,16 +125,21 @@ def _load(folder: Path) -> tuple[nn.Module, dict]:
                           ) from error
 
     config = read_json(folder / "config.json")
-    architecture = config.get("architecture")
-    if not timm.is_model(architecture or ""):
-        raise ValueError(f"timm {timm.__version__} knows no architecture {architecture!r} (from {folder.name}/config.json): "
-                         "expected one of timm.list_models(); a newer timm may have it")
-    args = {"num_classes": config.get("num_classes", 1000)} | config.get("model_args", {})
-    strange = [name for name in inspect.signature(timm.create_model).parameters if name in args]
-    if strange:  # checkpoint_path may be a pickle, pretrained downloads
-        raise ValueError(f"model_args in {folder.name}/config.json holds {strange[0]}, which is no setting of the network: "
+    architecture = config.get("architecture") or ""
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm {timm.__version__} knows no architecture {config.get('architecture')!r} (from "
+                         f"{folder.name}/config.json): expected one of timm.list_models(); a newer timm may have it")
+    options = {"num_classes": config.get("num_classes", 1000)} | config.get("model_args", {})
+    foreign = [name for name in inspect.signature(timm.create_model).parameters if name in options]
+    if foreign:  # checkpoint_path may be a pickle, pretrained downloads
+        raise ValueError(f"model_args in {folder.name}/config.json holds {foreign[0]}, which is no setting of the network: "
                          "take it out; the weights are those of model.safetensors, whatever it says")
-    net = timm.create_model(architecture, pretrained=False, **args)
+    net = timm.create_model(architecture, pretrained=False, **options)
+    _load_weights(net, folder, architecture)
+    return net, config
+
+
+def _load_weights(net: nn.Module, folder: Path, architecture: str) -> None:
     weights = {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file)[0].items()}
     own = net.state_dict()
     wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
@@ -133,10 +150,9 @@ def _load(folder: Path) -> tuple[nn.Module, dict]:
     if missing or unexpected:
         raise ValueError(f"{folder.name}/model.safetensors does not fit {architecture}: {len(missing)} weights are missing "
                          f"and {len(unexpected)} unexpected, such as {(missing + unexpected)[0]}; copy the folder again")
-    return net, config
 
 
-def _data_config(config: dict, net: nn.Module) -> dict:
+def _data_config(config: Mapping[str, Any], net: nn.Module) -> dict[str, Any]:
     from timm.data import resolve_data_config
 
     data = resolve_data_config(config.get("pretrained_cfg", {}), model=net)
@@ -144,8 +160,8 @@ def _data_config(config: dict, net: nn.Module) -> dict:
     return data | {"input_size": (3, *size)} if size else data
 
 
-def _labels(name: str, config: dict, net: nn.Module) -> tuple[str, ...]:
-    """The folder's own names, those of ImageNet where the network is of it, or numbers."""
+def _labels(name: str, config: Mapping[str, Any], net: Any) -> tuple[str, ...]:
+    """The folder's own names, else those of ImageNet if the network was trained on it, else numbers."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     labels = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
@@ -153,6 +169,6 @@ def _labels(name: str, config: dict, net: nn.Module) -> tuple[str, ...]:
         return short_labels(labels)
     subset = infer_imagenet_subset(net)
     if subset:
-        return short_labels(ImageNetInfo(subset).label_descriptions())
+        return short_labels(list(ImageNetInfo(subset).label_descriptions()))
     log.warning("%s has no names for its %d classes in config.json: aim it at numbers", name, net.num_classes)
     return tuple(map(str, range(net.num_classes)))

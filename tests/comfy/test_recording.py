@@ -32,7 +32,7 @@ class Shown:
         assert shown.shape[1] == len(store) == 64 and len(self.calls) == 64 // batch * steps
         steps_of = (store.sigmas[..., None] - sigmas).abs().argmin(-1)
         assert torch.equal(sigmas[steps_of], store.sigmas) and len(steps_of.unique()) == steps
-        assert torch.equal(shown[steps_of, torch.arange(64)[:, None]].half(), getattr(store, view))
+        assert torch.equal(shown[steps_of, torch.arange(64)[:, None]].half(), {"noisy": store.noisy_vp, "denoised": store.denoised}[view])
 
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])

@@ -1,8 +1,9 @@
-"""A bad version of a MODEL, asked beside the good one while that is sampled: autoguidance in ComfyUI."""
+"""Autoguidance of a MODEL: a bad version of it runs beside the good one while that is sampled."""
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import comfy.model_patcher
 import comfy.samplers
@@ -11,134 +12,203 @@ from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter.lora import LoRAAdapter
 from torch import Tensor
 
-from ...ppap_core.guidance.autoguidance import autoguidance_delta
+from ...ppap_core.guidance.autoguidance import Autoguidance, autoguidance_delta
+from ...ppap_core.io.function_fingerprint import hashed_as
 from ...ppap_core.training.lora import Adapters, LoraUpdate, with_adapters
 from . import latents, noise_levels
+from .fingerprint import fingerprint_weights
+from .hooks import AUTOGUIDANCE, Feature, Hooks, RunStack, attach
 from .latents import Patcher
 from .memory import compute_type
+from .noise_levels import PercentSchedule
 
-KEY = "ppap_autoguidance"
 DIFFUSION_MODEL_PREFIX = "diffusion_model."
-Ask = Callable[[dict], Tensor]  # the arguments of a post-CFG function -> what the bad model predicts there
+PredictBad = Callable[[dict], Tensor]
+"""(arguments of a post-CFG function) -> the bad model's prediction there"""
 
 
-def apply_autoguidance(model: Patcher, bad: Patcher, weight: float, *place: float) -> Patcher:
-    """A MODEL that is guided away from a bad version of itself, in every sampler; beside CFG it is eq. 6 of the paper.
+class SamplerCall(NamedTuple):
+    """The arguments of ComfyUI's SAMPLER_SAMPLE wrappers that follow the guider."""
 
-    place: as models.autoguidance_for has it.
+    sigmas: Tensor
+    extra_args: dict
+    callback: Any
+    noise: Tensor
+    latent_image: Tensor | None = None
+    denoise_mask: Tensor | None = None
+    disable_pbar: bool = False
 
-    A bad model with weights of its own is loaded beside the good one. One that is the same MODEL with other LoRAs costs no
-    memory but theirs: what the two differ by works beside the weights.
+
+class AutoguidanceRun(NamedTuple):
+    """State of one sampling."""
+
+    settings: Autoguidance
+    predict_bad: PredictBad
+
+
+class AutoguidedModel(Feature):
+    """Autoguidance that is attached to a MODEL; beside CFG it is eq. 6 of the paper.
+
+    bad: a weaker version of the model. With weights of its own it is loaded beside the good one; the same MODEL with other
+    LoRAs costs no memory but theirs, because their difference works beside the weights. weight: neutral at 1.
+    ValueError for models of different kinds.
     """
-    require_siblings(model, bad)
-    guided, runs, shared = model.clone(), [], bad.is_clone(model)
 
-    def sample(executor, guider, *args: Any, **kwargs: Any) -> Tensor:
-        with (shared_weights_model if shared else separate_model)(bad, guider, *args) as ask:
-            runs.append((noise_levels.autoguidance_for(guider.model_patcher, weight, *place), ask))
-            try:
-                return executor(guider, *args, **kwargs)
-            finally:
-                runs.pop()
+    def __init__(self, model: Patcher, bad: Patcher, weight: float, schedule: PercentSchedule):
+        require_siblings(model, bad)
+        self.bad, self.weight, self.schedule = bad, weight, schedule
+        self.shares_weights = bad.is_clone(model)
+        self.runs: RunStack[AutoguidanceRun] = RunStack()
 
-    def guide(args: dict) -> Tensor:
-        settings, ask = runs[-1]
-        now = settings.weight_at(noise_levels.ve_level(args["model"].model_sampling, args["sigma"][0]))
-        return args["denoised"] if now == 1 else args["denoised"] + autoguidance_delta(args["cond_denoised"], ask(args), now)
+    def attach(self, model: Patcher) -> Patcher:
+        """Clone a MODEL with this autoguidance on it; samplers and other patches work as before."""
+        guided = model.clone()
+        attach(guided, AUTOGUIDANCE, Hooks({WrappersMP.SAMPLER_SAMPLE: self.on_sample}, self.post_cfg,
+                                           [] if self.shares_weights else [self.bad], self))
+        return guided
 
-    guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sample)
-    guided.set_model_sampler_post_cfg_function(guide)
-    if not shared:
-        guided.set_additional_models(KEY, [*guided.get_additional_models_with_key(KEY), bad])
-    guided.set_attachments(KEY, (*applied(model), (weight, *place, bad)))
-    return guided
+    def on_sample(self, executor: Any, cfg_guider: comfy.samplers.CFGGuider, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one sampling beside the bad model."""
+        beside = shared_weights_model if self.shares_weights else separate_model
+        model = cfg_guider.model_patcher
+        window = self.schedule.window(model.get_model_object("model_sampling"))
+        settings = Autoguidance(self.weight, window, self.schedule.ramp(model))
+        with beside(self.bad, cfg_guider, SamplerCall(*args[:len(SamplerCall._fields)])) as predict_bad:
+            with self.runs.running(AutoguidanceRun(settings, predict_bad)):
+                return executor(cfg_guider, *args, **kwargs)
+
+    @hashed_as("apply_autoguidance.<locals>.guide")
+    def post_cfg(self, args: dict) -> Tensor:
+        """Guide the denoised prediction away from that of the bad model."""
+        run = self.runs.current
+        weight = run.settings.weight_at(noise_levels.ve_level(args["model"].model_sampling, args["sigma"][0]))
+        if weight == 1:
+            return args["denoised"]
+        return args["denoised"] + autoguidance_delta(args["cond_denoised"], run.predict_bad(args), weight)
+
+    def fingerprint(self) -> tuple:
+        """Return what tells this autoguidance from another."""
+        schedule = self.schedule
+        return (self.weight, schedule.start, schedule.end, schedule.factor_at_start, schedule.factor_at_end,
+                fingerprint_weights(self.bad.get_key_patches()))
 
 
-def applied(model: Patcher) -> tuple:
-    """(weight, place, bad model) of every autoguidance that was applied to a model."""
-    return model.get_attachment(KEY) or ()
+def apply_autoguidance(model: Patcher, bad: Patcher, weight: float, schedule: PercentSchedule) -> Patcher:
+    """Clone a MODEL with autoguidance on it, see `AutoguidedModel`; at weight 1 return the MODEL itself."""
+    return model if weight == 1 else AutoguidedModel(model, bad, weight, schedule).attach(model)
 
 
 def require_siblings(model: Patcher, bad: Patcher) -> None:
-    """ValueError for models that do not see the same noisy image in the same way."""
-    latents.require_supported(model)
-    latents.require_supported(bad)
-    flows = [noise_levels.is_flow(each.get_model_object("model_sampling")) for each in (model, bad)]
-    kinds = [f"{latents.space_name(each)}, {'flow' if flow else 'diffusion'}"
-             for each, flow in zip((model, bad), flows, strict=True)]
+    """ValueError for models that do not see one noisy image in one way."""
+    kinds = []
+    for patcher in (model, bad):
+        latents.require_supported(patcher)
+        flow = noise_levels.is_flow(patcher.get_model_object("model_sampling"))
+        kinds.append(f"{latents.space_name(patcher)}, {'flow' if flow else 'diffusion'}")
     if kinds[0] != kinds[1]:
         raise ValueError(f"the bad model is of another kind ({kinds[1]}) than the model ({kinds[0]}): expected a weaker "
                          "version of the same model")
 
 
 @contextmanager
-def separate_model(bad: Patcher, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
-               latent_image: Tensor, denoise_mask: Tensor | None, *more: Any) -> Iterator[Ask]:
-    """The bad model as a network of its own, on the good one's conditioning; weight hooks belong to the good one alone."""
-    conds = {"positive": [{key: value for key, value in each.items() if key != "hooks"}
-                          for each in guider.original_conds["positive"]]}
+def separate_model(bad: Patcher, cfg_guider: comfy.samplers.CFGGuider, call: SamplerCall) -> Iterator[PredictBad]:
+    """Prepare a bad model with weights of its own, on the good one's conditioning.
+
+    Weight hooks in the conditioning belong to the good model alone.
+    """
+    conds = {"positive": [{key: value for key, value in cond.items() if key != "hooks"}
+                          for cond in cfg_guider.original_conds["positive"]]}
     bad.pre_run()
     try:
-        comfy.samplers.process_conds(bad.model, noise, conds, noise.device, latent_image, denoise_mask,
-                                     extra_args.get("seed"))
-        for each in guider.conds.values():  # ControlNets are shared, and were last prepared for the bad model
-            comfy.samplers.pre_run_control(guider.inner_model, each)
-        yield lambda args: predict(bad, bad.model, conds["positive"], args)
+        comfy.samplers.process_conds(bad.model, call.noise, conds, call.noise.device, call.latent_image, call.denoise_mask,
+                                     call.extra_args.get("seed"))
+        for good_conds in cfg_guider.conds.values():  # ControlNets are shared, and were last prepared for the bad model
+            comfy.samplers.pre_run_control(cfg_guider.inner_model, good_conds)
+        yield partial(_predict_separately, bad, conds["positive"])
     finally:
         bad.cleanup()
 
 
 @contextmanager
-def shared_weights_model(bad: Patcher, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
-                *more: Any) -> Iterator[Ask]:
-    """The good model's network with the LoRAs of the bad one."""
-    good = guider.model_patcher
-    changes = difference(good, bad, noise.device, compute_type(good))
+def shared_weights_model(bad: Patcher, cfg_guider: comfy.samplers.CFGGuider, call: SamplerCall) -> Iterator[PredictBad]:
+    """Prepare a bad model that is the good model's network with other LoRAs."""
+    good = cfg_guider.model_patcher
+    yield partial(_predict_with_adapters, bad, difference(good, bad, call.noise.device, compute_type(good)))
 
-    def ask(args: dict) -> Tensor:
-        with with_adapters(args["model"].diffusion_model, changes):
-            return predict(bad, args["model"], args["cond"], args)
-    yield ask
+
+def _predict_separately(bad: Patcher, cond: list, args: dict) -> Tensor:
+    return predict(bad, bad.model, cond, args)
+
+
+def _predict_with_adapters(bad: Patcher, adapters: Adapters, args: dict) -> Tensor:
+    with with_adapters(args["model"].diffusion_model, adapters):
+        return predict(bad, args["model"], args["cond"], args)
 
 
 def predict(bad: Patcher, network: Any, cond: list, args: dict) -> Tensor:
-    """What a network predicts for one conditioning, with the bad model's patches of its attention and the like."""
+    """Predict for one conditioning, with the bad model's own patches of its attention and the like.
+
+    args: of a post-CFG function.
+    """
     options = comfy.model_patcher.create_model_options_clone(bad.model_options)
-    given = args["model_options"].get("transformer_options", {})
-    options.setdefault("transformer_options", {})["sample_sigmas"] = given.get("sample_sigmas")
+    good_options = args["model_options"].get("transformer_options", {})
+    options.setdefault("transformer_options", {})["sample_sigmas"] = good_options.get("sample_sigmas")
     return comfy.samplers.calc_cond_batch(network, [cond], args["input"], args["sigma"], options)[0]
 
 
+class _Patch(NamedTuple):
+    """One patch of one weight, as ComfyUI keeps it after its strength."""
+
+    value: Any
+    strength_of_model: float
+    offset: tuple[int, int, int] | None
+    function: Any
+
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether it adds up @ down to rows of the weight, and does nothing else."""
+        plain = isinstance(self.value, LoRAAdapter) and not any(part is not None for part in self.value.weights[3:])
+        return plain and self.strength_of_model == 1 and self.function is None and not (self.offset and self.offset[0])
+
+    @property
+    def kind(self) -> str:
+        value = self.value
+        return getattr(value, "name", None) or (value[0] if isinstance(value, tuple) else type(value).__name__)
+
+
 def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.dtype) -> Adapters:
-    """What turns the good model's weights into the bad one's. ValueError if that is nothing, or more than LoRAs."""
+    """Return the LoRAs that turn the good model's weights into the bad one's.
+
+    ValueError if there are none, or if the models differ by more than LoRAs.
+    """
     strengths: dict[tuple, float] = defaultdict(float)
-    patches: dict[tuple, tuple] = {}
+    patches: dict[tuple, _Patch] = {}
     for sign, patcher in ((-1.0, good), (1.0, bad)):
         for key, entries in patcher.patches.items():
-            for strength, *patch in entries:
-                value, _, offset, _ = patch
-                strengths[key, id(value), offset] += sign * strength
-                patches[key, id(value), offset] = patch
-    changes: dict[str, list[LoraUpdate]] = defaultdict(list)
+            for strength, *fields in entries:
+                patch = _Patch(*fields)
+                place = (key, id(patch.value), patch.offset)
+                strengths[place] += sign * strength
+                patches[place] = patch
+    adapters: dict[str, list[LoraUpdate]] = defaultdict(list)
     for place, strength in strengths.items():
         if strength:
-            changes[place[0].removeprefix(DIFFUSION_MODEL_PREFIX).removesuffix(".weight")].append(
-                lora_update(good, place[0], strength, *patches[place], device, dtype))
-    if not changes:
+            layer = place[0].removeprefix(DIFFUSION_MODEL_PREFIX).removesuffix(".weight")
+            adapters[layer].append(lora_update(good, place[0], patches[place], strength, device, dtype))
+    if not adapters:
         raise ValueError("the bad model is the model itself: connect a weaker one, such as an earlier checkpoint, or the "
                          "same model with another LoRA or another strength of it")
-    return dict(changes)
+    return dict(adapters)
 
 
-def lora_update(good: Patcher, key: str, strength: float, value: Any, of_model: float, offset: tuple[int, int, int] | None,
-             function: Any, device: torch.device, dtype: torch.dtype) -> LoraUpdate:
-    """A patch of ComfyUI's as a change beside the weight. ValueError for anything but a plain LoRA."""
-    plain = isinstance(value, LoRAAdapter) and not any(part is not None for part in value.weights[3:])
-    if not plain or of_model != 1 or function is not None or (offset and offset[0] != 0) or not key.endswith(".weight"):
-        kind = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) else type(value).__name__)
-        raise ValueError(f"the bad model is the same MODEL with another patch of {key}, and that is no plain LoRA ({kind}): "
-                         "load the bad model from a file of its own")
-    up, down, alpha = value.weights[:3]
+def lora_update(good: Patcher, key: str, patch: _Patch, strength: float, device: torch.device,
+                dtype: torch.dtype) -> LoraUpdate:
+    """Convert a patch of the weight of a key to an update beside it. ValueError for anything but a plain LoRA."""
+    if not patch.is_plain_lora or not key.endswith(".weight"):
+        raise ValueError(f"the bad model is the same MODEL with another patch of {key}, and that is no plain LoRA "
+                         f"({patch.kind}): load the bad model from a file of its own")
+    up, down, alpha = patch.value.weights[:3]
     scale = strength * (1.0 if alpha is None else float(alpha) / len(down))
     down = down.reshape(len(down), *good.get_model_object(key).shape[1:])
-    return LoraUpdate(up.flatten(1).to(device, dtype), down.to(device, dtype), scale, offset and (offset[1], offset[2]))
+    rows = patch.offset and (patch.offset[1], patch.offset[2])
+    return LoraUpdate(up.flatten(1).to(device, dtype), down.to(device, dtype), scale, rows)

@@ -1,5 +1,6 @@
-"""Images of a MODEL's own, and experts that learn from the way to them."""
+"""Distillation of experts: a MODEL generates images, and a guider's experts learn from the steps that led to them."""
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.sample
@@ -16,58 +17,73 @@ from ...ppap_core.io.hashing import digest
 from ...ppap_core.rng import seeded_noise
 from ...ppap_core.schedules import ExpertSchedule
 from . import latents, noise_levels, paths
-from .autograd import autograd
+from .autograd import outside_inference_mode
+from .hooks import Feature
 from .latents import Patcher
 from .memory import load_to_train
 from .noise_levels import PURE_NOISE
-from .progress import progress, progress_with_plot
+from .progress import LossProgress, Progress
+from .sampler import SamplerSettings
 from .tensors import image_from_comfy
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images and steps that led to them."""
+    """Generated images with steps that led to them."""
 
     store: SampleStore
-    space: LatentSpace | None = None  # the latents that were diffused; None for pixels
+    space: LatentSpace | None = None  # of the model's latents; None for pixels
 
 
-def generate_samples(samples: Samples, count: int, latent: dict, model: Patcher, vae: comfy.sd.VAE | None, steps: int,
-                     *settings: Any) -> None:
-    """Fill the store with the model's own images and steps that led to them, as many at once as the LATENT holds.
+class SampleGenerator(Feature):
+    """Samples images with a MODEL, and records the steps that lead to them.
 
-    settings: cfg, sampler name, scheduler, positive, negative.
+    latent: an empty LATENT, whose batch is sampled at once. vae: decodes the samples; None for pixels. The seed of
+    `settings` is not used, since each image has its own, and neither is `denoise`.
     """
-    shape, done = latents.resize_empty_latent(model, latent).shape, len(samples.store)
-    report, recording_model, recorder = progress(count * steps), model.clone(), TrajectoryRecorder()
 
-    def note(args: dict) -> Tensor:
+    done: int  # images in the store
+    progress: Progress
+
+    def __init__(self, model: Patcher, vae: comfy.sd.VAE | None, latent: dict, settings: SamplerSettings):
+        self.model, self.vae, self.settings = model, vae, settings
+        self.shape = tuple(latents.resize_empty_latent(model, latent).shape)
+        self.recorder, self.recording_model = TrajectoryRecorder(), model.clone()
+        self.recording_model.set_model_sampler_post_cfg_function(self.post_cfg)
+
+    def fill(self, store: SampleStore, count: int) -> None:
+        """Generate until the store holds `count` images. Cancelling loses only the file that is not finished."""
+        self.done, self.progress = len(store), Progress(count * self.settings.steps)
+        store.fill(count, self.generate)
+
+    def post_cfg(self, args: dict) -> Tensor:
+        """Record one step, and leave the prediction as it is."""
         x, sigma = noise_levels.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
         if sigma.isfinite().all():
-            recorder.record(x, sigma, args["denoised"])
+            self.recorder.record(x, sigma, args["denoised"])
         return args["denoised"]
 
-    def generate(seeds: list[int]) -> tuple[Tensor, Trajectories]:
-        made, paths = zip(*(one_batch(seeds[i:i + shape[0]]) for i in range(0, len(seeds), shape[0])), strict=True)
-        images = made if vae is None else [image_from_comfy(vae.decode(part)) for part in made]
-        return torch.cat(images), Trajectories(*map(torch.cat, zip(*paths, strict=True)))
+    def generate(self, seeds: list[int]) -> tuple[Tensor, Trajectories]:
+        """Return the images of some seeds, (B, 3, H, W) in [-1, 1], and the steps that led to them."""
+        batches = [self._sample(seeds[i:i + self.shape[0]]) for i in range(0, len(seeds), self.shape[0])]
+        samples, trajectories = zip(*batches, strict=True)
+        images = samples if self.vae is None else [image_from_comfy(self.vae.decode(part)) for part in samples]
+        return torch.cat(images), Trajectories(*map(torch.cat, zip(*trajectories, strict=True)))
 
-    def one_batch(seeds: list[int]) -> tuple[Tensor, Trajectories]:
-        nonlocal done
-        noise = seeded_noise(seeds, shape[1:])
-        made = comfy.sample.sample(recording_model, noise, steps, *settings, torch.zeros_like(noise), seed=seeds[0],
-                                   disable_pbar=True,
-                                   callback=lambda step, x0, *_: report(done * steps + (step + 1) * len(seeds),
-                                                                        latents.preview(model, x0[:1])))
-        done += len(seeds)
-        return made, recorder.trajectories(seeds)
+    def _sample(self, seeds: list[int]) -> tuple[Tensor, Trajectories]:
+        settings, noise = self.settings, seeded_noise(seeds, self.shape[1:])
+        samples = comfy.sample.sample(self.recording_model, noise, settings.steps, settings.cfg, settings.sampler_name,
+                                      settings.scheduler, settings.positive, settings.negative, torch.zeros_like(noise),
+                                      seed=seeds[0], disable_pbar=True, callback=partial(self._on_step, len(seeds)))
+        self.done += len(seeds)
+        return samples, self.recorder.trajectories(seeds)
 
-    recording_model.set_model_sampler_post_cfg_function(note)
-    samples.store.fill(count, generate)
+    def _on_step(self, batch: int, step: int, denoised: Tensor, *unused: Any) -> None:
+        self.progress(self.done * self.settings.steps + (step + 1) * batch, latents.preview(self.model, denoised[:1]))
 
 
 def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | None:
-    """The latents that experts will look at; None for pixels. ValueError for a model that cannot be distilled for."""
+    """Return the latents that experts will look at; None for pixels. ValueError for a model that cannot be distilled for."""
     latents.require_supported(model)
     if model.get_model_object("latent_format").latent_dimensions == 3:
         raise ValueError("this model diffuses frames, and experts learn from single images so far: use the plain guider, "
@@ -78,40 +94,50 @@ def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | N
 
 
 def open_store(name: str, manifest: dict) -> SampleStore:
-    """The store of a name. ValueError if it holds images of another manifest."""
+    """Open or create the store of a name. ValueError if it holds images of another manifest."""
     return SampleStore(paths.output_folder("ppap_samples", paths.checked_file_name(name)), manifest)
 
 
 def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:
-    """Noise ranges, each with an equal share of the steps that led to the samples. 0: from the lowest or to the highest."""
+    """Divide a range of noise among experts, each with an equal share of the steps that led to the samples.
+
+    sigma_min, sigma_max: VE noise levels; 0 takes the lowest, or the highest, of these steps. ValueError for an empty range.
+    """
     levels = [sigma for sigma in samples.store.sigmas.unique().tolist() if 0 < sigma <= PURE_NOISE]
     lowest, highest = sigma_min or min(levels, default=0.0), sigma_max or max(levels, default=0.0)
     if not 0 < lowest < highest:
-        raise ValueError(f"the experts would reach from sigma {lowest:.4g} to {highest:.4g}, and expected is a range that "
-                         "goes up: generate samples with more steps, or set other values of sigma_min and sigma_max")
+        raise ValueError(f"the experts would reach from sigma {lowest:.4g} to {highest:.4g}: expected a range that goes up; "
+                         "generate samples with more steps, or set other values of sigma_min and sigma_max")
     return ExpertSchedule.equal_shares(experts, lowest, highest, levels)
 
 
 def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
-    """Train a bank on the steps that led to the samples; returns the losses by interval."""
-    names = [f"sigma {each.lo:.3g} to {each.hi:.3g}" for each in bank.schedule]
-    losses: dict[str, list[float]] = {name: [] for name in names}
-    report = progress_with_plot(len(names) * config.steps)
-
-    def on_step(index: int, step: int, loss: float) -> None:
-        losses[names[index]].append(loss)
-        report(index * config.steps + step + 1, losses)
-
-    recipe = [samples.store.manifest, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
-              bank.schedule.edges, bank.lora, config]
-    folder = paths.output_folder("ppap_distillation", digest(recipe))
+    """Train a bank on the steps that led to the samples, resuming where it was cancelled; returns the losses by interval."""
+    report = _DistillationReport(bank.schedule, config.steps)
+    identity = [samples.store.manifest, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
+                bank.schedule.edges, bank.lora, config]
+    folder = paths.output_folder("ppap_distillation", digest(identity))
     load_to_train([guider.net, bank])
-    with autograd():
-        found = distill(guider, bank, samples.store, config, folder, on_step)
-    return dict(zip(names, found, strict=True))
+    with outside_inference_mode():
+        losses = distill(guider, bank, samples.store, config, folder, report.on_step)
+    return dict(zip(report.losses, losses, strict=True))
 
 
-def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str, seed: int, space) -> ExpertBank:
-    """Untrained experts of a plain guider."""
-    with autograd():
+class _DistillationReport:
+    """The progress of a distillation, with the losses by interval."""
+
+    def __init__(self, schedule: ExpertSchedule, steps: int):
+        self.names, self.steps = [f"sigma {interval.lo:.3g} to {interval.hi:.3g}" for interval in schedule], steps
+        self.losses: dict[str, list[float]] = {name: [] for name in self.names}
+        self.progress = LossProgress(len(self.names) * steps)
+
+    def on_step(self, index: int, step: int, loss: float) -> None:
+        self.losses[self.names[index]].append(loss)
+        self.progress(index * self.steps + step + 1, self.losses)
+
+
+def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str, seed: int,
+             space: LatentSpace | None) -> ExpertBank:
+    """Return untrained experts of a plain guider."""
+    with outside_inference_mode():
         return ExpertBank(base_network(guider), schedule, lora, view, seed, space)

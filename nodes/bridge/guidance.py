@@ -1,8 +1,8 @@
-"""A MODEL whose denoised predictions are shifted by guiders, and what came of it."""
-from collections import deque
+"""Guidance of a MODEL: its denoised predictions are shifted by guiders, and every sampling is reported."""
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import comfy.sd
 import torch
@@ -15,68 +15,158 @@ from ...ppap_core.experts.bank import ExpertBank
 from ...ppap_core.guidance.shift import guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, needs_model
 from ...ppap_core.guiders.guider import Decode, Guider
-from ...ppap_core.training.loop import RunStep
+from ...ppap_core.io.function_fingerprint import hashed_as
+from ...ppap_core.io.hashing import digest
 from . import latents, noise_levels
-from .autograd import autograd, for_gradients, make_differentiable, with_gradients
+from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
+from .fingerprint import fingerprint_network, fingerprint_vae
+from .hooks import GUIDANCE, Feature, Hooks, RunStack, attach, features_of
 from .latents import Patcher
-from .memory import compute_type, materialize_on, patcher_of, reserve_gradient_memory
-from .noise_levels import PURE_NOISE
+from .memory import GradientMemory, compute_type, materialize_on, patcher_of
+from .noise_levels import PURE_NOISE, PercentSchedule
+from .sampler import SamplerSettings
 
-KEY = "ppap"
+SAMPLED_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the LATENTs that samplers may make of what was sampled
 
 
 @dataclass(frozen=True)
 class GuidanceTerm:
-    """One guider's part in guidance, in the units of ComfyUI: it becomes a core `Term` once a model gives them a meaning."""
+    """One guider's part in guidance, in the units of ComfyUI; a model turns it into a core `Term`."""
 
     guider: Guider
-    weight: float
-    start: float               # share of the sampling, as in ComfyUI's other nodes; not a share of the steps
-    end: float
-    factor_at_start: float     # of the weight
-    factor_at_end: float
-    mask: Any = None           # MASK (B|1, H, W) in [0, 1]
-    balanced: bool = True      # whether the weight is a share of what is uncertain, or scales the gradient as it is
-    through: bool = False      # whether the gradient in the prediction goes on through the model
+    weight: float                                 # neutral: 0
+    schedule: PercentSchedule = PercentSchedule()
+    mask: Tensor | None = None                    # MASK (B|1, H, W) in [0, 1]; None: everywhere
+    normalized: bool = True                       # whether only the direction of the gradient counts; else its size too
+    backprop_through_model: bool = False          # whether the gradient in the prediction goes back through the model
 
-    def __post_init__(self):
-        if self.start > self.end:
-            raise ValueError(f"steering would start at {self.start:g} and end at {self.end:g}: expected a start_percent "
-                             "that is not above end_percent")
-
+    def fingerprint_fields(self) -> dict:
+        """Return the fields under the names by which saved work of version 0.1.0 is recognised."""
+        schedule = self.schedule
+        return {"guider": self.guider, "weight": self.weight, "start": schedule.start, "end": schedule.end,
+                "factor_at_start": schedule.factor_at_start, "factor_at_end": schedule.factor_at_end, "mask": self.mask,
+                "balanced": self.normalized, "through": self.backprop_through_model}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What guidance did in one run."""
+    """What guidance did in one sampling."""
 
-    names: tuple[str, ...]     # of the terms
+    names: tuple[str, ...]            # of the terms
     records: tuple[TermRecord, ...]
-    levels: int                # of noise at which the model was asked
+    levels: int                       # number of noise levels at which the model ran
 
 
-class Run:
-    """One sampling with guidance: its terms, what one unit of the data is, the type it computes in, and what came of it."""
+@dataclass
+class SamplingRun:
+    """State of one sampling: its terms in the model's units, the data std, the type to compute in, and records."""
 
-    def __init__(self, terms: list[Term], sigma_data: float, compute: torch.dtype):
-        self.terms, self.sigma_data, self.compute = terms, sigma_data, compute
-        self.records, self.levels, self.samples = [], set(), None
-        self.run_step: RunStep | None = None  # how passes with gradients are done, once there were any
+    terms: list[Term]
+    sigma_data: float
+    compute: torch.dtype
+    gradient_pass: GradientPass | None = None
+    records: list[TermRecord] = field(default_factory=list)
+    sigmas: set[float] = field(default_factory=set)
 
     def terms_at(self, sigma: float) -> list[Term]:
-        """Where all is noise the prediction hardly depends on it, and a gradient through the model is rounding."""
+        """In pure noise the prediction hardly depends on it, and a gradient through the model would be rounding."""
         return self.terms if sigma <= PURE_NOISE else [replace(term, through=False) for term in self.terms]
 
 
-def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], decode: Decode | None) -> Term:
-    """A term in the units of a model's noise and on the grid of what is sampled.
+class FinishedRun(NamedTuple):
+    """What is kept of a sampling for its report: little, for as long as the guided MODEL lives."""
 
-    decode: how its guider makes images of latents; None for pixels.
+    records: list[TermRecord]
+    sigmas: set[float]
+
+
+class GuidedModel(Feature):
+    """Guidance that is attached to a MODEL.
+
+    terms: what guides. max_rms: limit of the shift, 0 for none. vae: what guiders of the denoised view decode latents with;
+    None: they look at a linear preview. ValueError for a model that cannot be guided, or experts of other latents.
     """
-    window = noise_levels.window_of(model.get_model_object("model_sampling"), term.start, term.end)
-    ramp = noise_levels.ramp_for(model, window, term.factor_at_start, term.factor_at_end)
+
+    def __init__(self, model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None = None):
+        latents.require_supported(model)
+        self.terms, self.max_rms, self.vae = tuple(terms), max_rms, vae
+        self.decoders, self.networks = decoders_for(terms, model, vae)
+        self.backprop_through_model = any(term.backprop_through_model and term.weight for term in terms)
+        self.runs: RunStack[SamplingRun] = RunStack()
+        self.finished: dict[str, FinishedRun] = {}  # by the digest of the samples
+
+    def attach(self, model: Patcher) -> Patcher:
+        """Clone a MODEL with this guidance on it; samplers and other patches work as before."""
+        guided = for_gradients(model) if self.backprop_through_model else model.clone()
+        memory = GradientMemory(active_guiders(self.terms, self.decoders), self.backprop_through_model, GUIDANCE)
+        wrappers = {WrappersMP.OUTER_SAMPLE: self.on_outer_sample, WrappersMP.PREPARE_SAMPLING: memory.reserve,
+                    WrappersMP.SAMPLER_SAMPLE: self.on_sample}
+        if self.backprop_through_model:
+            wrappers[WrappersMP.PREDICT_NOISE] = self.on_predict
+        attach(guided, GUIDANCE, Hooks(wrappers, self.post_cfg, [patcher_of(net) for net in self.networks], self))
+        return guided
+
+    def on_outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one sampling, and keep what it did if it ends well."""
+        with self.runs.running(self.new_run(executor.class_obj.model_patcher, noise)) as run:
+            samples = executor(noise, *args, **kwargs)
+        records = [record._replace(energy=record.energy.cpu(), rms=record.rms.cpu()) for record in run.records]
+        self.finished |= dict.fromkeys(samples_keys(samples), FinishedRun(records, run.sigmas))
+        return samples
+
+    def new_run(self, model: Patcher, noise: Tensor) -> SamplingRun:
+        shape = latents.frames_as_images(noise).shape
+        terms = [to_core_term(model, term, shape, decode) for term, decode in zip(self.terms, self.decoders, strict=True)]
+        return SamplingRun(terms, latents.sigma_data_of(model), compute_type(model))
+
+    def on_sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Make what ComfyUI has loaded differentiable."""
+        materialize_on(self.networks, sigmas.device)
+        if self.backprop_through_model:
+            make_differentiable(guider)
+        return executor(guider, sigmas, *args, **kwargs)
+
+    def on_predict(self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Predict with gradients where a term needs them at this noise level."""
+        net, run = executor.class_obj.inner_model, self.runs.current
+        sigma = noise_levels.ve_level(net.model_sampling, timestep[0])
+        if not needs_model(run.terms_at(sigma), sigma):
+            return executor(x, timestep, *args, **kwargs)
+        run.gradient_pass = run.gradient_pass or GradientPass(net)
+        with outside_inference_mode():
+            point = x if x.requires_grad else x.clone().requires_grad_(True)  # a guidance below may have begun already
+            return run.gradient_pass.run(lambda: executor(point, timestep.clone(), *args, **kwargs).detach())
+
+    @hashed_as("apply_guidance.<locals>.guide", "max_rms")
+    def post_cfg(self, args: dict) -> Tensor:
+        """Shift the denoised prediction."""
+        return apply_shift(args, self.runs.current, self.max_rms)
+
+    def fingerprint(self) -> tuple:
+        """Return what tells this guidance from another."""
+        return fingerprint_terms(self.terms), self.max_rms, fingerprint_vae(self.vae)
+
+
+def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float,
+                   vae: comfy.sd.VAE | None = None) -> Patcher:
+    """Clone a MODEL with guidance on it; see `GuidedModel`."""
+    return GuidedModel(model, terms, max_rms, vae).attach(model)
+
+
+def fingerprint_terms(terms: Sequence[GuidanceTerm]) -> str:
+    """Hash terms with the weights of their networks."""
+    return digest([(term, fingerprint_network(term.guider.net)) for term in terms])
+
+
+def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], decode: Decode | None) -> Term:
+    """Convert a term to the units of a model's noise and the grid of what is sampled.
+
+    shape: (B, C, h, w) of what is sampled. decode: makes images of that for its guider; None for pixels.
+    """
+    window, ramp = term.schedule.window(model.get_model_object("model_sampling")), term.schedule.ramp(model)
     mask = None if term.mask is None else latents.mask_for(term.mask, shape)
-    return Term(replace(term.guider, decode=decode), term.weight, window, ramp, mask, term.balanced, term.through)
+    return Term(replace(term.guider, decode=decode), term.weight, window, ramp, mask, term.normalized,
+                term.backprop_through_model)
 
 
 def require_same_space(guider: Guider, model: Patcher) -> None:
@@ -88,132 +178,92 @@ def require_same_space(guider: Guider, model: Patcher) -> None:
 
 
 def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
-             vae: comfy.sd.VAE | None) -> tuple[list[Decode | None], list[torch.nn.Module]]:
-    """The decoder of each term's guider for what a model diffuses, and every network that takes part.
+                 vae: comfy.sd.VAE | None) -> tuple[list[Decode | None], list[torch.nn.Module]]:
+    """Return how each term's guider decodes what a model diffuses, and every network that takes part.
 
     ValueError for experts of other latents.
     """
-    pixels = latents.is_pixel(model)
-
-    def may_look_through(guider: Guider) -> bool:
-        return vae is not None and not pixels and guider.decode is None and guider.view == "denoised"
-
-    decoder = latents.Decoder(vae, model) if any(may_look_through(term.guider) for term in terms) else None
-
-    def decoder_of(guider: Guider) -> Decode | None:
-        require_same_space(guider, model)
-        if pixels or guider.decode:
-            return guider.decode
-        return decoder if may_look_through(guider) else latents.space_of(model).colors
-
-    networks = {id(net): net for net in (*(term.guider.net for term in terms), decoder) if net is not None}
-    return [decoder_of(term.guider) for term in terms], list(networks.values())
+    for term in terms:
+        require_same_space(term.guider, model)
+    vae_decoder = None
+    if vae is not None and any(_uses_vae(term.guider, model) for term in terms):
+        vae_decoder = latents.Decoder(vae, model)
+    networks = {id(net): net for net in (*(term.guider.net for term in terms), vae_decoder) if net is not None}
+    return [_decoder_of(term.guider, model, vae_decoder) for term in terms], list(networks.values())
 
 
-def asked(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:
-    """The guiders at work, with their decoders."""
+def _uses_vae(guider: Guider, model: Patcher) -> bool:
+    return guider.decode is None and guider.view == "denoised" and not latents.is_pixel(model)
+
+
+def _decoder_of(guider: Guider, model: Patcher, vae_decoder: Decode | None) -> Decode | None:
+    if guider.decode or latents.is_pixel(model):
+        return guider.decode
+    return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.space_of(model).colors
+
+
+def active_guiders(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:
+    """Return the guiders whose weight is not 0, with their decoders."""
     return [replace(term.guider, decode=decode) for term, decode in zip(terms, decoders, strict=True) if term.weight]
 
 
-def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float,
-                   vae: comfy.sd.VAE | None = None) -> Patcher:
-    """A MODEL whose denoised predictions are shifted by all terms; every sampler and every other patch goes on working.
-
-    vae: what guiders of the denoised view look through at latents; without it they see the latents' colours.
-    """
-    latents.require_supported(model)
-    through, runs = any(term.through and term.weight for term in terms), deque(maxlen=4)
-    decoders, networks = decoders_for(terms, model, vae)
-    guided = for_gradients(model) if through else model.clone()
-
-    def start_run(executor, noise, *args, **kwargs):
-        patched = executor.class_obj.model_patcher
-        shape = latents.frames_as_images(noise).shape
-        runs.append(Run([to_core_term(patched, term, shape, decode) for term, decode in zip(terms, decoders, strict=True)],
-                        latents.sigma_data_of(patched), compute_type(patched)))
-        runs[-1].samples = executor(noise, *args, **kwargs)
-        return runs[-1].samples
-
-    def after_loading(executor, guider, sigmas, *args, **kwargs):
-        materialize_on(networks, sigmas.device)
-        if through:
-            make_differentiable(guider)
-        return executor(guider, sigmas, *args, **kwargs)
-
-    def predict(executor, x, timestep, *args, **kwargs):
-        sigma = noise_levels.ve_level(executor.class_obj.inner_model.model_sampling, timestep[0])
-        if not needs_model(runs[-1].terms_at(sigma), sigma):
-            return executor(x, timestep, *args, **kwargs)
-        with autograd():
-            point = x if x.requires_grad else x.clone().requires_grad_(True)  # a guidance below may have begun already
-            run_step = runs[-1].run_step or with_gradients(executor.class_obj.inner_model)
-            runs[-1].run_step = run_step
-            return run_step(lambda: executor(point, timestep.clone(), *args, **kwargs).detach())
-
-    def guide(args: dict) -> Tensor:
-        return apply_shift(args, runs[-1], max_rms)
-
-    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, start_run)
-    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory(asked(terms, decoders), through, KEY))
-    guided.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, after_loading)
-    if through:
-        guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)
-    guided.set_model_sampler_post_cfg_function(guide)
-    guided.set_additional_models(KEY, guided.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
-    guided.set_attachments(KEY, (*applied(model), (terms, max_rms, vae, runs)))
-    return guided
-
-
-def apply_shift(args: dict, run: Run, max_rms: float) -> Tensor:
-    """The denoised prediction that a post-CFG function was given, shifted by the terms of a run."""
+def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
+    """Shift the denoised prediction by the terms of a run. args: of a post-CFG function; max_rms 0: no limit."""
     denoised, sampling = args["denoised"], args["model"].model_sampling
     x, sigma = noise_levels.to_ve(sampling, args["input"].detach(), args["sigma"])
-    run.levels.add(float(sigma[0]))
-
-    def vjp(gradient: Tensor) -> Tensor:
-        gradient = latents.images_as_frames(gradient, denoised)
-        [found] = torch.autograd.grad(denoised, args["input"], gradient.to(denoised), retain_graph=True)
-        return latents.frames_as_images(found / noise_levels.to_ve(sampling, torch.ones_like(x), args["sigma"])[0])
-
-    frames, predicted = latents.frames_as_images(x), latents.frames_as_images(denoised.detach())
-    found = guidance_shift(run.terms_at(float(sigma[0])), frames, sigma.repeat_interleave(len(frames) // len(x)), predicted,
-                           sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute,
-                           vjp=vjp)
-    if found is None:
+    run.sigmas.add(float(sigma[0]))
+    images, predicted = latents.frames_as_images(x), latents.frames_as_images(denoised.detach())
+    guidance = guidance_shift(run.terms_at(float(sigma[0])), images, sigma.repeat_interleave(len(images) // len(x)),
+                              predicted, sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute,
+                              vjp=partial(_vjp, args))
+    if guidance is None:
         return denoised
-    run.records += found.records
-    return denoised + latents.images_as_frames(found.shift, denoised)
+    run.records += guidance.records
+    return denoised + latents.images_as_frames(guidance.shift, denoised)
 
 
-def applied(model: Patcher) -> tuple:
-    """(terms, max_rms, VAE, the latest runs) of every guidance that was applied to a model."""
-    return model.get_attachment(KEY) or ()
+def _vjp(args: dict, gradient: Tensor) -> Tensor:
+    """Pull a gradient in the prediction back to the core's noisy state, both with frames as images."""
+    denoised, sampling = args["denoised"], args["model"].model_sampling
+    gradient = latents.images_as_frames(gradient, denoised)
+    [pulled] = torch.autograd.grad(denoised, args["input"], gradient.to(denoised), retain_graph=True)
+    scale = noise_levels.to_ve(sampling, torch.ones_like(args["input"]), args["sigma"])[0]
+    return latents.frames_as_images(pulled / scale)
+
+
+def samples_key(samples: Tensor, dtype: torch.dtype) -> str:
+    """Digest samples as a LATENT of a type holds them, also where they are not a number."""
+    return digest(samples.to(dtype).nan_to_num())
+
+
+def samples_keys(samples: Tensor) -> list[str]:
+    """Digest samples for every type that a LATENT made of them may have."""
+    return [samples_key(samples, dtype) for dtype in SAMPLED_TYPES]
 
 
 def report_of(model: Patcher, latent: dict) -> Report:
-    """What guidance did while this LATENT was sampled. ValueError if it was not sampled with this MODEL."""
-    names, records, levels = [], [], set()
-    for *_, runs in applied(model):
-        for run in (run for run in runs if _same(run.samples, latent["samples"])):
-            records += [each._replace(term=each.term + len(names)) for each in run.records]
-            levels |= run.levels
-            names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(run.terms, 1)]
-            break
+    """Return what guidance did while this LATENT was sampled. ValueError if it was not sampled with this MODEL."""
+    names: list[str] = []
+    records: list[TermRecord] = []
+    sigmas: set[float] = set()
+    key = samples_key(latent["samples"], latent["samples"].dtype)
+    for guided in features_of(model, GUIDANCE):
+        run = guided.finished.get(key)
+        if run:
+            records += [record._replace(term=record.term + len(names)) for record in run.records]
+            sigmas |= run.sigmas
+            names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(guided.terms, 1)]
     if not names:
         raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "
                          "Guidance and the latent that a sampler made with it")
-    return Report(tuple(names), tuple(records), len(levels))
+    return Report(tuple(names), tuple(records), len(sigmas))
 
 
-def _same(samples: Tensor | None, latent: Tensor) -> bool:
-    """Whether a latent is what was sampled, also where that is not a number."""
-    return samples is not None and samples.shape == latent.shape and torch.equal(samples.to(latent).nan_to_num(),
-                                                                                latent.nan_to_num())
-
-
-def sample_guided(model, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, *settings: Any,
-                  **more: Any) -> tuple[dict, Report]:
-    """The stock KSampler on a guided model: its LATENT and the report; denoise 0 samples nothing."""
-    guided = apply_guidance(model, terms, max_rms, vae)
-    latent, runs = common_ksampler(guided, *settings, **more)[0], applied(guided)[-1][-1]
-    return latent, report_of(guided, latent) if runs else Report((), (), 0)
+def sample_guided(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, latent: dict,
+                  settings: SamplerSettings) -> tuple[dict, Report]:
+    """Run the stock KSampler on a guided model; returns its LATENT and the report, which is empty where denoise is 0."""
+    feature = GuidedModel(model, terms, max_rms, vae)
+    guided = feature.attach(model)
+    [sampled] = common_ksampler(guided, settings.seed, settings.steps, settings.cfg, settings.sampler_name,
+                                settings.scheduler, settings.positive, settings.negative, latent, denoise=settings.denoise)
+    return sampled, report_of(guided, sampled) if feature.finished else Report((), (), 0)

@@ -11,8 +11,8 @@ from ...ppap_core.guiders import loaders
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.tinyworld import loaders as tinyworld
 from . import paths
-from .autograd import autograd
-from .memory import materialize_on, patcher_of
+from .autograd import outside_inference_mode
+from .memory import materialize_on, pack_data, patcher_of
 
 _loaded: WeakValueDictionary[tuple, torch.nn.Module] = WeakValueDictionary()  # keeps no network alive
 
@@ -36,11 +36,11 @@ def load_guider(name: str, answer: str = "own") -> Guider:
     key = (name, answer, *paths.guider_state(name))
     net = _loaded.get(key)
     if net is None:
-        with autograd():
+        with outside_inference_mode():
             guider = load(answer)
         net = _loaded[key] = guider.net
-        net.loaded_as = replace(guider, net=None)  # without the network, which would then hold itself
-    return replace(net.loaded_as, net=net)
+        pack_data(net).guider = replace(guider, net=None)
+    return replace(pack_data(net).guider, net=net)
 
 
 def load_to_device(guider: Guider) -> torch.device:

@@ -1,6 +1,8 @@
-"""Fine-tuning of a MODEL by a LoRA, as a sampler: ComfyUI loads the model and prepares its conditioning as for any other."""
+"""Fine-tuning of a MODEL by a LoRA, in the place of a sampler: ComfyUI loads the model and prepares its conditioning."""
+from functools import partial
 from typing import Any
 
+import comfy.samplers
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -12,61 +14,84 @@ from ...ppap_core.training.finetune import FineTune, as_lora, fine_tune
 from ...ppap_core.training.loop import RunOptions
 from ...ppap_core.training.lora import Adapters
 from . import latents, noise_levels, paths
-from .autograd import autograd, for_gradients, make_differentiable, with_gradients
+from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .autoguidance import DIFFUSION_MODEL_PREFIX
 from .fingerprint import fingerprint_model
+from .hooks import LORA, Hooks, attach
 from .latents import Patcher
-from .memory import reserve_gradient_memory
-from .progress import progress_with_plot
-from .sampler import cfg_guider, run_inside_sampler
+from .memory import GradientMemory
+from .progress import LossProgress
+from .sampler import new_cfg_guider, run_inside_sampler
 
-KEY = "ppap_tune"
-CHECKPOINT_FRACTIONS = (16, 4)  # what is kept on the way: after a sixteenth and a quarter of the steps
-
-
-def train_lora(model: Patcher, positive: list, latent: dict, name: str, config: FineTune) -> tuple[Patcher, list[float]]:
-    """The MODEL with a LoRA that was trained on images, and the losses. The LoRA, and early states of it, are saved."""
-    latents.require_supported(model)
-    early = {config.steps // share for share in CHECKPOINT_FRACTIONS} - {0}
-    for each in (name, *(early_name(name, step) for step in early)):
-        paths.new_lora_file(each)
-    tuned, images = for_gradients(model), model.model.process_latent_in(latent["samples"])
-    tuned.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory([], True, KEY))
-    about = {**fingerprint_model(model, positive), "data": digest(images)}
-    state = paths.output_folder("ppap_training", f"{digest([about, name, vars(config)])}.state.safetensors")
-    report, values = progress_with_plot(config.steps), []
-
-    def on_step(step: int, loss: float, changes: Adapters) -> None:
-        values.append(loss)
-        if step + 1 in early:
-            save_lora(early_name(name, step + 1), changes)
-        report(step + 1, {"loss": values})
-
-    def train(predict_at: Any, noise: Tensor, extra_args: dict) -> tuple[Adapters, list[float]]:
-        make_differentiable(guider)
-        sampling, net = guider.inner_model.model_sampling, guider.inner_model.diffusion_model
-
-        def predict(images: Tensor, noise: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-            levels = [float(sampling.percent_to_sigma(float(each))) for each in share.clamp(1e-3, 1 - 1e-3)]
-            sigma = torch.tensor(levels, device=images.device)
-            seen = sampling.noise_scaling(sigma.reshape(-1, *(1,) * (images.ndim - 1)), noise, images)
-            return predict_at(seen, sigma, **extra_args), noise_levels.to_ve(sampling, images, sigma)[1]
-
-        with autograd():
-            return fine_tune(net, predict, images.to(noise), config, latents.sigma_data_of(model),
-                             RunOptions(about, state, on_step=on_step, run_step=with_gradients(net)))
-
-    guider = cfg_guider(tuned, positive, positive, 1.0)
-    changes, losses = run_inside_sampler(guider, (config.batch, *images.shape[1:]), config.seed, train)
-    save_lora(name, changes)
-    return comfy.sd.load_lora_for_models(model, None, as_lora(changes, DIFFUSION_MODEL_PREFIX), 1.0, 0.0)[0], losses
+CHECKPOINT_FRACTIONS = (16, 4)  # early states are saved after a sixteenth and a quarter of the steps
 
 
-def save_lora(name: str, changes: Adapters) -> None:
+class LoraTraining:
+    """Training of a LoRA on images, which resumes where it was cancelled.
+
+    images: LATENT of the model's own kind, as one batch. name: of the LoRA and, with numbers, of its early states.
+    ValueError for a model that cannot be trained, and for a name that belongs to a LoRA of another origin.
+    """
+
+    def __init__(self, model: Patcher, positive: list, images: dict, name: str, config: FineTune):
+        latents.require_supported(model)
+        self.model, self.positive, self.name, self.config = model, positive, name, config
+        self.images = model.model.process_latent_in(images["samples"])
+        self.early_steps = {config.steps // fraction for fraction in CHECKPOINT_FRACTIONS} - {0}
+        for file_name in (name, *map(self.early_name, self.early_steps)):
+            paths.new_lora_file(file_name)
+        self.losses: list[float] = []
+        self.progress = LossProgress(config.steps)
+
+    def run(self) -> tuple[Patcher, list[float]]:
+        """Train and save the LoRA; returns the MODEL with it, and the loss of every step."""
+        trained = for_gradients(self.model)
+        memory = GradientMemory([], through_model=True, key=LORA)
+        attach(trained, LORA, Hooks({WrappersMP.PREPARE_SAMPLING: memory.reserve}))
+        cfg_guider = new_cfg_guider(trained, self.positive, self.positive, 1.0)
+        shape = (self.config.batch, *self.images.shape[1:])
+        adapters, losses = run_inside_sampler(cfg_guider, shape, self.config.seed, partial(self._train, cfg_guider))
+        save_lora(self.name, adapters)
+        lora = as_lora(adapters, DIFFUSION_MODEL_PREFIX)
+        return comfy.sd.load_lora_for_models(self.model, None, lora, 1.0, 0.0)[0], losses
+
+    def _train(self, cfg_guider: comfy.samplers.CFGGuider, denoise: Any, noise: Tensor,
+               extra_args: dict) -> tuple[Adapters, list[float]]:
+        make_differentiable(cfg_guider)
+        net = cfg_guider.inner_model.diffusion_model
+        predict = partial(predict_noised, cfg_guider.inner_model.model_sampling, partial(denoise, **extra_args))
+        with outside_inference_mode():
+            return fine_tune(net, predict, self.images.to(noise), self.config, latents.sigma_data_of(self.model),
+                             self._run_options(GradientPass(net)))
+
+    def _run_options(self, gradient_pass: GradientPass) -> RunOptions:
+        run_id = {**fingerprint_model(self.model, self.positive), "data": digest(self.images)}
+        state_name = digest([run_id, self.name, vars(self.config)])
+        return RunOptions(run_id, paths.output_folder("ppap_training", f"{state_name}.state.safetensors"),
+                          on_step=self._on_step, run_step=gradient_pass.run)
+
+    def _on_step(self, step: int, loss: float, adapters: Adapters) -> None:
+        self.losses.append(loss)
+        if step + 1 in self.early_steps:
+            save_lora(self.early_name(step + 1), adapters)
+        self.progress(step + 1, {"loss": self.losses})
+
+    def early_name(self, step: int) -> str:
+        """Return the name of the LoRA as it was after so many steps."""
+        return f"{self.name}_{step}"
+
+
+def predict_noised(sampling: Any, denoise: Any, images: Tensor, noise: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Put noise on images at shares (B,) of the noise schedule, and predict them: (prediction, VE noise level (B,)).
+
+    sampling: of the model. denoise: (x, sigma) -> prediction, in ComfyUI's own noise levels.
+    """
+    levels = [float(sampling.percent_to_sigma(float(percent))) for percent in share.clamp(1e-3, 1 - 1e-3)]
+    sigma = torch.tensor(levels, device=images.device)
+    noised = sampling.noise_scaling(sigma.reshape(-1, *(1,) * (images.ndim - 1)), noise, images)
+    return denoise(noised, sigma), noise_levels.to_ve(sampling, images, sigma)[1]
+
+
+def save_lora(name: str, adapters: Adapters) -> None:
     """Write a LoRA where the stock loaders look for it."""
-    save_tensors(paths.new_lora_file(name), as_lora(changes, DIFFUSION_MODEL_PREFIX), {"made_by": "ComfyUI-PPAP"})
-
-
-def early_name(name: str, step: int) -> str:
-    """The name of the LoRA as it was after so many steps."""
-    return f"{name}_{step}"
+    save_tensors(paths.new_lora_file(name), as_lora(adapters, DIFFUSION_MODEL_PREFIX), {"made_by": "ComfyUI-PPAP"})

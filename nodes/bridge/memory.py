@@ -1,8 +1,8 @@
 """Networks under ComfyUI's memory management: loaded, differentiable, and with room for their gradients."""
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.controlnet
@@ -13,31 +13,50 @@ import torch
 from ...ppap_core.guidance.gradients import part_of
 from ...ppap_core.guidance.memory import gradient_bytes
 from ...ppap_core.guiders.guider import Guider
+from .hooks import Feature
 
 log = logging.getLogger(__name__)
-BACKWARD_OVERHEAD = 1.5  # of what autograd keeps: the backward pass needs room of its own
-MODEL_GRADIENT_FACTOR = 2.0  # of that share for a gradient through the model; what it keeps depends on its kind and is not known before
-MAX_GRADIENT_SHARE = 1 / 4  # of the device's memory that a gradient may ask for; what needs more is done in parts of the batch
+BACKWARD_OVERHEAD = 1.5      # memory of a gradient over what autograd keeps: the backward pass needs room of its own
+MODEL_GRADIENT_FACTOR = 2.0  # of MAX_GRADIENT_SHARE, for a gradient through the model: its real need is not known beforehand
+MAX_GRADIENT_SHARE = 1 / 4   # of the device's memory for one gradient; what needs more is done in parts of the batch
+PACK_DATA = "_ppap"          # attribute of a network
+
+
+@dataclass
+class PackData:
+    """What this pack keeps on a network."""
+
+    patcher: comfy.model_patcher.ModelPatcher | None = None
+    guider: Guider | None = None  # as it was loaded, without its network, which would otherwise hold itself
+
+    def __deepcopy__(self, memo: dict) -> "PackData":
+        return PackData()  # a copy of the network is another network
+
+
+def pack_data(net: torch.nn.Module) -> PackData:
+    """Return what this pack keeps on a network."""
+    return vars(net).setdefault(PACK_DATA, PackData())
 
 
 def patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
-    """A network that ComfyUI moves and frees."""
+    """Put a network under ComfyUI's memory management."""
     management = comfy.model_management
     return comfy.model_patcher.ModelPatcher(model, management.get_torch_device(), management.unet_offload_device())
 
 
 def patcher_of(net: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
-    """The one patcher of a guider's network: it lives on the network, because ComfyUI must not see it go first."""
-    if not hasattr(net, "comfy_patcher"):
-        net.comfy_patcher = patcher(net)
-    return net.comfy_patcher
+    """Return the one patcher of a guider's network. It lives as long as the network, which ComfyUI requires."""
+    data = pack_data(net)
+    if data.patcher is None:
+        data.patcher = patcher(net)
+    return data.patcher
 
 
 def materialize_on(networks: Iterable[torch.nn.Module], device: torch.device) -> None:
-    """Make networks differentiable where they are needed.
+    """Make networks differentiable on the device where they are needed.
 
     ComfyUI moves weights in inference mode, which makes them inference tensors; and a plain guider shares its weights
-    with its experts, so that freeing the one moves the other.
+    with its experts, so that freeing one of them moves the other.
     """
     with torch.inference_mode(False):
         for net in networks:
@@ -47,16 +66,17 @@ def materialize_on(networks: Iterable[torch.nn.Module], device: torch.device) ->
 
 
 def private_copy(net: torch.nn.Module) -> torch.nn.Module:
-    """A copy in main memory of a network that ComfyUI has. What dynamic VRAM hangs on its layers stands for memory of the
-    original, which the end of a copied handle would free.
+    """Copy a network of ComfyUI's to main memory, without its dynamic-VRAM handles.
+
+    A handle stands for memory of the original, which would be freed when the copied handle is.
     """
-    own = {id(value): None for part in net.modules() for name, value in vars(part).items()
-           if _is_handle(name) and not isinstance(value, (int, float, str, type(None)))}  # one 3 is every 3
-    found = copy.deepcopy(net, own).to("cpu")
-    for part in found.modules():
+    handles = {id(value): None for part in net.modules() for name, value in vars(part).items()
+               if _is_handle(name) and not isinstance(value, (int, float, str, type(None)))}  # scalars share their id()
+    copied = copy.deepcopy(net, handles).to("cpu")
+    for part in copied.modules():
         for name in filter(_is_handle, list(vars(part))):
             delattr(part, name)
-    return found
+    return copied
 
 
 def _is_handle(name: str) -> bool:
@@ -64,19 +84,19 @@ def _is_handle(name: str) -> bool:
 
 
 def load_to_train(networks: Sequence[torch.nn.Module]) -> None:
-    """Load networks and free all memory beside them: training keeps what it computes, and asks no model."""
-    loaded = [patcher_of(net) for net in networks]
-    comfy.model_management.load_models_gpu(loaded, memory_required=1e20, force_full_load=True)
-    materialize_on(networks, loaded[0].load_device)
+    """Load networks and free all other memory: training keeps its activations, and runs no diffusion model."""
+    patchers = [patcher_of(net) for net in networks]
+    comfy.model_management.load_models_gpu(patchers, memory_required=1e20, force_full_load=True)
+    materialize_on(networks, patchers[0].load_device)
 
 
 def compute_type(model: comfy.model_patcher.ModelPatcher) -> torch.dtype:
-    """The type a model computes in, which is not that of its weights where these are cast: float8, for one."""
+    """Return the type a model computes in. Weights that are cast, such as float8, have another."""
     return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
 class MemoryReservation(comfy.controlnet.ControlBase):
-    """Memory that the sampling needs beside the model: asked for as a ControlNet asks for its own."""
+    """Memory that sampling needs beside the model, asked for as a ControlNet asks for its own."""
 
     def __init__(self, size: float):
         super().__init__()
@@ -92,45 +112,50 @@ class MemoryReservation(comfy.controlnet.ControlBase):
         return clone
 
 
-def reserve_gradient_memory(guiders: Sequence[Guider], through: bool, key: str) -> Callable:
-    """A wrapper of ComfyUI's prepare_sampling that makes room for the guiders' gradients before the model is loaded.
+class GradientMemory(Feature):
+    """Keeps memory free for the gradients of guiders, before ComfyUI loads the model.
 
-    through: whether gradients go through the model too, which keeps all that it computes.
+    guiders: those whose gradients are taken, one after another. through_model: whether gradients also go back through the
+    model, for which autograd keeps all that the model computes. key: of the reservation among the conditioning.
     """
-    @cache
-    def needed(shape: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
-        return max((_memory_of(guider, shape, compute, limit) for guider in guiders), default=0.0)  # one runs after another
 
-    def prepare(executor, model, noise_shape, conds: dict, *args: Any, **kwargs: Any) -> tuple:
+    def __init__(self, guiders: Sequence[Guider], through_model: bool, key: str):
+        self.guiders, self.through_model, self.key = guiders, through_model, key
+        self._sizes: dict[tuple, float] = {}
+
+    def reserve(self, executor: Any, model: comfy.model_patcher.ModelPatcher, noise_shape: Sequence[int], conds: dict,
+                *args: Any, **kwargs: Any) -> tuple:
+        """Wrap ComfyUI's prepare_sampling: load the models beside the reservation, and return the conditioning as it was."""
         limit = MAX_GRADIENT_SHARE * comfy.model_management.get_total_memory(model.load_device)
-        size = needed(_as_images(tuple(noise_shape)), compute_type(model), limit) + through * MODEL_GRADIENT_FACTOR * limit
-        others = [each["control"].size for each in conds.get(key, [])]  # of a guidance below this one
-        loaded, _, *more = executor(model, noise_shape, conds | {key: [{"control": MemoryReservation(max([size, *others]))}]}, *args,
-                                    **kwargs)
-        return loaded, conds, *more
-    return prepare
+        size = self._guider_bytes(_as_images(tuple(noise_shape)), compute_type(model), limit)
+        size += self.through_model * MODEL_GRADIENT_FACTOR * limit
+        below = [cond["control"].size for cond in conds.get(self.key, [])]  # reserved by a guidance below this one
+        reserved = {self.key: [{"control": MemoryReservation(max([size, *below]))}]}
+        loaded, _, *rest = executor(model, noise_shape, conds | reserved, *args, **kwargs)
+        return loaded, conds, *rest
+
+    def _guider_bytes(self, *need: Any) -> float:
+        """Bytes of the largest need, since guiders run one after another; found once for each shape, type and limit."""
+        if need not in self._sizes:
+            self._sizes[need] = max((_bytes_of(guider, *need) for guider in self.guiders), default=0.0)
+        return self._sizes[need]
 
 
 def _as_images(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The frames of videos (B, C, T, h, w) are judged as images, (B T, C, h, w)."""
+    """Guiders judge the frames of videos (B, C, T, h, w) as images (B T, C, h, w)."""
     return (shape[0] * shape[2], shape[1], *shape[3:]) if len(shape) == 5 else shape
 
 
-def _memory_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
+def _bytes_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
     """Bytes for the gradient of a whole batch, or of as much of it as the limit allows, but at least of one image."""
-    def bytes_for(count: int) -> float:
-        part = part_of(guider, slice(0, count), shape[0])
-        return BACKWARD_OVERHEAD * gradient_bytes(part, (count, *shape[1:]), compute, without=_pack_attributes(guider))
     try:
-        whole = bytes_for(shape[0])
-        return whole if whole <= limit else max(limit, bytes_for(1))
-    except Exception as error:  # a network may do what cannot be followed without numbers, and sampling works all the same
-        log.warning("the memory that %s needs cannot be told before it runs (%s): none is kept free for it", guider.name,
-                    error)
+        whole = _bytes_of_images(guider, shape[0], shape, compute)
+        return whole if whole <= limit else max(limit, _bytes_of_images(guider, 1, shape, compute))
+    except Exception as error:  # a network may do what cannot be traced without numbers, and sampling works all the same
+        log.warning("the memory that %s needs is not known before it runs (%s): none is kept free", guider.name, error)
         return 0.0
 
 
-def _pack_attributes(guider: Guider) -> tuple:
-    """What this pack keeps on networks that is not part of them."""
-    networks = [each for each in (guider.net, guider.decode) if isinstance(each, torch.nn.Module)]
-    return tuple(value for net in networks for name, value in vars(net).items() if name in ("comfy_patcher", "loaded_as"))
+def _bytes_of_images(guider: Guider, count: int, shape: tuple[int, ...], compute: torch.dtype) -> float:
+    part = part_of(guider, slice(0, count), shape[0])
+    return BACKWARD_OVERHEAD * gradient_bytes(part, (count, *shape[1:]), compute)

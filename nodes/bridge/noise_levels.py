@@ -1,12 +1,12 @@
 """ComfyUI's noise levels in the core's convention, x = image + sigma * noise."""
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...ppap_core.guidance.autoguidance import Autoguidance
 from ...ppap_core.noise import NoiseInterval, expand, flow_to_ve
 from ...ppap_core.schedules import Ramp, constant
 from .latents import Patcher
@@ -45,20 +45,29 @@ def sigma_range(model: Patcher) -> tuple[float, float]:
     return ve_level(sampling, sampling.sigma_min), ve_level(sampling, sampling.sigma_max)
 
 
-def window_of(sampling: Any, start: float, end: float) -> NoiseInterval:
-    """Shares of the sampling as noise levels: 0 takes in the highest, 1 the lowest; windows that touch do not overlap."""
-    low, high = (ve_level(sampling, sampling.percent_to_sigma(share)) for share in (end, start))
-    return NoiseInterval(low, float("inf") if start <= 0 else high)
+@dataclass(frozen=True)
+class PercentSchedule:
+    """When a feature acts, in ComfyUI's percent: shares of the noise schedule, not of the steps. By default always."""
 
+    start: float = 0.0            # 0 takes in the highest noise level
+    end: float = 1.0              # 1 takes in the lowest
+    factor_at_start: float = 1.0  # of the weight; in between it changes linearly in log sigma
+    factor_at_end: float = 1.0
 
-def ramp_for(model: Patcher, window: NoiseInterval, first: float, last: float) -> Callable[[float], float]:
-    """A factor that goes from `first` to `last` over what a window has of a model's noise levels."""
-    lowest, highest = sigma_range(model)
-    low, high = max(window.lo, lowest), min(window.hi, highest)
-    return constant if low >= high or first == last == 1 else Ramp(NoiseInterval(low, high), first, last)
+    def __post_init__(self) -> None:
+        if self.start > self.end:
+            raise ValueError(f"steering would start at {self.start:g} and end at {self.end:g}: expected a start_percent "
+                             "that is not above end_percent")
 
+    def window(self, sampling: Any) -> NoiseInterval:
+        """The noise levels from start to end; windows that touch do not overlap."""
+        low, high = (ve_level(sampling, sampling.percent_to_sigma(percent)) for percent in (self.end, self.start))
+        return NoiseInterval(low, float("inf") if self.start <= 0 else high)
 
-def autoguidance_for(model: Patcher, weight: float, start: float, end: float, first: float, last: float) -> Autoguidance:
-    """Settings in shares of the sampling as noise levels of a model."""
-    window = window_of(model.get_model_object("model_sampling"), start, end)
-    return Autoguidance(weight, window, ramp_for(model, window, first, last))
+    def ramp(self, model: Patcher) -> Callable[[float], float]:
+        """The factor of the weight, over the part of the window that lies within a model's noise levels."""
+        window, (lowest, highest) = self.window(model.get_model_object("model_sampling")), sigma_range(model)
+        low, high = max(window.lo, lowest), min(window.hi, highest)
+        if low >= high or self.factor_at_start == self.factor_at_end == 1:
+            return constant
+        return Ramp(NoiseInterval(low, high), self.factor_at_start, self.factor_at_end)

@@ -14,13 +14,13 @@ from ...ppap_core.io.hashing import digest
 from ...ppap_core.sampling import Denoiser
 from ...ppap_core.training.loop import Losses
 from . import latents, noise_levels, paths
-from .autograd import autograd, for_gradients, make_differentiable, with_gradients
-from .fingerprint import fingerprint_model, fingerprint_terms, fingerprint_vae
-from .guidance import GuidanceTerm, asked, decoders_for, to_core_term
+from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
+from .fingerprint import fingerprint_model, fingerprint_vae
+from .guidance import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, to_core_term
 from .latents import Patcher
-from .memory import materialize_on, patcher_of, reserve_gradient_memory
-from .progress import progress
-from .sampler import cfg_guider, run_inside_sampler
+from .memory import GradientMemory, materialize_on, patcher_of
+from .progress import Progress
+from .sampler import new_cfg_guider, run_inside_sampler
 
 KEY = "ppap_prior"
 
@@ -31,20 +31,21 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
     latents.require_supported(model)
     decoders, networks = decoders_for(terms, model, vae)
     searched = for_gradients(model) if config.jacobian else model.clone()
-    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, reserve_gradient_memory(asked(terms, decoders), config.jacobian, KEY))
+    memory = GradientMemory(active_guiders(terms, decoders), config.jacobian, KEY)
+    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, memory.reserve)
     searched.set_additional_models(KEY, searched.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
     given = {**latents.without_sizes(latent), "samples": latents.resize_empty_latent(model, latent)}
     known = model.model.process_latent_in(given["samples"])
-    about = {**fingerprint_model(model, positive, negative), "cfg": cfg, "vae": fingerprint_vae(vae), "terms": fingerprint_terms(terms),
-             "start": digest([given, how["start_noise"]])}
+    about = {**fingerprint_model(model, positive, negative), "cfg": cfg, "vae": fingerprint_vae(vae),
+             "terms": fingerprint_terms(terms), "start": digest([given, how["start_noise"]])}
     state = paths.output_folder("ppap_prior", f"{digest([about, asdict(config), seed, particles])}.state.safetensors")
-    report = progress(config.steps)
+    report = Progress(config.steps)
 
     def look(predict: Any, noise: Tensor, extra_args: dict) -> tuple[Tensor, Losses]:
         materialize_on(networks, noise.device)
         if config.jacobian:
             make_differentiable(guider)
-        with autograd():
+        with outside_inference_mode():
             start = latents.frames_as_images(known.to(noise))
             seeds = range(seed, seed + particles * len(start))
             mask = latent.get("noise_mask")
@@ -53,11 +54,11 @@ def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negati
             images, losses = optimize_images(
                 denoise, core, start, config, seeds, mask=None if mask is None else latents.mask_for(mask, start.shape),
                 particles=particles, frames=len(start) // len(known), sigma_data=latents.sigma_data_of(model), about=about,
-                state_file=state, run_step=with_gradients(guider.inner_model) if config.jacobian else None,
+                state_file=state, run_step=GradientPass(guider.inner_model).run if config.jacobian else None,
                 on_step=lambda step, _, points: report(step + 1, latents.preview(model, points[:1])), **how)
             return latents.images_as_frames(images, known), losses
 
-    guider = cfg_guider(searched, positive, negative, cfg)
+    guider = new_cfg_guider(searched, positive, negative, cfg)
     images, losses = run_inside_sampler(guider, (particles * len(known), *known.shape[1:]), seed, look)
     return {**given, "samples": model.model.process_latent_out(images.cpu())}, losses
 

@@ -1,7 +1,7 @@
-"""The node's progress bar, previews and text."""
+"""The progress bar, previews and text of a node."""
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -12,39 +12,48 @@ from torch import Tensor
 from ...ppap_core.viz.plots import loss_plot
 
 
-def progress(total: int) -> Callable[[int, Tensor | None], None]:
-    """Report(steps done, preview (1, 3, H, W) or None): moves the node's bar, and raises when the user pressed cancel."""
-    bar = comfy.utils.ProgressBar(total)
+class Progress:
+    """A node's progress bar over `total` steps. Calls raise ComfyUI's own exception when the user has pressed cancel."""
 
-    def report(done: int, preview: Tensor | None = None) -> None:
+    def __init__(self, total: int):
+        self.total, self.bar = total, comfy.utils.ProgressBar(total)
+
+    def __call__(self, done: int, preview: Tensor | None = None) -> None:
+        """Show the steps that are done, and an image (1, 3, H, W) in [-1, 1]; None keeps the one that is shown."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         picture = None if preview is None else latent_preview.preview_to_image(preview[0].movedim(0, -1))
-        bar.update_absolute(done, total, picture and ("JPEG", picture, 512))
-    return report
+        self.bar.update_absolute(done, self.total, picture and ("JPEG", picture, 512))
 
 
-def progress_in_shares() -> Callable[[int, int], None]:
-    """Report(done, all) for work whose size is only known once it has begun."""
-    report = progress(1000)
-    return lambda done, total: report(1000 * done // max(total, 1))
+class ShareProgress:
+    """A progress bar for work whose size is known only once it has begun."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(1000)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show the share that is done."""
+        self.progress(self.progress.total * done // max(total, 1))
 
 
-def progress_with_plot(total: int) -> Callable[[int, dict[str, Sequence[float]]], None]:
-    """Report(steps done, losses by name) of a training: a plot of them is shown, drawn once in a second."""
-    report, shown = progress(total), 0.0
+class LossProgress:
+    """A progress bar over `total` training steps, with a plot of the losses that is drawn once a second."""
 
-    def plotted(done: int, losses: dict[str, Sequence[float]]) -> None:
-        nonlocal shown
-        fresh = time.monotonic() - shown > 1
-        shown = time.monotonic() if fresh else shown
-        report(done, loss_plot(losses) if fresh else None)
-    return plotted
+    def __init__(self, total: int):
+        self.progress, self.drawn = Progress(total), 0.0
+
+    def __call__(self, done: int, losses: Mapping[str, Sequence[float]]) -> None:
+        """Show the steps that are done, and the losses by name."""
+        is_due = time.monotonic() - self.drawn > 1
+        if is_due:
+            self.drawn = time.monotonic()
+        self.progress(done, loss_plot(losses) if is_due else None)
 
 
 def show_text(node: Any, text: str) -> dict[str, list[str]]:
-    """Show a text in the node of the page that asked; the same for the history, where programs read it."""
+    """Show a text in a node, and return it for the history, where programs read it."""
     server = getattr(sys.modules.get("server"), "PromptServer", None)
-    asked_by = getattr(node.hidden, "unique_id", None)
-    if asked_by and getattr(server, "instance", None):
-        server.instance.send_progress_text(text, asked_by)
+    node_id = getattr(node.hidden, "unique_id", None)
+    if node_id and getattr(server, "instance", None):
+        server.instance.send_progress_text(text, node_id)
     return {"text": [text]}

@@ -6,8 +6,8 @@ from ...ppap_core.training.finetune import FineTune
 from ...ppap_core.viz.plots import loss_plot
 from ..bridge import paths, progress, sampler, tensors
 from ..bridge.autoguidance import apply_autoguidance
-from ..bridge.latents import Patcher
-from ..bridge.lora_training import train_lora
+from ..bridge.lora_training import LoraTraining
+from ..bridge.noise_levels import PercentSchedule
 
 CATEGORY = "PPAP/autoguidance"
 
@@ -31,11 +31,6 @@ def guidance_inputs() -> list[io.Input]:
                            tooltip="The same at end_percent; in between it changes evenly. Neutral: 1.")]
 
 
-def guided_model(model: Patcher, bad_model: Patcher, weight: float, *place: float) -> Patcher:
-    """The model as it came at weight 1."""
-    return model if weight == 1 else apply_autoguidance(model, bad_model, weight, *place)
-
-
 class PPAPAutoguidance(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -48,8 +43,8 @@ class PPAPAutoguidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, bad_model, weight, start_percent, end_percent, factor_at_start, factor_at_end):
-        return io.NodeOutput(guided_model(model, bad_model, weight, start_percent, end_percent, factor_at_start,
-                                          factor_at_end))
+        schedule = PercentSchedule(start_percent, end_percent, factor_at_start, factor_at_end)
+        return io.NodeOutput(apply_autoguidance(model, bad_model, weight, schedule))
 
 
 class PPAPAutoguidanceGuider(io.ComfyNode):
@@ -68,8 +63,9 @@ class PPAPAutoguidanceGuider(io.ComfyNode):
     @classmethod
     def execute(cls, model, bad_model, weight, start_percent, end_percent, factor_at_start, factor_at_end, positive,
                 negative, cfg):
-        guided = guided_model(model, bad_model, weight, start_percent, end_percent, factor_at_start, factor_at_end)
-        return io.NodeOutput(sampler.cfg_guider(guided, positive, negative, cfg))
+        schedule = PercentSchedule(start_percent, end_percent, factor_at_start, factor_at_end)
+        guided = apply_autoguidance(model, bad_model, weight, schedule)
+        return io.NodeOutput(sampler.new_cfg_guider(guided, positive, negative, cfg))
 
 
 class PPAPTrainLora(io.ComfyNode):
@@ -104,7 +100,7 @@ class PPAPTrainLora(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent, name, steps, rank, batch_size, learning_rate, seed):
         config = FineTune(steps, rank, batch_size, learning_rate, seed)
-        tuned, losses = train_lora(model, positive, latent, name, config)
+        tuned, losses = LoraTraining(model, positive, latent, name, config).run()
         return io.NodeOutput(tuned, tensors.image_to_comfy(loss_plot({"loss": losses}, "Fine-tuning: error of the "
                                                                                       "denoised prediction")))
 
@@ -123,7 +119,7 @@ class PPAPAutoguidanceToy(io.ComfyNode):
 
     @classmethod
     def execute(cls, steps):
-        report = progress.progress_in_shares()
+        report = progress.ShareProgress()
         return io.NodeOutput(tensors.image_to_comfy(toy2d.picture(toy2d.panels(steps, on_step=report))))
 
 

@@ -7,7 +7,8 @@ from ...ppap_core.experts.distill import DistillConfig, uses_warm_start
 from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY, from_uint8
 from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import autograd, distillation, fingerprint, latents, paths, progress, sampler, tensors
-from ..bridge.distillation import Samples
+from ..bridge.distillation import SampleGenerator, Samples
+from ..bridge.sampler import SamplerSettings
 from .io_types import GuiderType, LossesType, SamplesType
 
 CATEGORY = "PPAP/experts"
@@ -34,7 +35,7 @@ class PPAPLoadExperts(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, file_name):
-        with autograd.autograd():
+        with autograd.outside_inference_mode():
             return io.NodeOutput(with_experts(guider, load_bank(paths.expert_file(file_name), guider)))
 
 
@@ -82,7 +83,8 @@ class PPAPGenerateSamples(io.ComfyNode):
                     io.Int.Input("count", default=512, min=64, max=100_000, step=64,
                                  tooltip="How many images at least; they come in files of 64."),
                     io.Int.Input("steps", default=20, min=1, max=1000,
-                                 tooltip=f"Denoising steps for each image; {STEPS_PER_TRAJECTORY} of them are kept for the experts."),
+                                 tooltip=f"Denoising steps for each image; {STEPS_PER_TRAJECTORY} of them are kept for the "
+                                         "experts."),
                     io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
                                    tooltip="Classifier-free guidance of the model itself. Neutral: 1."),
                     io.Combo.Input("sampler_name", options=sampler.SAMPLERS, default="euler",
@@ -112,8 +114,8 @@ class PPAPGenerateSamples(io.ComfyNode):
                  "shape": list(latents.resize_empty_latent(model, latent_image).shape), "cfg": cfg, "steps": steps,
                  "sampler": sampler_name, "scheduler": scheduler, "seed": seed}
         samples = Samples(distillation.open_store(name, about), space)
-        distillation.generate_samples(samples, count, latent_image, model, vae, steps, cfg, sampler_name, scheduler,
-                                      positive, negative)
+        settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative)
+        SampleGenerator(model, vae, latent_image, settings).fill(samples.store, count)
         return io.NodeOutput(samples, tensors.image_to_comfy(from_uint8(samples.store.images[:PREVIEW_COUNT])))
 
 

@@ -8,6 +8,8 @@ from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import guidance, sampler
 from ..bridge.guidance import GuidanceTerm
+from ..bridge.noise_levels import PercentSchedule
+from ..bridge.sampler import SamplerSettings
 from .inputs import IN_PREDICTION, THROUGH_MODEL, limit_input, vae_input
 from .io_types import GuiderType, ReportType, TermsType
 
@@ -60,8 +62,9 @@ class PPAPGuidanceTerm(io.ComfyNode):
     @classmethod
     def execute(cls, guider, weight, start_percent, end_percent, factor_at_start, factor_at_end, view, mask=None, terms=(),
                 strength="balanced", gradient=IN_PREDICTION):
-        term = GuidanceTerm(with_view(guider, view), weight, start_percent, end_percent, factor_at_start, factor_at_end,
-                            mask, strength == "balanced", gradient == THROUGH_MODEL)
+        schedule = PercentSchedule(start_percent, end_percent, factor_at_start, factor_at_end)
+        term = GuidanceTerm(with_view(guider, view), weight, schedule, mask, strength == "balanced",
+                            gradient == THROUGH_MODEL)
         return io.NodeOutput((*terms, term))
 
 
@@ -133,8 +136,8 @@ class PPAPGuidedKSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, terms, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
                 max_rms, vae=None):
-        return io.NodeOutput(*guidance.sample_guided(model, terms, max_rms, vae, seed, steps, cfg, sampler_name, scheduler,
-                                                   positive, negative, latent_image, denoise=denoise))
+        settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
+        return io.NodeOutput(*guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings))
 
 
 NODES = [PPAPGuidanceTerm, PPAPCombineTerms, PPAPApplyGuidance, PPAPGuidedKSampler]

@@ -65,7 +65,7 @@ class PPAPDownloadGuider(io.ComfyNode):
     def execute(cls, repo_id):
         folder = paths.downloaded_guider(repo_id)
         known = folder.exists()
-        download(repo_id, folder, progress.progress_in_shares())
+        download(repo_id, folder, progress.ShareProgress())
         done = f"{folder.name} is there already" if known else f"downloaded {folder.name}"
         return io.NodeOutput(ui=progress.show_text(cls, f"{done}: press R and choose it in Load Guider"))
 
@@ -87,7 +87,7 @@ class PPAPRule(io.ComfyNode):
 
     @classmethod
     def execute(cls, rule):
-        with autograd.autograd():
+        with autograd.outside_inference_mode():
             return io.NodeOutput(rule_guider(rule))
 
 

@@ -38,7 +38,7 @@ class PPAPAimAtClass(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, classes):
-        with autograd.autograd():
+        with autograd.outside_inference_mode():
             return io.NodeOutput(guider.aim(class_target(guider, classes)))
 
 
@@ -59,7 +59,7 @@ class PPAPAimAtText(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, text):
-        with autograd.autograd():
+        with autograd.outside_inference_mode():
             return io.NodeOutput(aim_at_text(guider, text))
 
 
@@ -82,7 +82,7 @@ class PPAPAimAtImage(io.ComfyNode):
     @classmethod
     def execute(cls, guider, image, image_is):
         picture = tensors.image_from_comfy(image).to(guider_cache.load_to_device(guider))
-        with autograd.autograd():
+        with autograd.outside_inference_mode():
             target = (image_target if image_is == PICTURE else map_target)(guider, picture)
         return io.NodeOutput(guider.aim(target))
 
@@ -103,7 +103,7 @@ class PPAPAimAtMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, mask, name):
-        with autograd.autograd():
+        with autograd.outside_inference_mode():
             return io.NodeOutput(guider.aim(mask_target(guider, mask, name)))
 
 
@@ -122,7 +122,7 @@ class PPAPAimAtNumber(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, number):
-        with autograd.autograd():
+        with autograd.outside_inference_mode():
             return io.NodeOutput(guider.aim(number_target(guider, number)))
 
 

@@ -202,17 +202,17 @@ def test_a_training_that_was_cancelled_goes_on(bench: Workbench, monkeypatch: py
         state.unlink()
 
     def cancelled(total):
-        def report(done, preview=None):
+        def report(done, losses=None):
             if done == 9:
                 raise management.InterruptProcessingException
         return report
     with monkeypatch.context() as patch:
-        patch.setattr(module, "progress_with_plot", cancelled)
+        patch.setattr(module, "LossProgress", cancelled)
         with pytest.raises(management.InterruptProcessingException):
             train_lora(bench, scene, "cancelled", seed=4)
     steps, real = [], module.fine_tune
     monkeypatch.setattr(module, "fine_tune", lambda *args: real(
-        *args[:-2], lambda step, *more: steps.append(step), args[-1]))
+        *args[:-1], replace(args[-1], on_step=lambda step, *more: steps.append(step))))
     again = ksampler(bench, replace(scene, model=train_lora(bench, scene, "cancelled", seed=4)[0]))
     assert torch.equal(again, whole) and steps == list(range(9, 32))
 

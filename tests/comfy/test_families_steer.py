@@ -45,7 +45,7 @@ def test_a_folder_of_each_kind_steers_the_stock_sampler(comfy, world: PixelWorld
         plain = world.sample(steps=20)
         term = world.term(guider, weight=10000.0, start_percent=0.3)
         guided = world.guided(term, max_rms=0.05, steps=20)  # the limit makes every kind's step alike
-        with comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
+        with comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
             before, after = (guider.energy(images.clone(), torch.zeros(4)) for images in (plain, guided))
         assert guided.isfinite().all() and after.mean() < before.mean(), (before, after)
         [seen] = comfy("PPAPLookThrough", guider=guider, image=torch.rand(2, 40, 24, 3))

@@ -120,7 +120,7 @@ def test_a_guider_looks_through_the_vae(world: LatentWorld, kind: str, caplog):
     def decoded_energy(samples: torch.Tensor) -> torch.Tensor:
         [image] = world.comfy("VAEDecode", samples={"samples": samples}, vae=world.vae)
         image = world.comfy.pack.nodes.bridge.tensors.image_from_comfy(image)
-        with world.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
+        with world.comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
             return world.guider.energy(image, torch.zeros(len(image)))
     assert decoded_energy(guided).mean() < decoded_energy(plain).mean() - 0.1
     assert torch.equal(world.guided(kind, vae=world.vae, weight=0.0), plain)
@@ -133,7 +133,7 @@ def test_the_copy_of_the_vae_is_its_own_and_sees_what_the_vae_decodes(comfy, wor
     seen = decoder(world.model("flow").model.process_latent_in(samples).clone(), torch.zeros(3))
     [image] = comfy("VAEDecode", samples={"samples": samples}, vae=world.vae)
     torch.testing.assert_close((seen.clamp(-1, 1) + 1) / 2, image.movedim(-1, 1), rtol=0, atol=1e-4)
-    with comfy.pack.nodes.bridge.autograd.autograd():
+    with comfy.pack.nodes.bridge.autograd.outside_inference_mode():
         point = samples.clone().requires_grad_(True)
         assert torch.autograd.grad(decoder(point, torch.zeros(3)).sum(), point)[0].abs().max() > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in world.vae.first_stage_model.state_dict().items())

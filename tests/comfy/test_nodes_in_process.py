@@ -101,7 +101,7 @@ def test_a_flow_model_is_converted_to_the_noise_of_the_core(comfy):
     noisy, sigma = noise_levels.to_ve(flow, x, t)
     assert sigma.tolist() == pytest.approx([0.25, 9.0])
     assert torch.allclose(noisy, x / torch.tensor([0.8, 0.1]).reshape(2, 1, 1, 1), atol=1e-5)
-    window = noise_levels.window_of(flow, 0.0, 0.5)
+    window = noise_levels.PercentSchedule(0.0, 0.5).window(flow)
     assert float("inf") == window.hi and window.lo == pytest.approx(1.0)
 
 
@@ -281,7 +281,7 @@ def test_a_mask_says_where_a_class_shall_be(comfy):
     [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/segmentation")
     [guider] = comfy("PPAPAimAtMask", guider=guider, mask=mask, name="disk")
     plain, guided = (world.sample(steps=12), world.guided(world.term(guider, weight=40.0), max_rms=0.3, steps=12))
-    with comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
+    with comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
         before, after = ((judge.predict(images.clone().clamp(-1, 1), torch.zeros(8)).argmax(1)[:, mask[0] > 0] == 1)
                          .float().mean() for images in (plain, guided))
     assert after > before + 0.25, (before, after)
@@ -472,7 +472,7 @@ def test_damaged_and_foreign_experts_are_refused(comfy, world: PixelWorld):
     file.with_name("cut.safetensors").write_bytes(file.read_bytes()[:-100])
     with says(ValueError, "cut.safetensors", "cannot be read"):
         comfy("PPAPLoadExperts", guider=world.plain, file_name="cut.safetensors")
-    with comfy.pack.nodes.bridge.autograd.autograd():
+    with comfy.pack.nodes.bridge.autograd.outside_inference_mode():
         other = comfy.pack.ppap_core.tinyworld.loaders.load_guider("class")  # not the one network that all nodes share
         for parameter in other.net.parameters():
             parameter.data.mul_(1.01)

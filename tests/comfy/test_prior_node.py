@@ -137,7 +137,7 @@ def test_a_search_that_was_cancelled_goes_on(pixels: PixelWorld, gradient: dict,
             if step == 4 and len(done) == 4:
                 raise management.InterruptProcessingException
         return report
-    monkeypatch.setattr(module, "progress", watched)
+    monkeypatch.setattr(module, "Progress", watched)
     with pytest.raises(management.InterruptProcessingException):
         search(pixels, pixels.conditioned(), pixels.term(), **settings)
     assert torch.equal(search(pixels, pixels.conditioned(), pixels.term(), **settings), whole)

@@ -21,42 +21,37 @@ from helpers.workbench import (
 from torch import Tensor
 
 
+class Memory:
+    """Memory that, as long as it is short, runs out in the first step of every gradient pass."""
+
+    def __init__(self) -> None:
+        self.short, self.failures = True, 0
+
+    def run_out(self, step: Callable[[], Tensor], saves_on_cpu: bool) -> Tensor:
+        result = step()
+        if self.short and not saves_on_cpu:
+            self.failures += 1
+            raise torch.OutOfMemoryError("out of memory")
+        return result
+
+
 @pytest.fixture
-def short(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
-    """Memory that runs out in every first pass with gradients; returns a list that grows with each of them."""
-    autograd, failed = bench.comfy.pack.nodes.bridge.autograd, []
-    real = autograd.with_gradients
-
-    def runs_out(net: torch.nn.Module) -> Callable:
-        run_step, calls = real(net), []
-
-        def once(passes: Callable[[], Tensor]) -> Tensor:
-            def first() -> Tensor:
-                found = passes()
-                if not calls:
-                    calls.append(found)
-                    failed.append(len(failed))
-                    raise torch.OutOfMemoryError("out of memory")
-                return found
-            return run_step(first)
-        return once
-    bridge = bench.comfy.pack.nodes.bridge
-    for module in (bridge.guidance, bridge.priors, bridge.lora_training):
-        monkeypatch.setattr(module, "with_gradients", runs_out)
-    return failed
+def memory(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Memory:
+    kind, memory = bench.comfy.pack.nodes.bridge.autograd.GradientPass, Memory()
+    run = kind.run
+    monkeypatch.setattr(kind, "run", lambda self, step: run(self, lambda: memory.run_out(step, self.saves_on_cpu)))
+    return memory
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Workbench, short: list[int], family: str):
+def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Workbench, memory: Memory, family: str):
     if family == "Cosmos-Predict2" and cosmos_is_fused():
         pytest.skip("no gradient passes through Cosmos-Predict2 in this ComfyUI")
     scene = bench.scene(family)
     lean = ksampler(bench, bench.guide(scene, **THROUGH))
-    assert short == [0], "memory runs out once, and then it is known"
-    with pytest.MonkeyPatch.context() as patch:
-        bridge = bench.comfy.pack.nodes.bridge
-        patch.setattr(bridge.guidance, "with_gradients", bridge.autograd.with_gradients)
-        whole = ksampler(bench, bench.guide(scene, **THROUGH))
+    assert memory.failures == 1, "memory runs out once, and then it is known"
+    memory.short = False
+    whole = ksampler(bench, bench.guide(scene, **THROUGH))
     torch.testing.assert_close(lean, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
     assert not torch.equal(whole, bench.plain(family)[0])
 
@@ -64,7 +59,7 @@ def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Workbench, s
 @pytest.mark.parametrize("family", [EPS, FLOW])
 def test_weights_stay_and_all_else_is_copied(bench: Workbench, family: str):
     autograd, net = bench.comfy.pack.nodes.bridge.autograd, bench.scene(family).model.model.diffusion_model
-    with autograd.autograd(), autograd.save_activations_on_cpu(net):
+    with autograd.outside_inference_mode(), autograd.save_activations_on_cpu(net):
         x, weight = torch.ones(3, requires_grad=True), next(net.parameters()).detach().clone()
         y = x * weight.sum()
         y = (z := y.exp()).sin()
@@ -73,38 +68,33 @@ def test_weights_stay_and_all_else_is_copied(bench: Workbench, family: str):
     scale = weight.sum()
     expected = scale * scale.exp() * scale.exp().cos()
     torch.testing.assert_close(found, expected.expand(3))
-    with autograd.autograd(), autograd.save_activations_on_cpu(net):
+    with autograd.outside_inference_mode(), autograd.save_activations_on_cpu(net):
         layer = next(part for part in net.modules() if isinstance(part, torch.nn.Linear))
         kept = torch.nn.functional.linear(torch.ones(1, layer.in_features, requires_grad=True), layer.weight).grad_fn
         assert kept._saved_mat2.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
 
 
-def test_a_search_through_the_model_finds_the_same(bench: Workbench, short: list[int]):
+def test_a_search_through_the_model_finds_the_same(bench: Workbench, memory: Memory):
     scene = bench.scene(FLOW)
     states = bench.comfy.pack.nodes.bridge.paths.output_folder("ppap_prior")
     shutil.rmtree(states, ignore_errors=True)
     lean = search(bench, scene.conditioned(), bench.terms(0.5), seed=41, **THROUGH)
-    assert short == [0]
+    assert memory.failures == 1
     shutil.rmtree(states)
-    with pytest.MonkeyPatch.context() as patch:
-        bridge = bench.comfy.pack.nodes.bridge
-        patch.setattr(bridge.priors, "with_gradients", bridge.autograd.with_gradients)
-        whole = search(bench, scene.conditioned(), bench.terms(0.5), seed=41, **THROUGH)
+    memory.short = False
+    whole = search(bench, scene.conditioned(), bench.terms(0.5), seed=41, **THROUGH)
     assert (lean - whole).abs().mean() < 1e-3 * whole.abs().mean()
 
 
 def test_a_lora_is_trained_to_the_same_and_a_bad_model_beside_the_good_one_is_computed_again_with_its_lora(
-        bench: Workbench, short: list[int]):
+        bench: Workbench, memory: Memory):
     scene = bench.scene(EPS)
     lean = ksampler(bench, replace(scene, model=train_lora(bench, scene, "lean", steps=6)[0]))
     steered = ksampler(bench, bench.guide(autoguided(bench, scene, with_lora_at(scene, 1.0)), **THROUGH))
-    assert short == [0, 1]
+    assert memory.failures == 2
     shutil.rmtree(bench.comfy.pack.nodes.bridge.paths.output_folder("ppap_training"))
-    with pytest.MonkeyPatch.context() as patch:
-        bridge = bench.comfy.pack.nodes.bridge
-        for module in (bridge.guidance, bridge.lora_training):
-            patch.setattr(module, "with_gradients", bridge.autograd.with_gradients)
-        whole = ksampler(bench, replace(scene, model=train_lora(bench, scene, "lean", steps=6)[0]))
-        freely = ksampler(bench, bench.guide(autoguided(bench, scene, with_lora_at(scene, 1.0)), **THROUGH))
+    memory.short = False
+    whole = ksampler(bench, replace(scene, model=train_lora(bench, scene, "lean", steps=6)[0]))
+    freely = ksampler(bench, bench.guide(autoguided(bench, scene, with_lora_at(scene, 1.0)), **THROUGH))
     torch.testing.assert_close(lean, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
     torch.testing.assert_close(steered, freely, rtol=1e-3, atol=1e-3 * float(freely.abs().max()))

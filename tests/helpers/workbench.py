@@ -71,7 +71,7 @@ class Workbench:
 
     def energy(self, scene: Scene, samples: Tensor, guider: Any = None) -> Tensor:
         """The energy (B,) of final latents, seen by their linear colours."""
-        with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
+        with self.comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
             image = colours(scene.model.model, samples.clone())
             return (guider or self.guider).energy(image, torch.zeros(len(image)))
 

@@ -65,7 +65,7 @@ class PixelWorld:
 
     def energy(self, guider: Any, images: torch.Tensor) -> torch.Tensor:
         """How far clean images are from the target."""
-        with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
+        with self.comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
             return guider.energy(images.clone(), torch.zeros(len(images)))
 
 
@@ -103,7 +103,7 @@ class LatentWorld:
         return space.colors(self.model(kind).model.process_latent_in(samples).clone())
 
     def energy(self, kind: str, samples: torch.Tensor, guider: Any = None) -> torch.Tensor:
-        with self.comfy.pack.nodes.bridge.autograd.autograd(), torch.no_grad():
+        with self.comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
             images = self.seen(kind, samples)
             return (guider or self.guider).energy(images, torch.zeros(len(images)))
 

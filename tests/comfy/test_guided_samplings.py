@@ -25,13 +25,15 @@ def report(comfy, model: Any, latent: dict) -> Any:
 
 
 def interrupted(model: Any, action: Any) -> Any:
-    """The MODEL with a patch that does something in the second call, once."""
+    """The MODEL with a patch that does something in its second call, and restores what ComfyUI takes away when it nests."""
     patched, calls = model.clone(), []
 
     def patch(args: dict) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 2:
+            outer = args["model"].current_patcher
             action()
+            args["model"].current_patcher = outer
         return args["denoised"]
     patched.set_model_sampler_post_cfg_function(patch)
     return patched

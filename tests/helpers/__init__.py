@@ -21,7 +21,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def images(count: int = B, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pictures (count, 3, H, W) in [-1, 1]."""
+    """Smooth-valued noise as images (count, 3, H, W) in [-1, 1]."""
     return (randn(count, 3, H, W, seed=seed, dtype=dtype) * 0.6).tanh()
 
 
@@ -30,25 +30,25 @@ def level(sigma: float, like: Tensor) -> Tensor:
     return like.new_full((len(like),), sigma)
 
 
-def shrink(x: Tensor, sigma: Tensor) -> Tensor:
-    """The denoiser of a Gaussian around grey."""
+def gaussian_denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    """The exact denoiser of N(0, 0.5²) pixels: x (B, C, H, W), sigma (B,)."""
     return x * expand(0.25 / (0.25 + sigma**2), x)
 
 
-WAY = (20.0, 4.0, 1.5, 0.7, 0.3, 0.05)  # noise levels of a made-up trajectory
+LEVELS = (20.0, 4.0, 1.5, 0.7, 0.3, 0.05)  # noise levels of a made-up trajectory
 
 
-def ways(ends: Tensor, seed: int = 0, levels: Sequence[float] = WAY) -> Trajectories:
-    """Made-up trajectories: each end under noise of each level, and what `shrink` makes of it."""
+def made_up_trajectories(images: Tensor, seed: int = 0, levels: Sequence[float] = LEVELS) -> Trajectories:
+    """Trajectories that end at these images (B, C, H, W): each under fresh noise of each level, and its prediction."""
     recorder = TrajectoryRecorder()
-    for place, sigma in enumerate(levels):
-        x = ends + sigma * randn(*ends.shape, seed=1000 * seed + place)
-        recorder.wrap(shrink)(x, level(sigma, x))
-    return recorder.trajectories(range(len(ends)), len(levels))
+    for step, sigma in enumerate(levels):
+        x = images + sigma * randn(*images.shape, seed=1000 * seed + step)
+        recorder.wrap(gaussian_denoise)(x, level(sigma, x))
+    return recorder.trajectories(range(len(images)), len(levels))
 
 
 class SmallNet(nn.Module):
-    """Convolutions, batch norms and a head; one answer for each image, or one for each pixel when dense."""
+    """Convolutions, batch norms and a head; one output for each image, or one for each pixel when dense."""
 
     def __init__(self, outputs: int = CLASSES, dense: bool = False, width: int = 8):
         super().__init__()
@@ -67,7 +67,7 @@ class SmallNet(nn.Module):
 
 
 def fixed_weights(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Fills every weight and every statistic with numbers that depend on the seed only, none of them trivial."""
+    """Fill every weight and statistic with numbers that depend on the seed only, none of them trivial."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(net.state_dict().items()):
         if not tensor.is_floating_point():
@@ -84,7 +84,7 @@ def fixed_weights(net: nn.Module, seed: int = 0) -> nn.Module:
 LABELS = {"class": ("red fox", "grey fox", "tabby", "tiger", "goldfish"), "segmentation": ("wall", "thing")}
 OUTPUTS = {"class": CLASSES, "depth": 1, "segmentation": 2, "mask": 1, "embedding": 6, "number": 1, "features": 4,
            "style": 7, "structure": 9}
-DENSE = ("depth", "segmentation", "mask", "features")  # tasks with one answer for each pixel
+DENSE = ("depth", "segmentation", "mask", "features")  # tasks with one output for each pixel
 TARGETS = {"class": torch.tensor([2]), "depth": randn(1, 1, 6, 8, seed=5),
            "segmentation": randn(1, 6, 8, seed=6).gt(0).long(), "mask": randn(1, 1, 6, 8, seed=7).sigmoid(),
            "embedding": randn(1, 6, seed=8), "number": torch.tensor([[0.8]]), "features": randn(1, 4, 6, 8, seed=9),
@@ -92,7 +92,7 @@ TARGETS = {"class": torch.tensor([2]), "depth": randn(1, 1, 6, 8, seed=5),
 
 
 def small_guider(task: str = "class", view: str = "denoised", seed: int = 0, dtype: torch.dtype = torch.float32) -> Guider:
-    """A guider with experts' likely troubles: batch norm, a resize, statistics of its own. Aimed at something."""
+    """An aimed guider with what troubles experts: batch norms, a resize, and statistics of its own."""
     net = fixed_weights(SmallNet(OUTPUTS[task], dense=task in DENSE), seed).to(dtype)
     preprocess = Preprocess((12, 16), (0.48, 0.45, 0.4), (0.22, 0.23, 0.24))
     return Guider(f"small/{task}", IgnoreSigma(net), preprocess, task, LABELS.get(task, ()), view, TARGETS[task])
@@ -108,14 +108,14 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def disturb(bank, index: int, seed: int = 1, size: float = 0.1) -> None:
-    """Gives one expert weights as if it had been trained."""
+    """Give one expert weights as if it had been trained."""
     bank.load(index, {name: size * randn(*tensor.shape, seed=seed + place)
                       for place, (name, tensor) in enumerate(sorted(bank.weights(index).items()))})
 
 
 @contextmanager
 def says(kind: type[Exception], *words: str) -> Iterator[None]:
-    """The block fails with one line of words, which holds all of these."""
+    """Assert that the block raises this error with one line of text that holds all of these words."""
     with pytest.raises(kind) as caught:
         yield
     message = str(caught.value)
@@ -127,8 +127,8 @@ def says(kind: type[Exception], *words: str) -> Iterator[None]:
 
 @contextmanager
 def full_disk(room: int = 300) -> Iterator[None]:
-    """No file can grow beyond a few bytes, as on a disk that is full: the system itself refuses to write."""
-    resource = pytest.importorskip("resource", reason="limits on files are a thing of Unix")
+    """Let no file grow beyond a few bytes, as on a full disk: the system itself refuses to write."""
+    resource = pytest.importorskip("resource", reason="limits on the size of files need Unix")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:

@@ -22,7 +22,7 @@ SWIN = {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": 
 
 
 class Family(NamedTuple):
-    """One row of docs/guiders.md: how to make a folder of it, and what its guider is."""
+    """One row of docs/guiders.md: how to write its folder, and what its guider is."""
 
     write: Callable[[Path], None]
     task: str
@@ -31,8 +31,8 @@ class Family(NamedTuple):
     grouped: bool = False  # whether it has grouped convolutions, which keep no adapter
 
 
-def wake(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights that let an image through: fresh networks answer almost the same whatever they see."""
+def random_weights(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill a network with random weights that let an image through: fresh ones give much the same for every image."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in net.named_parameters():
         if tensor.ndim > 1:
@@ -44,8 +44,8 @@ def wake(net: nn.Module, seed: int = 0) -> nn.Module:
     return net.eval()
 
 
-def words(folder: Path, length: int = 16) -> None:
-    """A tokenizer of a few words, as any fast tokenizer is saved."""
+def save_tokenizer(folder: Path, length: int = 16) -> None:
+    """Save a fast tokenizer of a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +62,8 @@ def timm_net(architecture: str, labels: bool = True, side: int | None = None, **
     """side: pixels that its config names as the input's, where they are no setting of the network."""
     def write(folder: Path) -> None:
         timm = pytest.importorskip("timm")
-        net = wake(timm.create_model(architecture, pretrained=False, num_classes=len(LABELS) if labels else 0, **settings))
+        classes = len(LABELS) if labels else 0
+        net = random_weights(timm.create_model(architecture, pretrained=False, num_classes=classes, **settings))
         if side:
             net.pretrained_cfg["input_size"] = (3, side, side)
         config = {"label_names": list(LABELS)} if labels else {}
@@ -70,19 +71,19 @@ def timm_net(architecture: str, labels: bool = True, side: int | None = None, **
     return write
 
 
-def hugging(architecture: str, config: Callable[[], object], processor: dict, tokenizer: bool = False,
+def hf_net(architecture: str, config: Callable[[], object], processor: dict, tokenizer: bool = False,
             after: Callable[[Path], None] | None = None) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         transformers = pytest.importorskip("transformers")
         if not hasattr(transformers, architecture):
             pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
         made = config()
-        model = wake(getattr(transformers, architecture)(made))
+        model = random_weights(getattr(transformers, architecture)(made))
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, safe_serialization=True)
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
         if tokenizer:
-            words(folder)
+            save_tokenizer(folder)
         if after:
             after(folder)
     return write
@@ -136,30 +137,30 @@ CLASSIFIERS = {
     "timm ConvNeXt": Family(timm_net("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), "class", aim="class",
                             grouped=True),
     "timm EVA": Family(timm_net("eva02_tiny_patch14_224", img_size=56, depth=2), "class", aim="class"),
-    "image classifier (ViT)": Family(hugging(
+    "image classifier (ViT)": Family(hf_net(
         "ViTForImageClassification", config("ViTConfig", image_size=32, patch_size=8, **VIT, **NAMED),
         processor("ViT", 32, **HALVES)), "class", aim="class"),
-    "image classifier (ConvNeXt)": Family(hugging(
+    "image classifier (ConvNeXt)": Family(hf_net(
         "ConvNextForImageClassification", config("ConvNextConfig", **CONVNEXT, **NAMED),
         processor("ConvNext", size={"shortest_edge": 32}, crop_pct=0.875, do_normalize=True, **IMAGENET)),
         "class", aim="class", grouped=True),
 }
 WHOLE_IMAGE = {
-    "CLIP": Family(hugging("CLIPModel", text_and_image("CLIPConfig", projection_dim=24), CLIP_PROCESSOR, tokenizer=True),
+    "CLIP": Family(hf_net("CLIPModel", text_and_image("CLIPConfig", projection_dim=24), CLIP_PROCESSOR, tokenizer=True),
                    "embedding", aim="text"),
-    "SigLIP": Family(hugging("SiglipModel", text_and_image("SiglipConfig"), processor("Siglip", 32, **HALVES),
+    "SigLIP": Family(hf_net("SiglipModel", text_and_image("SiglipConfig"), processor("Siglip", 32, **HALVES),
                              tokenizer=True), "embedding", aim="text"),
-    "SigLIP 2 (NaFlex)": Family(hugging(
+    "SigLIP 2 (NaFlex)": Family(hf_net(
         "Siglip2Model", text_and_image("Siglip2Config", {"num_patches": 16}),
         processor("Siglip2", patch_size=8, max_num_patches=16, do_normalize=True, **HALVES), tokenizer=True),
         "embedding", aim="text"),
-    "aesthetic head on CLIP": Family(hugging("CLIPModel", text_and_image("CLIPConfig", projection_dim=24), CLIP_PROCESSOR,
+    "aesthetic head on CLIP": Family(hf_net("CLIPModel", text_and_image("CLIPConfig", projection_dim=24), CLIP_PROCESSOR,
                                              after=aesthetic_head), "number", aim="number"),
-    "DINOv2": Family(hugging(
+    "DINOv2": Family(hf_net(
         "Dinov2Model", config("Dinov2Config", image_size=42, patch_size=14, **VIT),
         processor("Bit", size={"shortest_edge": 48}, do_center_crop=True, crop_size={"height": 42, "width": 42},
                   do_normalize=True, **(IMAGENET | {"resample": 3}))), "structure"),
-    "DINOv3": Family(hugging("DINOv3ViTModel", config("DINOv3ViTConfig", image_size=32, patch_size=8, num_register_tokens=2,
+    "DINOv3": Family(hf_net("DINOv3ViTModel", config("DINOv3ViTConfig", image_size=32, patch_size=8, num_register_tokens=2,
                                                       **VIT), processor("DINOv3ViT", 32, **IMAGENET)), "structure"),
     "timm ViT, structure": Family(timm_net("vit_tiny_patch16_224", labels=False, img_size=48, depth=2), "structure",
                                   "structure"),
@@ -167,51 +168,51 @@ WHOLE_IMAGE = {
     "timm embedding": Family(timm_net("vit_tiny_patch16_224", labels=False, img_size=48, depth=2), "embedding"),
 }
 DEPTH = {
-    "Depth Anything": Family(hugging("DepthAnythingForDepthEstimation", config(
+    "Depth Anything": Family(hf_net("DepthAnythingForDepthEstimation", config(
         "DepthAnythingConfig", backbone_config=config("Dinov2Config", image_size=42, patch_size=14, **VIT,
                                                       out_features=STAGES, reshape_hidden_states=False),
         patch_size=14, head_hidden_size=8, reassemble_hidden_size=32, **NECK),
         processor("DPT", 42, ensure_multiple_of=14, keep_aspect_ratio=True, **IMAGENET)), "depth"),
-    "DPT depth": Family(hugging("DPTForDepthEstimation", config("DPTConfig", **DPT), processor("DPT", 32, **HALVES)),
+    "DPT depth": Family(hf_net("DPTForDepthEstimation", config("DPTConfig", **DPT), processor("DPT", 32, **HALVES)),
                         "depth"),
-    "ZoeDepth": Family(hugging("ZoeDepthForDepthEstimation", config(
+    "ZoeDepth": Family(hf_net("ZoeDepthForDepthEstimation", config(
         "ZoeDepthConfig", backbone_config=config("BeitConfig", **BEIT, reshape_hidden_states=False, out_features=STAGES),
         **NECK, bottleneck_features=8, num_attractors=[4, 2, 2, 1], bin_embedding_dim=8, num_relative_features=8,
         patch_transformer_hidden_size=16, patch_transformer_intermediate_size=32, patch_transformer_num_attention_heads=2,
         bin_configurations=[{"n_bins": 16, "min_depth": 0.001, "max_depth": 10.0, "name": "indoor"}]),
         processor("ZoeDepth", 32, ensure_multiple_of=32, keep_aspect_ratio=True, do_pad=False, **HALVES)), "depth"),
-    "GLPN": Family(hugging("GLPNForDepthEstimation", config("GLPNConfig", **PYRAMID, decoder_hidden_size=8),
+    "GLPN": Family(hf_net("GLPNForDepthEstimation", config("GLPNConfig", **PYRAMID, decoder_hidden_size=8),
                            processor("GLPN", size_divisor=32)), "depth", grouped=True),
 }
 REGIONS = {
-    "SegFormer": Family(hugging("SegformerForSemanticSegmentation", config(
+    "SegFormer": Family(hf_net("SegformerForSemanticSegmentation", config(
         "SegformerConfig", **PYRAMID, decoder_hidden_size=16, **NAMED), processor("Segformer", 64, **IMAGENET)),
         "segmentation", grouped=True),
-    "UperNet": Family(hugging("UperNetForSemanticSegmentation", config(
+    "UperNet": Family(hf_net("UperNetForSemanticSegmentation", config(
         "UperNetConfig", backbone_config=config("ConvNextConfig", **CONVNEXT, out_features=STAGES), hidden_size=16,
         use_auxiliary_head=False, **NAMED), processor("Segformer", 64, **IMAGENET)), "segmentation", grouped=True),
-    "DPT segmentation": Family(hugging("DPTForSemanticSegmentation", config(
+    "DPT segmentation": Family(hf_net("DPTForSemanticSegmentation", config(
         "DPTConfig", **DPT, use_auxiliary_head=False, **NAMED), processor("DPT", 32, **HALVES)), "segmentation"),
-    "BEiT": Family(hugging("BeitForSemanticSegmentation", config(
+    "BEiT": Family(hf_net("BeitForSemanticSegmentation", config(
         "BeitConfig", **BEIT, out_indices=[0, 1, 2, 3], use_auxiliary_head=False, **NAMED),
         processor("Beit", 32, do_center_crop=False, **HALVES)), "segmentation"),
-    "Mask2Former": Family(hugging("Mask2FormerForUniversalSegmentation", config(
+    "Mask2Former": Family(hf_net("Mask2FormerForUniversalSegmentation", config(
         "Mask2FormerConfig", backbone_config=config("SwinConfig", **SWIN), **MASKS, **NAMED, feature_size=32,
         mask_feature_size=32, num_queries=7, common_stride=4),
         processor("Mask2Former", size={"shortest_edge": 64, "longest_edge": 128}, size_divisor=32, do_normalize=True,
                   **IMAGENET)), "segmentation"),
-    "OneFormer": Family(hugging("OneFormerForUniversalSegmentation", config(
+    "OneFormer": Family(hf_net("OneFormerForUniversalSegmentation", config(
         "OneFormerConfig", backbone_config=config("SwinConfig", **SWIN), **MASKS, **NAMED, num_queries=8, conv_dim=32,
         mask_dim=32, task_seq_len=16, max_seq_len=16, text_encoder_width=16, text_encoder_context_length=16,
         text_encoder_num_layers=1, text_encoder_vocab_size=13, text_encoder_proj_layers=1, text_encoder_n_ctx=2,
         query_dec_layers=1, is_training=False),
         processor("OneFormer", size={"shortest_edge": 64, "longest_edge": 128}, do_normalize=True, **IMAGENET),
         tokenizer=True), "segmentation"),
-    "EoMT": Family(hugging("EomtForUniversalSegmentation", config(
+    "EoMT": Family(hf_net("EomtForUniversalSegmentation", config(
         "EomtConfig", **VIT, image_size=32, patch_size=8, num_queries=6, num_blocks=1, num_upscale_blocks=1, **NAMED),
         processor("Eomt", size={"shortest_edge": 32, "longest_edge": None}, do_split_image=True, do_normalize=True,
                   **IMAGENET)), "segmentation", grouped=True),
-    "CLIPSeg": Family(hugging("CLIPSegForImageSegmentation", text_and_image(
+    "CLIPSeg": Family(hf_net("CLIPSegForImageSegmentation", text_and_image(
         "CLIPSegConfig", projection_dim=16, reduce_dim=16, extract_layers=[0, 1, 2], decoder_num_attention_heads=2,
         decoder_intermediate_size=32), processor("ViT", 32, **IMAGENET), tokenizer=True), "mask", aim="mask"),
 }

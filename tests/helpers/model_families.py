@@ -1,6 +1,6 @@
-"""ComfyUI's own architectures, so small that a step takes milliseconds, with random weights and what they are asked for.
+"""ComfyUI's own architectures with random weights, so small that a step takes milliseconds, and their conditioning.
 
-Only what a family is stands here as data; ComfyUI itself is imported where something is built, for it is not always there.
+A family is data; ComfyUI is imported where a model is built, for it is not always there.
 """
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ PLAYGROUND = {"sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002}
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model. config, base: its classes in ComfyUI; kind: what it predicts, where that is not its base's own."""
+    """A kind of model. config, base: its classes in ComfyUI; kind: its prediction type, where it is not that of its base."""
 
     config: str
     base: str
@@ -62,7 +62,7 @@ class Family:
     sampling: dict = field(default_factory=dict)
     latent_format: str | None = None
     params: tuple[str, str] | None = None  # the module and class of the network's settings, whose fields differ by version
-    told: dict = field(default_factory=dict)  # what its text encoder says beside context and pooled output
+    extra: dict = field(default_factory=dict)  # what its text encoder returns besides context and pooled output
 
 
 FAMILIES = {
@@ -75,13 +75,13 @@ FAMILIES = {
     "Flux 2": Family("Flux2", "Flux2", FLUX_2, latent=(2, 128, 6, 10), params=("flux", "FluxParams")),
     "Chroma": Family("Chroma", "Chroma", CHROMA, params=("chroma", "ChromaParams")),
     "Qwen-Image": Family("QwenImage", "QwenImage", QWEN),
-    "Lumina 2": Family("Lumina2", "Lumina2", LUMINA, told=MASKED),
-    "Z-Image": Family("ZImage", "Lumina2", Z_IMAGE, told=MASKED),
+    "Lumina 2": Family("Lumina2", "Lumina2", LUMINA, extra=MASKED),
+    "Z-Image": Family("ZImage", "Lumina2", Z_IMAGE, extra=MASKED),
     "Cosmos-Predict2": Family("CosmosT2IPredict2", "CosmosPredict2", COSMOS),
     "Wan 2.1": Family("WAN21_T2V", "WAN21", WAN, latent=(1, 16, 3, *SIZE)),
     "HunyuanVideo": Family("HunyuanVideo", "HunyuanVideo", HUNYUAN_VIDEO, latent=(1, 16, 3, *SIZE),
                            params=("hunyuan_video", "HunyuanVideoParams")),
-    "LTX-Video": Family("LTXV", "LTXV", LTX, latent=(1, 128, 3, 6, 10), told=MASKED),
+    "LTX-Video": Family("LTXV", "LTXV", LTX, latent=(1, 128, 3, 6, 10), extra=MASKED),
 }
 
 
@@ -97,12 +97,12 @@ class Small(NamedTuple):
 def small(name: str, dtype: torch.dtype = torch.float32) -> Small:
     """One of the families; the test is skipped where this ComfyUI does not have it."""
     family = FAMILIES[name]
-    return Small(_model(name, family, dtype), conditioning(1, family.told), conditioning(2, family.told),
+    return Small(_model(name, family, dtype), conditioning(1, family.extra), conditioning(2, family.extra),
                  {"samples": torch.zeros(family.latent)})
 
 
 def without_network(latent_format: str, kind: str = "FLOW") -> Any:
-    """A MODEL that is only looked at; the test is skipped where this ComfyUI does not have its latents."""
+    """A MODEL whose network is never run; the test is skipped where this ComfyUI does not have its latents."""
     import comfy.latent_formats
     import comfy.model_base
     import comfy.supported_models_base
@@ -114,9 +114,9 @@ def without_network(latent_format: str, kind: str = "FLOW") -> Any:
     return _patcher(comfy.model_base.BaseModel(config, comfy.model_base.ModelType[kind]))
 
 
-def conditioning(seed: int, told: dict) -> list:
-    """What a text encoder would have said."""
-    return [[randn(1, TOKENS, WIDTH, seed=seed), {"pooled_output": randn(1, WIDTH, seed=10 + seed), **told}]]
+def conditioning(seed: int, extra: dict) -> list:
+    """A CONDITIONING as a text encoder returns it."""
+    return [[randn(1, TOKENS, WIDTH, seed=seed), {"pooled_output": randn(1, WIDTH, seed=10 + seed), **extra}]]
 
 
 def control_net() -> Any:
@@ -140,14 +140,14 @@ def t2i_adapter() -> Any:
 
 
 def lora(model: Any, rank: int = 2) -> dict:
-    """A LoRA for every linear layer of a model, as its file would be read."""
-    found = {}
+    """A LoRA for every linear layer of a model, as read from its file."""
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.model.diffusion_model.state_dict().items():
         if tensor.ndim == 2 and name.endswith(".weight"):
             layer, (height, width) = f"diffusion_model.{name.removesuffix('.weight')}", tensor.shape
-            found[f"{layer}.lora_up.weight"] = 0.1 * randn(height, rank, seed=len(found))
-            found[f"{layer}.lora_down.weight"] = randn(rank, width, seed=len(found))
-    return found
+            tensors[f"{layer}.lora_up.weight"] = 0.1 * randn(height, rank, seed=len(tensors))
+            tensors[f"{layer}.lora_down.weight"] = randn(rank, width, seed=len(tensors))
+    return tensors
 
 
 def _model(name: str, family: Family, dtype: torch.dtype) -> Any:
@@ -157,8 +157,8 @@ def _model(name: str, family: Family, dtype: torch.dtype) -> Any:
 
     if not hasattr(comfy.supported_models, family.config):
         pytest.skip(f"this ComfyUI has no {name}")
-    config = getattr(comfy.supported_models, family.config)(_known(family))
-    config.unet_config.update(_known(family))  # over what the class knows of the full-size network
+    config = getattr(comfy.supported_models, family.config)(_supported(family))
+    config.unet_config.update(_supported(family))  # over those of the full-size network
     config.sampling_settings.update(family.sampling)
     if family.latent_format:
         config.latent_format = getattr(comfy.latent_formats, family.latent_format)()
@@ -169,15 +169,15 @@ def _model(name: str, family: Family, dtype: torch.dtype) -> Any:
     return _patcher(model)
 
 
-def _known(family: Family) -> dict:
-    """The network's settings without those that this version does not have."""
+def _supported(family: Family) -> dict:
+    """The settings of the network that this version of ComfyUI has."""
     if family.params is None:
         return family.net
     import importlib
 
     module, kind = family.params
-    known = {each.name for each in fields(getattr(importlib.import_module(f"comfy.ldm.{module}.model"), kind))}
-    return {key: value for key, value in family.net.items() if key in known}
+    names = {field.name for field in fields(getattr(importlib.import_module(f"comfy.ldm.{module}.model"), kind))}
+    return {key: value for key, value in family.net.items() if key in names}
 
 
 def _patcher(model: Any) -> Any:
@@ -188,7 +188,7 @@ def _patcher(model: Any) -> Any:
 
 
 def fill(net: torch.nn.Module) -> torch.nn.Module:
-    """Weights as they might have been trained: ComfyUI leaves them as the memory happens to be."""
+    """Fill a network with weights as if trained: ComfyUI leaves memory as it happens to be."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in sorted(net.state_dict().items()):
         if tensor.ndim > 1:

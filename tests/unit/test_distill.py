@@ -10,15 +10,15 @@ from helpers import (
     disturb,
     fixed_weights,
     full_disk,
+    gaussian_denoise,
     images,
     level,
+    made_up_trajectories,
     randn,
     same,
     says,
-    shrink,
     small_guider,
     snapshot,
-    ways,
 )
 
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
@@ -56,7 +56,7 @@ def never(*_):
 def made(seeds: list[int]) -> tuple[torch.Tensor, Trajectories]:
     """Images and made-up trajectories of them, with two steps in each interval."""
     ends = images(len(seeds), seed=seeds[0])
-    return ends, ways(ends, seeds[0])
+    return ends, made_up_trajectories(ends, seeds[0])
 
 
 def make_bank(guider, view: str = "denoised", rank: int = 2, seed: int = 0) -> ExpertBank:
@@ -90,7 +90,7 @@ def test_the_loss_compares_the_expert_on_the_noisy_image_with_the_plain_network_
     disturb(bank, 1)
     image, sigma, noise = images(), torch.tensor([0.5, 1.0, 1.9]), randn(3, 3, 20, 28, seed=8)
     x = image + sigma[:, None, None, None] * noise
-    seen = x / (1 + sigma**2).sqrt()[:, None, None, None] if view == "noisy" else shrink(x, sigma)
+    seen = x / (1 + sigma**2).sqrt()[:, None, None, None] if view == "noisy" else gaussian_denoise(x, sigma)
     loss = distill_loss(guider, bank, Pairs(image, seen, sigma))
     expected = TASKS[task].distance(with_experts(guider, bank).predict(seen, sigma), guider.predict(image, clean(image)))
     assert loss.shape == (3,) and torch.equal(loss, expected)
@@ -110,11 +110,11 @@ def test_an_expert_sees_in_guidance_what_it_saw_in_distillation(store, view):
     guider, seen, recorder = small_guider(), [], TrajectoryRecorder()
     bank, x = make_bank(guider, view), randn(1, *store.images.shape[1:])
     sigma = level(1.0, x)
-    recorder.record(x, sigma, shrink(x, sigma))
+    recorder.record(x, sigma, gaussian_denoise(x, sigma))
     inputs = {"noisy": recorder.calls[0][1], "denoised": recorder.calls[0][2]}[view]
     handle = bank.register_forward_pre_hook(lambda module, inputs: seen.append([part.detach().clone() for part in inputs]))
     distill_loss(guider, bank, Pairs(images(1), inputs.float(), sigma))
-    guidance_shift([Term(with_experts(guider, bank))], x, sigma, shrink(x, sigma))
+    guidance_shift([Term(with_experts(guider, bank))], x, sigma, gaussian_denoise(x, sigma))
     handle.remove()
     (learned, learned_at), (guided, at) = seen
     assert torch.equal(learned_at, at)
@@ -311,7 +311,7 @@ def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_t
 def test_the_disagreement_of_the_plain_network_grows_from_about_nothing_with_the_noise(tmp_path, view):
     store, guider = SampleStore(tmp_path, {"seed": 0}), small_guider(view=view)
     ends = images(SHARD_SIZE)
-    store.fill(SHARD_SIZE, lambda seeds: (ends, ways(ends, levels=(3.0, 0.1, 1e-3))))
+    store.fill(SHARD_SIZE, lambda seeds: (ends, made_up_trajectories(ends, levels=(3.0, 0.1, 1e-3))))
     found = teacher_distance(guider, guider, store, ExpertSchedule((1e-4, 0.01, 1.0, 10.0)), size=16)
     assert [at for at, _ in found] == pytest.approx([1e-3, 0.1, 3.0])
     assert abs(found[0][1]) < 1e-5 and 10 * found[0][1] < found[1][1] < found[2][1]

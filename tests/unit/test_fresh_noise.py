@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from helpers import randn, says, ways
+from helpers import made_up_trajectories, randn, says
 
 from benchmarks import ppap_reference
 from benchmarks.fresh_noise import fresh_pairs
@@ -18,7 +18,7 @@ SCHEDULE = ExpertSchedule((0.1, 0.7, 2.0, 10.0))
 
 def with_ways(images: torch.Tensor) -> tuple:
     """Images and made-up trajectories of them."""
-    return images, ways(images)
+    return images, made_up_trajectories(images)
 
 
 @pytest.fixture
@@ -74,7 +74,8 @@ def test_no_gradient_passes_through_what_sees_fresh_noise(pixels):
 
 def test_fresh_noise_on_decoded_latents_is_refused(tmp_path):
     store = SampleStore(tmp_path, MANIFEST)
-    store.fill(SHARD_SIZE, lambda seeds: (randn(len(seeds), *SHAPE).tanh(), ways(randn(len(seeds), 4, 2, 3))))
+    store.fill(SHARD_SIZE, lambda seeds: (randn(len(seeds), *SHAPE).tanh(),
+                                          made_up_trajectories(randn(len(seeds), 4, 2, 3))))
     with says(ValueError, "(4, 2, 3)", str(SHAPE), "trajectories"):
         fresh_pairs(store, SCHEDULE, 1, BatchSpec(0, 4, 0), to_vp)
 

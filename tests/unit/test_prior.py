@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import level, randn, says, shrink, small_guider
+from helpers import gaussian_denoise, level, randn, says, small_guider
 from helpers.gaussian import GaussianMixture
 from torch import Tensor
 
@@ -85,9 +85,9 @@ def test_without_terms_every_start_ends_at_some_mode(mixture):
 def test_both_ways_have_the_gradient_of_log_p_where_images_are_gaussian(sigma):
     """-log p of x is (image - mean) / (spread^2 + sigma^2) in the mean over the noise, which opposite draws are."""
     image, noise = randn(2, 3, 5, 4, dtype=torch.float64), randn(2, 3, 5, 4, seed=1, dtype=torch.float64)
-    wanted = image / (0.25 + sigma**2)  # of `shrink`: mean 0, spread 0.5
+    wanted = image / (0.25 + sigma**2)  # of `gaussian_denoise`: mean 0, spread 0.5
     for jacobian in (False, True):
-        both = [_pull(shrink, [], image, draw, level(sigma, image), jacobian, 0.5)[2] for draw in (noise, -noise)]
+        both = [_pull(gaussian_denoise, [], image, draw, level(sigma, image), jacobian, 0.5)[2] for draw in (noise, -noise)]
         assert torch.allclose(sum(both) / 2, wanted, rtol=1e-9)
 
 
@@ -119,7 +119,7 @@ def test_a_balanced_term_pulls_weight_times_as_hard_as_the_prior_whatever_its_en
     mask[..., :9] = 1
 
     def gradient(*terms: Term) -> Tensor:
-        return _pull(shrink, terms, image, noise, sigma, False, 0.5)[2]
+        return _pull(gaussian_denoise, terms, image, noise, sigma, False, 0.5)[2]
 
     prior = gradient()
     size = prior.square().flatten(1).mean(1).sqrt()
@@ -146,7 +146,7 @@ def test_half_of_a_mask_steers_half_of_the_image():
     guider, mask = rule_guider("brightness").aim(torch.tensor([[1.0]])), torch.zeros(1, 1, 6, 8)
     mask[..., :4] = 1
     start = randn(2, 3, 6, 8)
-    free, half = (found(shrink, terms, start) for terms in ([], [Term(guider, 1.0, mask=mask)]))
+    free, half = (found(gaussian_denoise, terms, start) for terms in ([], [Term(guider, 1.0, mask=mask)]))
     assert torch.equal(half[..., 4:], free[..., 4:])
     assert (half[..., :4] > free[..., :4]).float().mean() > 0.9
 
@@ -205,9 +205,9 @@ def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(mixture, tmp_path, st
 def test_it_works_in_inference_mode_and_leaves_the_start_alone():
     start = randn(2, 3, 20, 28)
     before, term = start.clone(), Term(small_guider(), 0.5, balanced=True)
-    outside = found(shrink, [term], start)
+    outside = found(gaussian_denoise, [term], start)
     with torch.inference_mode():
-        inside = found(shrink, [term], start.clone())
+        inside = found(gaussian_denoise, [term], start.clone())
     assert torch.equal(inside, outside)
     assert torch.equal(start, before)
     assert not outside.requires_grad
@@ -278,7 +278,7 @@ def test_a_wrong_number_of_seeds_for_a_whole_search_is_refused():
 
 
 def test_a_model_without_a_way_back_is_refused_only_where_one_is_asked_for():
-    closed = torch.no_grad()(shrink)
+    closed = torch.no_grad()(gaussian_denoise)
     start = randn(1, 3, 5, 4)
     assert found(closed, [], start).shape == start.shape
     with says(ValueError, "no gradient"):
@@ -287,7 +287,7 @@ def test_a_model_without_a_way_back_is_refused_only_where_one_is_asked_for():
 
 def test_a_model_that_answers_nonsense_stops_the_search_in_words():
     def broken(x: Tensor, sigma: Tensor) -> Tensor:
-        denoised = shrink(x, sigma)
+        denoised = gaussian_denoise(x, sigma)
         denoised[1] = float("nan")
         return denoised
     with says(ValueError, "the prior", "nan"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import full_disk, level, randn, says, shrink, ways
+from helpers import full_disk, gaussian_denoise, level, made_up_trajectories, randn, says
 
 from ppap_core.experts.samples import (
     SHARD_SIZE,
@@ -31,13 +31,13 @@ MANIFEST = {"model": "gaussian", "steps": 4, "seed": 11}
 def generate(seeds: list[int]) -> tuple[torch.Tensor, Trajectories]:
     """A real sampling, of a Gaussian around zero."""
     recorder = TrajectoryRecorder()
-    images = sample_heun(recorder.wrap(shrink), seeded_noise(seeds, SHAPE) * 5.0, karras_sigmas(4, 0.1, 5.0))
+    images = sample_heun(recorder.wrap(gaussian_denoise), seeded_noise(seeds, SHAPE) * 5.0, karras_sigmas(4, 0.1, 5.0))
     return images, recorder.trajectories(seeds)
 
 
 def end_in(images: torch.Tensor) -> tuple[torch.Tensor, Trajectories]:
     """Images and made-up trajectories of them."""
-    return images, ways(images)
+    return images, made_up_trajectories(images)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -300,12 +300,12 @@ def test_overhearing_a_sampling_changes_nothing_about_it():
     asked = []
     def denoise(x, sigma):
         asked.append((x.clone(), sigma.clone()))
-        return shrink(x, sigma)
-    assert torch.equal(sample_heun(recorder.wrap(denoise), x, sigmas), sample_heun(shrink, x, sigmas))
+        return gaussian_denoise(x, sigma)
+    assert torch.equal(sample_heun(recorder.wrap(denoise), x, sigmas), sample_heun(gaussian_denoise, x, sigmas))
     assert len(recorder.calls) == len(asked) == 7
     for (sigma, noisy, denoised), (state, at) in zip(recorder.calls, asked, strict=True):
         assert torch.equal(sigma, at) and torch.equal(noisy, to_vp(state, at).half())
-        assert torch.equal(denoised, shrink(state, at).half())
+        assert torch.equal(denoised, gaussian_denoise(state, at).half())
 
 
 # Pairs of trajectories

@@ -1,13 +1,13 @@
 # Each command sets up all it needs in .venv, once.
-#   make demo      distil five experts on the bundled world and guide with them (no ComfyUI needed)
-#   make test      all tests; those of the nodes run where a ComfyUI is at hand
-#   make test-fast the tests of the core without those that train, sample or measure: under a minute
-#   make lint      ruff and mypy
-#   make comfyui   start ComfyUI with this pack in it
-#   make bench     the short table of the benchmark
-#   make pictures  run every workflow at its full settings in ComfyUI, and make the README's pictures of them
+#   make demo        distil five experts on the bundled world and guide with them (no ComfyUI needed)
+#   make test        all tests; those of the nodes run where a ComfyUI is at hand
+#   make test-fast   the tests of the core without those that train, sample or measure: under a minute
+#   make lint        ruff and mypy
+#   make comfyui     start ComfyUI with this pack in it
+#   make bench       the short table of the benchmark
+#   make pictures    run every workflow at its full settings in ComfyUI, and make the pictures in docs of them
 #   make help-pages  write the inputs and outputs of the nodes into their help pages (needs a ComfyUI)
-#   make archive   build the archive that the registry publishes, and print its size
+#   make archive     build the archive that the registry publishes, and print its size
 # A ComfyUI is looked for at COMFYUI_PATH, then around this folder (ComfyUI/custom_nodes/<pack>), then in comfy-cli's default.
 
 PYTHON ?= python3

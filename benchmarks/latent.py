@@ -18,8 +18,8 @@ from ppap_core.io.files import ensure_manifest, read_json, write_json
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import Denoiser
 from ppap_core.schedules import ExpertSchedule
-from ppap_core.tinyworld.latents import CHANNELS, SIZE, SPACE, as_hint, depth_picture
-from ppap_core.tinyworld.loaders import TASKS, condition
+from ppap_core.tinyworld.latents import CHANNELS, SIZE, SPACE, depth_hint, scale_hint
+from ppap_core.tinyworld.loaders import LABELS, condition
 from ppap_core.tinyworld.scenes import Scenes, draw, truth
 
 from .costs import ratio_in_turn
@@ -129,7 +129,7 @@ def step_ratio(world: LatentWorld, way: Way, repeats: int) -> float:
 @torch.no_grad()
 def encoded_depth(world: LatentWorld, seeds: range) -> Tensor:
     """The exact depth of scenes as the ControlNet is given it."""
-    return as_hint(world.autoencoder.encode(depth_picture(draw(seeds, SIZE).depth.to(world.device))))
+    return scale_hint(world.autoencoder.encode(depth_hint(draw(seeds, SIZE).depth.to(world.device))))
 
 
 def ways(world: LatentWorld, task: str, distilled: Callable[[str], Guider]) -> dict[str, Callable[[], Way]]:
@@ -156,7 +156,7 @@ def latent_bench(config: LatentBench, folder: Path, report: Report) -> list[dict
     ensure_manifest(folder, asdict(config))
     world, folder, rows = LatentWorld(), Path(folder), []
     real = reference(world.judges["class"], config.scenes, SIZE // 4, world.device)
-    for task in TASKS:
+    for task in LABELS:
         def distilled(view: str, task=task) -> Guider:
             return experts(world, task, view, config, folder, report)
         for number, (name, make) in enumerate(ways(world, task, distilled).items()):

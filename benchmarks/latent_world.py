@@ -9,8 +9,9 @@ from ppap_core.noise import expand
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import Denoiser, karras_sigmas, sample_euler
 from ppap_core.tinyworld import latents
-from ppap_core.tinyworld.latents import CHANNELS, SHRINK, SIZE, load_autoencoder, load_control, load_flow, undiffused
-from ppap_core.tinyworld.loaders import CONDITIONS, TASKS, load_guider
+from ppap_core.tinyworld.latents import SIZE, load_autoencoder, load_control, load_flow, unscale_latent
+from ppap_core.tinyworld.loaders import CONDITIONS, LABELS, load_guider
+from ppap_core.tinyworld.networks.autoencoder import CHANNELS, SHRINK
 
 from .networks import load_judge
 
@@ -25,7 +26,7 @@ class LatentWorld:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.flow, self.control, self.autoencoder = (load().to(self.device) for load in
                                                      (load_flow, load_control, load_autoencoder))
-        self.guiders, self.judges = ({task: load(task) for task in TASKS} for load in (load_guider, load_judge))
+        self.guiders, self.judges = ({task: load(task) for task in LABELS} for load in (load_guider, load_judge))
         for guider in (*self.guiders.values(), *self.judges.values()):
             base_network(guider).to(self.device)
 
@@ -41,11 +42,11 @@ class LatentWorld:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, 8h, 8w) in [-1, 1]."""
-        return self.autoencoder.decode(undiffused(latents)).clamp(-1, 1)
+        return self.autoencoder.decode(unscale_latent(latents)).clamp(-1, 1)
 
     def decoder(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """What a guider sees of latents through the autoencoder."""
-        return self.autoencoder.decode(undiffused(latents))
+        return self.autoencoder.decode(unscale_latent(latents))
 
     def sample(self, seeds: Sequence[int], sigmas: Tensor, denoise: Denoiser) -> Tensor:
         """Latents of the given seeds after Euler steps along these noise levels."""

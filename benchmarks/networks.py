@@ -3,8 +3,9 @@ from pathlib import Path
 
 from ppap_core.guiders.guider import Guider
 from ppap_core.tinyworld.loaders import CONDITIONS, load_weights, tiny_guider
-from ppap_core.tinyworld.networks.classifiers import TinyTransformer, tiny_convnext
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
+
+from .judges import TinyTransformer, tiny_convnext
 
 WEIGHTS = Path(__file__).parent / "weights"
 

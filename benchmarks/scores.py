@@ -10,7 +10,7 @@ from torch import Tensor
 from ppap_core.guiders.guider import Guider, clean
 from ppap_core.noise import expand
 from ppap_core.tinyworld import latents
-from ppap_core.tinyworld.loaders import TASKS, condition, load_guider
+from ppap_core.tinyworld.loaders import LABELS, condition, load_guider
 from ppap_core.tinyworld.scenes import CLASSES, Scenes, draw, truth
 from ppap_core.viz.plots import contact_sheet, save_picture
 
@@ -40,7 +40,7 @@ def latent_lines() -> list[str]:
     labels = torch.arange(LATENTS, device=world.device) % len(CLASSES)
     scenes = draw(range(64), latents.SIZE).image.to(world.device)
     eps = partial(latents.denoise_by_eps, latents.load_eps().to(world.device))
-    error = (world.decode(latents.diffused(world.autoencoder.encode(scenes))) - scenes).abs().mean()
+    error = (world.decode(latents.scale_latent(world.autoencoder.encode(scenes))) - scenes).abs().mean()
     lines = [f"The autoencoder gives scenes back with a mean error of {error:.3f}, where they span -1 to 1."]
     for name, denoise, sigmas in (("flow", world.denoise, flow_sigmas(STEPS)), ("noise-predicting", eps, eps_sigmas(STEPS))):
         anything = judged(world, denoise, sigmas, torch.full_like(labels, -1)).max(1).values
@@ -68,7 +68,7 @@ def main() -> None:
     scenes = draw(range(COUNT))
     print("| network | " + " | ".join(f"noise {sigma:g}" for sigma in NOISE) + " |\n|---|" + "---:|" * len(NOISE))
     for role, load in (("guider", load_guider), ("judge", load_judge), ("second judge", load_held_out_judge)):
-        for task in TASKS:
+        for task in LABELS:
             scored = (score(load(task), scenes, sigma) for sigma in NOISE)
             print(f"| {role}, {task} | " + " | ".join(f"{each:.3f}" for each in scored) + " |", flush=True)
     world = load_world()

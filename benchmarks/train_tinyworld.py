@@ -20,7 +20,7 @@ from examples.priors.networks import WEIGHTS as PRIORS
 from examples.priors.networks import label_map_denoiser, tour_denoiser
 from examples.priors.salesman import solve
 from examples.priors.tours import solved_tours
-from ppap_core.guiders.tasks import cross_entropy, pixel_cross_entropy
+from ppap_core.guiders.tasks import TASKS, cross_entropy, pixel_cross_entropy
 from ppap_core.io.files import (
     load_tensors,
     optimizer_tensors,
@@ -33,25 +33,25 @@ from ppap_core.noise import SIGMA_DATA, expand, to_vp
 from ppap_core.sampling import Denoiser
 from ppap_core.tinyworld.latents import (
     SCALE,
-    SHRINK,
     SIZE,
     SPACE,
     Encoded,
     TinyEps,
-    as_hint,
-    depth_picture,
-    diffused,
+    depth_hint,
     load_autoencoder,
     load_flow,
+    scale_hint,
+    scale_latent,
     timestep_sigmas,
 )
-from ppap_core.tinyworld.loaders import CONDITIONS, TASKS, WEIGHTS, condition, load_denoiser
-from ppap_core.tinyworld.networks.autoencoder import TinyAutoencoder
-from ppap_core.tinyworld.networks.classifiers import TinyTransformer, augment, tiny_convnext, tiny_resnet
+from ppap_core.tinyworld.loaders import CONDITIONS, LABELS, WEIGHTS, condition, load_denoiser
+from ppap_core.tinyworld.networks.autoencoder import SHRINK, TinyAutoencoder
+from ppap_core.tinyworld.networks.classifiers import tiny_resnet
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 from ppap_core.tinyworld.networks.flow import TinyControl, TinyFlow, to_diffusers
 from ppap_core.tinyworld.scenes import Scenes, draw, truth
 
+from .judges import TinyTransformer, augment, tiny_convnext
 from .networks import WEIGHTS as JUDGES
 
 TRAINING_SEEDS = 10_000_000  # scenes below this number are never trained on
@@ -125,8 +125,8 @@ def autoencoder_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator)
     latent = net.encode(image.contiguous(memory_format=torch.channels_last)).float()
     noise = torch.randn(latent.shape, generator=generator).to(latent)
     error = net.decode(latent + 0.1 / SCALE * noise).float() - image
-    off = SPACE.colors(diffused(latent)) - F.avg_pool2d(image, SHRINK)
-    parts = (error.abs(), error.square(), 0.25 * off.square(), 0.01 * diffused(latent).square())
+    off = SPACE.colors(scale_latent(latent)) - F.avg_pool2d(image, SHRINK)
+    parts = (error.abs(), error.square(), 0.25 * off.square(), 0.01 * scale_latent(latent).square())
     return sum(part.flatten(1).mean(1) for part in parts)
 
 
@@ -209,8 +209,8 @@ def _encode(net: nn.Module, count: int, batch: int = 16) -> dict[str, Tensor]:
             return net.encode(image.contiguous(memory_format=torch.channels_last)).float()
     for start in range(first, first + count, batch):
         scenes = draw(range(start, start + batch), SIZE)
-        found.append(Encoded(diffused(encode(scenes.image)).half(), scenes.label,
-                             as_hint(encode(depth_picture(scenes.depth))).half()))
+        found.append(Encoded(scale_latent(encode(scenes.image)).half(), scenes.label,
+                             scale_hint(encode(depth_hint(scenes.depth))).half()))
     return {name: torch.cat(parts) for name, parts in zip(Encoded._fields, zip(*found, strict=True), strict=True)}
 
 
@@ -285,7 +285,7 @@ def fit(name: str, net: nn.Module, loss: Callable, recipe: Recipe, folder: Path,
     state_file.unlink(missing_ok=True)
 
 
-OUTPUTS = {task: (max(len(labels), 1), dense) for task, (labels, dense) in TASKS.items()}
+OUTPUTS = {task: (max(len(labels), 1), TASKS[task].dense) for task, labels in LABELS.items()}
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     "denoiser": (TinyDenoiser, denoiser_loss, Recipe(steps=11_000, ema=0.9995)),
     "conditional_denoiser": (conditional_denoiser, conditional_loss, Recipe(steps=2500, lr=5e-4, ema=0.998, seed=7,
@@ -303,12 +303,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable, Recipe]] = {
     "tours": (tour_denoiser, partial(denoiser_loss, middle=0.0),
               Recipe(steps=6000, batch=16, size=64, ema=0.998, seed=10, half=True, tours=4096)),
     **{f"guider_{task}": (partial(tiny_resnet, *OUTPUTS[task]), partial(answer_loss, task), Recipe(steps=3000, seed=1))
-       for task in TASKS},
+       for task in LABELS},
     **{f"judge_{task}": (partial(tiny_convnext, *OUTPUTS[task]), partial(answer_loss, task), Recipe(steps=2000, seed=2))
-       for task in TASKS},
+       for task in LABELS},
     **{f"second_judge_{task}": (partial(TinyTransformer, *OUTPUTS[task]), partial(answer_loss, task),
                                Recipe(steps=4000 if task == "class" else 2000, seed=8, half=True))
-       for task in TASKS},
+       for task in LABELS},
 }
 
 

@@ -13,12 +13,12 @@ from ppap_core.guiders.guider import Guider
 from ppap_core.noise import expand
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import Denoiser
-from ppap_core.tinyworld.loaders import TASKS
+from ppap_core.tinyworld.loaders import LABELS as CLASS_NAMES
 
 Soft = Callable[[Tensor], Tensor]
 """(what is diffused (B, 9, H, W)) -> probabilities (B, L, H, W)"""
 
-LABELS = TASKS["segmentation"][0]
+LABELS = CLASS_NAMES["segmentation"]
 WALL, SHAPE = 0.84, 0.02  # mean share of the wall, and of each shape, in the maps of scenes
 SCALE = 2.75              # of a one-hot map around these, so that its spread is SIGMA_DATA: -2.3 to 0.4, and 0 to 2.7
 LABEL_TEMPERATURE = 0.2                # a label this much more present is e times as probable, where a one-hot map has 1

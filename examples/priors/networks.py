@@ -1,7 +1,7 @@
 """The bundled priors over label maps and pictures of tours."""
 from pathlib import Path
 
-from ppap_core.tinyworld.loaders import TASKS, load_weights
+from ppap_core.tinyworld.loaders import LABELS, load_weights
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -9,7 +9,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def label_map_denoiser() -> TinyDenoiser:
     """A small denoiser of label maps, before its training."""
-    return TinyDenoiser(width=32, blocks=2, channels=len(TASKS["segmentation"][0]))
+    return TinyDenoiser(width=32, blocks=2, channels=len(LABELS["segmentation"]))
 
 
 def load_label_prior() -> TinyDenoiser:

@@ -19,7 +19,7 @@ _loaded: WeakValueDictionary[tuple, torch.nn.Module] = WeakValueDictionary()  # 
 
 def guider_sources() -> dict[str, Callable[[str], Guider]]:
     """Everything Load Guider can load, by name, as functions of what is read of it: the bundled ones first."""
-    sources = {f"tinyworld/{task}": partial(tinyworld.load_guider, task) for task in tinyworld.TASKS}
+    sources = {f"tinyworld/{task}": partial(tinyworld.load_guider, task) for task in tinyworld.LABELS}
     for folder in paths.guider_folders():
         sources.setdefault(folder.name, partial(loaders.load_guider, folder))
     return sources

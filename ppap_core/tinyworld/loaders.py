@@ -1,11 +1,14 @@
-"""A world small enough for a laptop: exact scenes, a trained denoiser of them, and networks that guide and judge."""
+"""The tiny world of pixels: a trained denoiser of 32 x 32 scenes and networks that guide it, small enough for a laptop."""
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..guiders.guider import Guider, IgnoreSigma
 from ..guiders.preprocess import Preprocess
+from ..guiders.tasks import TASKS
 from ..io.files import load_tensors
 from .networks.classifiers import tiny_resnet
 from .networks.denoiser import TinyDenoiser
@@ -15,16 +18,19 @@ SIZE = 32
 SIGMA_MIN, SIGMA_MAX = 0.02, 80.0
 CONDITIONS = 16  # numbers that a model is conditioned on: one for each class, the rest spare
 WEIGHTS = Path(__file__).parent / "weights"
-TASKS = {"class": (CLASSES, False), "depth": ((), True), "segmentation": (("wall", *CLASSES), True)}  # labels, dense
+LABELS: dict[str, tuple[str, ...]] = {"class": CLASSES, "depth": (), "segmentation": ("wall", *CLASSES)}
+"""Task of a tiny network -> names of its classes."""
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def condition(labels: Tensor) -> Tensor:
-    """(B,) long -> (B, CONDITIONS): a one in the place of the class; a label of -1 is no condition, all zeros."""
+    """One-hot condition of labels (B,) long, (B, CONDITIONS); a label of -1 is unconditional, all zeros."""
     return F.one_hot(labels.clamp_min(0), CONDITIONS).float() * (labels >= 0)[:, None]
 
 
-def load_weights(net: nn.Module, name: str, folder: Path = WEIGHTS) -> nn.Module:
-    """A network of the bundled weights, frozen."""
+def load_weights(net: Net, name: str, folder: Path = WEIGHTS) -> Net:
+    """The network with the weights of <folder>/<name>.safetensors, frozen."""
     tensors, _ = load_tensors(folder / f"{name}.safetensors")
     net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
@@ -40,15 +46,18 @@ def load_sibling() -> TinyDenoiser:
     return load_weights(TinyDenoiser(width=32), "sibling")
 
 
-def tiny_guider(make, role: str, task: str, folder: Path = WEIGHTS) -> Guider:
-    labels, dense = TASKS[task]
-    net = load_weights(make(max(len(labels), 1), dense), f"{role}_{task}", folder)
-    return Guider(f"tinyworld/{role}_{task}", IgnoreSigma(net), Preprocess((SIZE, SIZE)), task, labels)
+def tiny_guider(make: Callable[[int, bool], nn.Module], role: str, task: str, folder: Path = WEIGHTS) -> Guider:
+    """A guider of the tiny world from the weights <folder>/<role>_<task>.safetensors.
+
+    make(outputs, dense) builds its network; task is a key of LABELS.
+    """
+    net = load_weights(make(max(len(LABELS[task]), 1), TASKS[task].dense), f"{role}_{task}", folder)
+    return Guider(f"tinyworld/{role}_{task}", IgnoreSigma(net), Preprocess((SIZE, SIZE)), task, LABELS[task])
 
 
-def load_guider(task: str, answer: str = "own") -> Guider:
-    """The tiny network that guides: "class", "depth" or "segmentation". ValueError for any answer but its own."""
-    if answer != "own":
-        raise ValueError(f"the tiny world's network for {task} cannot be read as {answer}: expected its own answer; choose "
+def load_guider(task: str, output: str = "own") -> Guider:
+    """The tiny network that guides: "class", "depth" or "segmentation". ValueError for any output but "own"."""
+    if output != "own":
+        raise ValueError(f"the tiny world's network for {task} cannot be read as {output}: expected its own answer; choose "
                          "'own', or another network")
     return tiny_guider(tiny_resnet, "guider", task)

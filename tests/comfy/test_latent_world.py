@@ -65,7 +65,7 @@ def test_the_models_are_the_core_s_networks(comfy, world: LatentWorld):
 def test_the_colours_of_the_latents_are_those_that_comfyui_knows(comfy, world: LatentWorld):
     space, core = comfy.pack.nodes.bridge.latents.space_of(world.model("flow")), comfy.pack.ppap_core.tinyworld.latents
     assert space.name == core.SPACE.name == "SD3"
-    torch.testing.assert_close(space.factors, core.COLOURS)
+    torch.testing.assert_close(space.factors, core.FACTORS)
     torch.testing.assert_close(space.bias, core.BIAS)
 
 

@@ -12,7 +12,7 @@ from benchmarks.latent_world import LatentWorld, eps_sigmas, flow_sigmas
 from ppap_core.experts.distill import DistillConfig
 from ppap_core.guiders.guider import clean
 from ppap_core.tinyworld import latents as latent
-from ppap_core.tinyworld.loaders import TASKS, condition
+from ppap_core.tinyworld.loaders import LABELS, condition
 from ppap_core.tinyworld.networks.flow import TinyControl, from_diffusers, to_diffusers
 from ppap_core.tinyworld.scenes import CLASSES, draw
 
@@ -24,9 +24,9 @@ def test_the_autoencoder_gives_back_scenes_and_its_latents_have_the_colours_of_t
         found = latent.load_autoencoder()
         latents = found.encode(scenes.image)
         assert (found.decode(latents) - scenes.image).abs().mean() < 0.03
-        colours = latent.SPACE.colors(latent.diffused(latents))
+        colours = latent.SPACE.colors(latent.scale_latent(latents))
     assert (colours - F.avg_pool2d(scenes.image, latent.SHRINK)).square().mean().sqrt() < 0.1
-    assert torch.allclose(latent.undiffused(latent.diffused(latents)), latents, atol=1e-5)
+    assert torch.allclose(latent.unscale_latent(latent.scale_latent(latents)), latents, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_the_latent_benchmark_measures_every_way_once(tmp_path):
                          repeats=1, training=DistillConfig(steps=2, batch=4))
     lines = []
     rows = latent_bench(config, tmp_path, lines.append)
-    assert {row["task"] for row in rows} == set(TASKS) and len(rows) == 30
+    assert {row["task"] for row in rows} == set(LABELS) and len(rows) == 30
     again = []
     assert latent_bench(config, tmp_path, again.append) == rows and not again, "what is there is not done again"
     shown = table(rows)

@@ -10,6 +10,7 @@ from helpers.gaussian import GaussianMixture
 from torch.nn import functional as F
 
 from benchmarks.evaluation import Scores, features, judge_all, reference, score
+from benchmarks.judges import TinyTransformer, augment, tiny_convnext
 from benchmarks.networks import WEIGHTS as JUDGES
 from benchmarks.networks import load_conditional_denoiser, load_held_out_judge, load_judge
 from benchmarks.train_tinyworld import NETWORKS, TRAINING_SEEDS, Recipe, answer_loss, fit, home_of
@@ -17,8 +18,8 @@ from examples.priors.networks import WEIGHTS as PRIORS
 from ppap_core.guiders.guider import clean
 from ppap_core.io.files import load_tensors
 from ppap_core.noise import SIGMA_DATA, expand
-from ppap_core.tinyworld.loaders import CONDITIONS, SIZE, TASKS, WEIGHTS, condition, load_denoiser, load_guider
-from ppap_core.tinyworld.networks.classifiers import TinyTransformer, augment, tiny_convnext, tiny_resnet
+from ppap_core.tinyworld.loaders import CONDITIONS, LABELS, SIZE, WEIGHTS, condition, load_denoiser, load_guider
+from ppap_core.tinyworld.networks.classifiers import tiny_resnet
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 from ppap_core.tinyworld.scenes import CLASSES, SHAPES, draw
 
@@ -239,7 +240,7 @@ def test_a_bundled_network_knows_scenes_that_it_has_not_seen(load, task, floor):
         score = (network.predict(scenes.image, clean(scenes.image)).argmax(1) == truth).float().mean()
     else:
         score = network.aim(truth).score(scenes.image, clean(scenes.image)).mean()
-    assert score > floor and network.task == task and network.labels == TASKS[task][0]
+    assert score > floor and network.task == task and network.labels == LABELS[task]
 
 
 @pytest.mark.parametrize("load", [load_guider, load_judge, load_held_out_judge])

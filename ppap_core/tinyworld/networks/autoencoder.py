@@ -1,17 +1,18 @@
-"""The autoencoder of the latent tiny world, in the layout of TAESD, so that the stock VAE loaders read its file."""
+"""The autoencoder of the latent tiny world, in the layout of TAESD: ComfyUI's own VAE loader reads its file."""
 import torch
 from torch import Tensor, nn
 
-WIDTH, CHANNELS, SHRINK = 64, 16, 8
-"""Features inside, channels of a latent, and pixels along one side of a latent's place."""
+WIDTH = 64     # channels of the layers
+CHANNELS = 16  # of a latent
+SHRINK = 8     # pixels along one side of a latent's place
 
 
-def _conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
+def _conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=bias)
 
 
 class Bounded(nn.Module):
-    """Keeps what a decoder reads within three, smoothly."""
+    """Limits the input of a decoder to [-3, 3], smoothly."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x / 3).tanh() * 3
@@ -20,7 +21,7 @@ class Bounded(nn.Module):
 class Block(nn.Module):
     """Three convolutions around a shortcut."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Sequential(_conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH))
 
@@ -37,18 +38,20 @@ def _grow(blocks: int) -> list[nn.Module]:
 
 
 class TinyAutoencoder(nn.Module):
-    """image (B, 3, 8h, 8w) in [-1, 1] <-> latent (B, 16, h, w), as a VAE gives it, before a latent format's scale."""
+    """image (B, 3, 8h, 8w) in [-1, 1] <-> unscaled latent (B, 16, h, w)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.taesd_encoder = nn.Sequential(_conv(3, WIDTH), Block(), *_shrink(), *_shrink(), *_shrink(),
                                            _conv(WIDTH, CHANNELS))
         self.taesd_decoder = nn.Sequential(Bounded(), _conv(CHANNELS, WIDTH), nn.ReLU(), Block(), Block(), Block(),
                                            *_grow(3), *_grow(3), *_grow(1), _conv(WIDTH, 3))
-        self.to(memory_format=torch.channels_last)  # faster on a CPU
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
 
     def encode(self, image: Tensor) -> Tensor:
+        """Unscaled latent (B, 16, h, w) of an image (B, 3, 8h, 8w) in [-1, 1]."""
         return self.taesd_encoder((image + 1) / 2)
 
     def decode(self, latent: Tensor) -> Tensor:
+        """Image (B, 3, 8h, 8w), about in [-1, 1], of an unscaled latent (B, 16, h, w)."""
         return self.taesd_decoder(latent) * 2 - 1

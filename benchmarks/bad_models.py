@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core.io.files import load_tensors, save_tensors
-from ppap_core.noise import SIGMA_DATA, expand
+from ppap_core.noise import PIXEL_SIGMA_DATA, expand
 from ppap_core.sampling import karras_sigmas
 from ppap_core.tinyworld.loaders import CONDITIONS, SIGMA_MAX, SIGMA_MIN, load_denoiser, load_sibling, load_weights
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
@@ -74,7 +74,7 @@ def _made(kind: str, folder: Path, device: torch.device) -> Model:
                     f"{name}.{part}": getattr(change, part).detach() for name, change in changes.items()
                     for part in ("up", "down")}, {"rank": rank, "step": step + 1})
         images = draw(range(TRAINING_SEEDS, TRAINING_SEEDS + 1024), label=STAR).image.to(device)
-        fine_tune(net, predict, images, FineTune(steps, rank, 16), SIGMA_DATA, RunOptions(on_step=keep))
+        fine_tune(net, predict, images, FineTune(steps, rank, 16), PIXEL_SIGMA_DATA, RunOptions(on_step=keep))
     tensors = {name: tensor.to(device) for name, tensor in load_tensors(file)[0].items()}
     names = {name.rpartition(".")[0] for name in tensors}
     changes = {name: [LoraUpdate(tensors[f"{name}.up"], tensors[f"{name}.down"], strength)] for name in names}

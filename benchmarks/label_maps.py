@@ -23,10 +23,10 @@ from examples.priors.label_maps import (
     unexplained,
 )
 from examples.priors.networks import load_label_prior
-from ppap_core.guidance.prior import PriorConfig, best_of, renoise_and_sample, run_prior
+from ppap_core.guidance.prior import PriorConfig, PriorObjective, best_of, renoise_and_sample, run_prior
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import clean
-from ppap_core.noise import SIGMA_DATA
+from ppap_core.noise import PIXEL_SIGMA_DATA
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import Denoiser
 from ppap_core.tinyworld.loaders import load_guider
@@ -50,18 +50,18 @@ class Way:
     clean: float = 0.0         # noise level of the clean-up at the end
     named: bool = False        # whether the shape is at last called what makes the map most probable
     clusters: int = 2          # of colours
-    prior: PriorConfig = PriorConfig(steps=100, sigma_from=20.0, sigma_to=0.2)
+    prior: PriorConfig = PriorConfig(steps=100, sigma_max=20.0, sigma_min=0.2)
 
 
 def segment(prior: Denoiser, images: Tensor, seeds: Sequence[int], way: Way) -> Tensor:
     """A label map for each picture, (B, 3, H, W) -> (B, H, W) long."""
     clusters = colour_clusters(images, way.clusters).repeat(way.particles, 1, 1)
     seeds = [seed * way.particles + i for i in range(way.particles) for seed in seeds]
-    start = 0.1 * SIGMA_DATA * seeded_noise(seeds, (len(LABELS), *images.shape[2:])).to(images)
-    terms = [Term(cluster_guider(clusters, way.soft), way.weight, balanced=way.balanced),
-             Term(share_guider(), way.share, balanced=way.balanced)]
-    points, _ = run_prior(prior, terms, start, way.prior, seeds, sigma_data=SIGMA_DATA)
-    found = label_map(renoise_and_sample(prior, points, way.clean, way.prior.sigma_to, 12, seeds))
+    start = 0.1 * PIXEL_SIGMA_DATA * seeded_noise(seeds, (len(LABELS), *images.shape[2:])).to(images)
+    terms = [Term(cluster_guider(clusters, way.soft), way.weight, normalized=way.balanced),
+             Term(share_guider(), way.share, normalized=way.balanced)]
+    points, _ = run_prior(PriorObjective(prior, terms), start, way.prior, seeds)
+    found = label_map(renoise_and_sample(prior, points, way.clean, way.prior.sigma_min, 12, seeds))
     if way.particles > 1:
         found = most_probable(prior, found, clusters, way.particles)
     return named(prior, found) if way.named else found
@@ -123,7 +123,7 @@ WAYS = {
     "the prior, without the picture": Way(weight=0.0),
     "the prior and clusters": Way(),
     "... named at last": Way(named=True),
-    "... through the model": Way(prior=replace(Way().prior, jacobian=True)),
+    "... through the model": Way(prior=replace(Way().prior, backprop_through_model=True)),
     "... with a clean-up": Way(clean=2.0),
     "... with the share of the wall": Way(share=1.0),
     "... named at last, by 5 clusters": Way(clusters=5, named=True),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.experts.distill import DistillConfig, distill
 from ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
-from ppap_core.guidance.shift import guided
+from ppap_core.guidance.shift import GuidanceSettings, guided
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider
 from ppap_core.io.files import ensure_manifest, read_json, write_json
@@ -104,8 +104,8 @@ def denoiser(world: LatentWorld, way: Way, scenes: Scenes, weight: float, seeds:
     denoise = partial(world.denoise, given=given, hint=hint)
     if way.guider is None:
         return denoise
-    term = Term(way.guider.aim(truth(scenes, way.guider.task)), weight, balanced=way.balanced)
-    return guided(denoise, [term], sigma_data=1.0)
+    term = Term(way.guider.aim(truth(scenes, way.guider.task)), weight, normalized=way.balanced)
+    return guided(denoise, [term], GuidanceSettings(sigma_data=1.0))
 
 
 def weights_of(way: Way, config: LatentBench) -> tuple[float, ...]:

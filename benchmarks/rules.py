@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppap_core.guidance.prior import PriorConfig, optimize_images
+from ppap_core.guidance.prior import PriorConfig, PriorObjective, optimize_images
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.rules import rule_guider
@@ -35,7 +35,7 @@ def ways(world: TinyWorld, config: RulesBench) -> dict[str, Callable[[list[int],
     """How images of some seeds come about: (seeds, terms) -> (B, 3, 32, 32)."""
     def find(seeds: list[int], terms: list[Term]) -> Tensor:
         start = torch.zeros(len(seeds), 3, SIZE, SIZE, device=world.device)
-        return optimize_images(world.denoise, terms, start, config.prior, seeds)[0]
+        return optimize_images(PriorObjective(world.denoise, terms), start, config.prior, seeds)[0]
     return {"sampling": lambda seeds, terms: world.sample(seeds, config.steps),
             "guided sampling": lambda seeds, terms: world.sample(seeds, config.steps, terms),
             "prior": find}
@@ -69,7 +69,7 @@ def rules_bench(config: RulesBench, report: Report, batch: int = 64) -> list[dic
         guider = ruled(name)
         for way, make in ways(world, config).items():
             started = time.monotonic()
-            images = torch.cat([make(seeds[i:i + batch], [Term(guider, config.weight, balanced=True)])
+            images = torch.cat([make(seeds[i:i + batch], [Term(guider, config.weight, normalized=True)])
                                 for i in range(0, len(seeds), batch)])
             seconds = (time.monotonic() - started) / len(seeds)
             seen = features(world.class_judge, images).cpu()

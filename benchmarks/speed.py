@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppap_core.guidance.gradients import energy_at, energy_gradient
-from ppap_core.guidance.shift import guidance_shift
+from ppap_core.guidance.gradients import Prediction, energy_at, energy_gradient
+from ppap_core.guidance.shift import GuidanceSettings, guidance_shift
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.latents import LatentSpace, Stem
@@ -150,8 +150,9 @@ def guided_step(denoise: Denoiser, guider: Guider, x: Tensor, sigma: Tensor, com
     """The prediction with guidance, as samplers get it."""
     denoised = plain_step(denoise, x, sigma)
     if x.is_meta:  # guidance_shift asks whether the gradient is finite; what it does beyond the gradient has no products
-        return denoised - energy_gradient(guider, x, sigma, denoised, compute)[1]
-    return denoised + guidance_shift([Term(guider)], x, sigma, denoised, sigma_data=1.0, compute=compute).shift
+        return denoised - energy_gradient(guider, x if guider.view == "noisy" else denoised, sigma, compute)[1]
+    settings = GuidanceSettings(sigma_data=1.0, compute_dtype=compute)
+    return denoised + guidance_shift([Term(guider)], Prediction(x, sigma, denoised), settings).delta
 
 
 def through_step(denoise: Denoiser, guider: Guider, x: Tensor, sigma: Tensor, compute: torch.dtype | None = None) -> Tensor:

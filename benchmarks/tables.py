@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core.guidance.autoguidance import Autoguidance, autoguided
-from ppap_core.guidance.prior import PriorConfig, optimize_images
+from ppap_core.guidance.prior import PriorConfig, PriorObjective, optimize_images
 from ppap_core.guidance.shift import guided
 from ppap_core.guidance.terms import Term
 from ppap_core.guidance.training_free import METHODS, sample_training_free
@@ -21,6 +21,7 @@ from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.files import read_json, write_bytes, write_json
 from ppap_core.noise import NoiseInterval, expand, to_vp
 from ppap_core.sampling import Denoiser, sample_euler
+from ppap_core.schedules import Schedule
 from ppap_core.tinyworld.loaders import SIZE, condition
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 from ppap_core.tinyworld.scenes import Scenes, draw, truth
@@ -183,13 +184,12 @@ def sampler(world: TinyWorld, row: Row, guider: Guider | Pair, setting: dict, st
             return sample_euler(autoguided(good, in_bfloat16(world, guider.bad, *given), interval(**setting)), x, sigmas)
         aimed = guider.aim(truth(scenes, guider.task))
         if row.way == "prior":
-            level, config = row.settings.get("level", 0.0), {k: v for k, v in row.settings.items() if k != "level"}
-            return optimize_images(world.denoise, [Term(aimed, **setting)], torch.zeros_like(x), PriorConfig(**config), seeds,
-                               level=level)[0]
+            objective = PriorObjective(world.denoise, [term_of(aimed, **setting)])
+            return optimize_images(objective, torch.zeros_like(x), prior_config(**row.settings), seeds)[0]
         if row.way in METHODS:
             method = replace(METHODS[row.way], **row.settings, **setting)
             return sample_training_free(world.denoise, aimed, x, sigmas, method, seeds)
-        return sample_euler(guided(world.denoise, [Term(aimed, **setting)]), x, sigmas)
+        return sample_euler(guided(world.denoise, [term_of(aimed, **setting)]), x, sigmas)
     return sample
 
 
@@ -204,9 +204,19 @@ def in_bfloat16(world: TinyWorld, model: Model, *given: Tensor) -> Denoiser:
     return lambda x, sigma: replace(world, denoiser=model).denoise(x, sigma, *given)
 
 
+def term_of(guider: Guider, weight: float = 1.0, balanced: bool = False, through: bool = False) -> Term:
+    """The term of a point of a table, under the names that tables and results use."""
+    return Term(guider, weight, normalized=balanced, backprop_through_model=through)
+
+
+def prior_config(steps: int = 300, jacobian: bool = False, level: float = 0.0) -> PriorConfig:
+    """The search of a row's settings, under the names that tables and results use; level: of the renoising."""
+    return PriorConfig(steps, backprop_through_model=jacobian, renoise_sigma=level)
+
+
 def interval(weight: float, low: float = 0.0, high: float = math.inf) -> Autoguidance:
     """Weight 1: the good model only."""
-    return Autoguidance(weight, NoiseInterval(low, high))
+    return Autoguidance(weight, Schedule(NoiseInterval(low, high)))
 
 
 @cache

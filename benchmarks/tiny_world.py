@@ -86,7 +86,7 @@ def generate_store(world: TinyWorld, folder: Path, count: int, steps: int, repor
             return world.sample_recorded(seeds, steps)
         scenes = draw([NOISE + seed for seed in seeds])
         aimed = world.guider.aim(truth(scenes, world.guider.task).to(world.device))
-        return world.sample_recorded(seeds, steps, [Term(aimed, weight, balanced=True)])
+        return world.sample_recorded(seeds, steps, [Term(aimed, weight, normalized=True)])
 
     store = SampleStore(folder, recipe)
     store.fill(count, generate, lambda have, _: report(f"samples: {have} of {count}"))

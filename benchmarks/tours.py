@@ -10,7 +10,7 @@ from torch import Tensor
 from examples.priors.networks import load_tour_prior
 from examples.priors.salesman import distances, insert_edges, length, nearest_neighbour, solve, two_opt
 from examples.priors.tours import adjacency, cities, renderer
-from ppap_core.guidance.prior import PriorConfig, run_prior
+from ppap_core.guidance.prior import PriorConfig, PriorObjective, run_prior
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import Denoiser
 
@@ -21,7 +21,7 @@ Report = Callable[[str], None]
 class Search:
     """How a tour is found under the prior. No constraint is needed: every point is drawn as edges between the cities."""
 
-    prior: PriorConfig = PriorConfig(steps=80, lr=0.2, sigma_from=2.0, sigma_to=0.2)
+    prior: PriorConfig = PriorConfig(steps=80, learning_rate=0.2, sigma_max=2.0, sigma_min=0.2)
     temperature: float = 0.5  # of the softmax over each city's neighbours
     spread: float = 0.1       # of the point at first, which is nearly every edge alike
 
@@ -43,7 +43,8 @@ def find_edges(denoise: Denoiser, places: list[Tensor], seeds: list[int], search
     """How much of each edge the prior wants, (B, V, V), for cities (V, 2) of B instances; i depends on seeds[i] only."""
     count = len(places[0])
     start = search.spread * seeded_noise(seeds, (count, count))
-    points, _ = run_prior(denoise, [], start, search.prior, seeds, render=renderer(places, search.temperature))
+    points, _ = run_prior(PriorObjective(denoise), start, search.prior, seeds,
+                          renderer(places, search.temperature))
     return adjacency(points, search.temperature)
 
 
@@ -128,7 +129,7 @@ def tour_bench(config: TourBench, report: Report) -> list[dict]:
         row(f"best of {config.particles} by the prior, 2-opt",
             [shortest(each, list(tours)) for each, *tours in zip(places, *improved, strict=True)],
             sum(seconds for _, seconds in found))
-        through = replace(config.search, prior=replace(config.search.prior, jacobian=True))
+        through = replace(config.search, prior=replace(config.search.prior, backprop_through_model=True))
         tours, seconds = by_prior(denoise, instances, through, config.batch, 0, report)
         row("prior, through the model", tours, seconds)
         row("prior, through the model, 2-opt", list(improve(tours)), seconds)

@@ -29,7 +29,7 @@ from ppap_core.io.files import (
     with_prefix,
     without_prefix,
 )
-from ppap_core.noise import SIGMA_DATA, expand, to_vp
+from ppap_core.noise import PIXEL_SIGMA_DATA, expand, to_vp
 from ppap_core.sampling import Denoiser
 from ppap_core.tinyworld.latents import (
     SCALE,
@@ -93,7 +93,7 @@ def denoiser_loss(net: Denoiser, scenes: Scenes, generator: torch.Generator, mid
     sigma = (torch.randn(len(image), generator=generator) * 1.2 + middle).exp().to(image.device)
     noise = torch.randn(image.shape, generator=generator).to(image.device)
     error = net(image + sigma[:, None, None, None] * noise, sigma).float() - image
-    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    weight = (sigma**2 + PIXEL_SIGMA_DATA**2) / (sigma * PIXEL_SIGMA_DATA) ** 2
     return weight * error.square().mean(dim=(1, 2, 3))
 
 

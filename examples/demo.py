@@ -38,10 +38,10 @@ def demo(folder: Path, report: Report) -> None:
     rows: dict[str, Term | None] = {"unguided": None}
     for view in ("noisy", "denoised"):
         plain, experts = replace(world.guider, view=view), distil_view(world, view, store, folder, report)
-        rows |= {f"plain guider, {view} view": Term(plain, WEIGHT, balanced=True),
-                 f"five experts, {view} view": Term(experts, WEIGHT, balanced=True)}
+        rows |= {f"plain guider, {view} view": Term(plain, WEIGHT, normalized=True),
+                 f"five experts, {view} view": Term(experts, WEIGHT, normalized=True)}
         plot_disagreement(world, plain, experts, store, folder / f"disagreement_{view}.png")
-    rows["five experts, through the model"] = Term(experts, THROUGH, balanced=True, through=True)
+    rows["five experts, through the model"] = Term(experts, THROUGH, normalized=True, backprop_through_model=True)
     write_results(world, rows, folder, report)
 
 

@@ -21,8 +21,9 @@ from .experts.checkpoint import load_bank, save_bank
 from .experts.distill import DistillConfig, distill, teacher_distance
 from .experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from .guidance.autoguidance import Autoguidance, autoguided
-from .guidance.prior import PriorConfig, optimize_images
-from .guidance.shift import guidance_shift, guided
+from .guidance.gradients import Prediction
+from .guidance.prior import PriorConfig, PriorObjective, optimize_images
+from .guidance.shift import Guidance, GuidanceSettings, guidance_shift, guided
 from .guidance.terms import Term
 from .guidance.training_free import TrainingFree, sample_training_free
 from .guiders.guider import Guider, IgnoreSigma
@@ -43,13 +44,14 @@ from .guiders.tasks import TASKS, Task
 from .guiders.visualize import visualize
 from .noise import NoiseInterval, flow_to_ve, to_vp
 from .sampling import Denoiser, karras_sigmas, sample_euler, sample_heun
-from .schedules import ExpertSchedule, Ramp
+from .schedules import ExpertSchedule, Ramp, Schedule
 
 __version__ = "0.2.0"
 
 __all__ = [
-    "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "Guider", "IgnoreSigma",
-    "LatentSpace", "LoraSpec", "NoiseInterval", "Preprocess", "PriorConfig", "Ramp", "SampleStore", "Task", "Term",
+    "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "Guidance",
+    "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "NoiseInterval", "Prediction", "Preprocess",
+    "PriorConfig", "PriorObjective", "Ramp", "SampleStore", "Schedule", "Task", "Term",
     "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided", "base_network", "class_target",
     "distill", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider",
     "map_target", "mask_target", "number_target", "optimize_images", "rule_guider", "sample_euler", "sample_heun",

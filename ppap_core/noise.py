@@ -1,4 +1,4 @@
-"""Noise levels: one convention, and who is responsible where.
+"""Noise levels and states of diffusion, in one convention.
 
 Everywhere in the core `x = image + sigma * noise` (variance exploding, VE). sigma is the standard deviation of the noise
 over the scale of the signal, without unit.
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PIXEL_SIGMA_DATA = 0.5  # standard deviation of natural images with pixels in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class NoiseInterval:
         return self.lo <= sigma < self.hi
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """n log-uniform noise levels inside the interval, (n,) float32. Needs lo > 0 and a finite hi."""
+        """n log-uniform noise levels inside the interval, (n,) float32. ValueError unless lo > 0 and hi is finite."""
         if self.lo <= 0 or math.isinf(self.hi):
             raise ValueError(f"cannot draw noise levels from {self}: lo must be above 0 and hi finite")
         share = torch.rand(n, generator=generator, dtype=torch.float64)
@@ -45,23 +47,26 @@ EVERYWHERE = NoiseInterval()
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), in the type and place of `like`, to multiply it."""
+    """Reshape (B,) to (B, 1, 1, 1), in the type and on the device of `like` (B, C, H, W), so that they multiply."""
     return sigma.to(like).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def to_vp(x: Tensor, sigma: Tensor) -> Tensor:
-    """x / sqrt(1 + sigma^2): a noisy state on the paper's variance-preserving scale, (B, C, H, W).
+    """Noisy state (B, C, H, W) at sigma (B,) on the variance-preserving scale of Go et al. (2023): x / sqrt(1 + sigma^2).
 
-    It is what an expert of the noisy view is trained on and judges; pixel values stay near [-1, 1] at every noise level.
+    Guiders of the noisy view are trained on it and judge it; pixel values stay near [-1, 1] at every noise level. sigma 0
+    changes nothing.
     """
     return x / (1 + expand(sigma, x) ** 2).sqrt()
 
 
 def flow_to_ve(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Rectified-flow state x = (1 - t) image + t noise -> VE state x / (1 - t) and sigma = t / (1 - t). Needs t < 1."""
+    """VE state and noise level of a rectified-flow state x = (1 - t) image + t noise: x / (1 - t), sigma = t / (1 - t).
+
+    x (B, C, H, W), t (B,); t = 0 changes nothing. ValueError for t = 1, which is pure noise.
+    """
     if bool((t >= 1).any()):
         raise ValueError(f"a flow state at t = {float(t.max())} is pure noise and has no VE noise level: needs t < 1")
     return x / (1 - expand(t, x)), t / (1 - t)
 
 
-SIGMA_DATA = 0.5  # spread of scene pixels around zero

@@ -1,4 +1,4 @@
-"""Denoisers and the two plain samplers that the sample store, the tests and the benchmark use."""
+"""Denoisers, a schedule of noise levels, and two plain deterministic samplers."""
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -8,33 +8,42 @@ from torch import Tensor
 from .noise import expand
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(x (B, C, H, W), sigma (B,)) -> denoised (B, C, H, W)"""
+"""(x (B, C, H, W), sigma (B,)) -> expected clean image (B, C, H, W)"""
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """Noise levels of Karras et al. (2022), eq. 5: descending, ending in 0, (steps + 1,) float32."""
+    """Noise levels of Karras et al. (2022), eq. 5: descending from sigma_max to sigma_min, then 0; (steps + 1,) float32.
+
+    rho: how much the levels crowd at the low end; 1 spaces them evenly.
+    """
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, ramp.new_zeros(1)]).float()
 
 
 def sample_euler(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
-    """Euler steps along dx/dsigma = (x - D) / sigma. x = noise * sigmas[0]; sigmas descending, ending in 0."""
-    for sigma, following in pairwise(sigmas.tolist()):
+    """Samples (B, C, H, W) by Euler steps along dx/dsigma = (x - D) / sigma (Karras et al. 2022).
+
+    x (B, C, H, W): noise * sigmas[0]; sigmas (steps + 1,): descending, ending in 0.
+    """
+    for sigma, next_sigma in pairwise(sigmas.tolist()):
         denoised = denoise(x, x.new_full((len(x),), sigma))
-        x = denoised + (x - denoised) * (following / sigma)
+        x = denoised + (x - denoised) * (next_sigma / sigma)
     return x
 
 
 def sample_heun(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
-    """Algorithm 1 of Karras et al. (2022), deterministic: two evaluations a step but for the last."""
-    for sigma, following in pairwise(sigmas.tolist()):
+    """Samples (B, C, H, W) by Heun's method, algorithm 1 of Karras et al. (2022): two predictions a step, one in the last.
+
+    x (B, C, H, W): noise * sigmas[0]; sigmas (steps + 1,): descending, ending in 0.
+    """
+    for sigma, next_sigma in pairwise(sigmas.tolist()):
         batch = x.new_full((len(x),), sigma)
         slope = (x - denoise(x, batch)) / expand(batch, x)
-        ahead = x + slope * (following - sigma)
-        if following > 0:
-            batch = x.new_full((len(x),), following)
+        ahead = x + slope * (next_sigma - sigma)
+        if next_sigma > 0:
+            batch = x.new_full((len(x),), next_sigma)
             slope = (slope + (ahead - denoise(ahead, batch)) / expand(batch, x)) / 2
-            ahead = x + slope * (following - sigma)
+            ahead = x + slope * (next_sigma - sigma)
         x = ahead
     return x

@@ -1,18 +1,18 @@
-"""Which expert answers for which noise level, and how a weight changes over a window of noise levels."""
+"""Schedules over noise levels: the intervals of experts, and where and how strongly a guidance weight acts."""
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .noise import NoiseInterval
+from .noise import EVERYWHERE, NoiseInterval
 
 
 @dataclass(frozen=True)
 class ExpertSchedule:
-    """N half-open intervals between N + 1 ascending edges (VE sigma).
+    """N half-open intervals of noise levels between N + 1 ascending edges (VE sigma), one for each expert.
 
-    Every sigma belongs to exactly one expert: below the first edge is the first, from the last edge on is the last.
+    Every sigma belongs to exactly one expert: the first also serves levels below its interval, the last those above.
     """
 
     edges: tuple[float, ...]
@@ -31,14 +31,14 @@ class ExpertSchedule:
         return NoiseInterval(self.edges[index], self.edges[index + 1])
 
     def index(self, sigma: float) -> int:
-        """The expert responsible for a noise level."""
+        """Index of the expert that serves a noise level."""
         if math.isnan(sigma):
             raise ValueError("the noise level is NaN: expected a number")
         return bisect_right(self.edges[1:-1], sigma)
 
     @classmethod
     def log_spaced(cls, n: int, sigma_min: float, sigma_max: float) -> "ExpertSchedule":
-        """N intervals of equal width in log sigma."""
+        """n intervals of equal width in log sigma between two noise levels. ValueError for n < 1."""
         if n < 1:
             raise ValueError(f"a schedule needs at least one expert, got {n}")
         ratio = sigma_max / sigma_min
@@ -46,10 +46,10 @@ class ExpertSchedule:
 
     @classmethod
     def equal_shares(cls, n: int, sigma_min: float, sigma_max: float, sigmas: Sequence[float]) -> "ExpertSchedule":
-        """N intervals with equal shares of the steps that a sampler takes between two noise levels.
+        """n intervals with equal shares of a sampler's steps between two noise levels.
 
-        sigmas: of its steps, each as often as it likes. Edges lie between two of them, so that no rounding sends a step to
-        the neighbour. ValueError for fewer steps than experts.
+        sigmas: noise levels of the steps, in any order; repeated ones count once. Edges lie between two of them, so that
+        rounding never moves a step to the neighbouring interval. ValueError for fewer steps than experts.
         """
         levels = sorted({float(sigma) for sigma in sigmas if sigma_min <= sigma <= sigma_max})
         if not 1 <= n <= len(levels):
@@ -60,15 +60,16 @@ class ExpertSchedule:
 
 
 def constant(sigma: float) -> float:
-    """The ramp that changes nothing."""
+    """Ramp that changes nothing: 1 at every noise level."""
     return 1.0
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """A factor for the weight that goes from `first` where the window opens (its high end) to `last` where it closes.
+    """Factor of a weight that goes from `first` at the high end of a window, where sampling enters it, to `last` at the low.
 
-    Linear in log sigma; needs a window with two finite, positive ends. first = last = 1 changes nothing.
+    Linear in log sigma, constant beyond the ends. first = last = 1 changes nothing. ValueError for a window whose ends are
+    not positive and finite.
     """
 
     window: NoiseInterval
@@ -84,3 +85,18 @@ class Ramp:
         low, high = math.log(self.window.lo), math.log(self.window.hi)
         share = min(max((high - math.log(sigma)) / (high - low), 0.0), 1.0)
         return self.first + share * (self.last - self.first)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where guidance acts and how its weight changes there: a window of noise levels and a ramp inside it."""
+
+    window: NoiseInterval = EVERYWHERE
+    ramp: Callable[[float], float] = constant  # (sigma) -> factor of the weight, such as a `Ramp`; neutral: 1
+
+    def factor_at(self, sigma: float) -> float:
+        """Factor of the weight at a noise level; 0 outside the window."""
+        return self.ramp(sigma) if sigma in self.window else 0.0
+
+
+ALWAYS = Schedule()

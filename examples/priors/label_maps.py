@@ -20,7 +20,7 @@ Soft = Callable[[Tensor], Tensor]
 
 LABELS = CLASS_NAMES["segmentation"]
 WALL, SHAPE = 0.84, 0.02  # mean share of the wall, and of each shape, in the maps of scenes
-SCALE = 2.75              # of a one-hot map around these, so that its spread is SIGMA_DATA: -2.3 to 0.4, and 0 to 2.7
+SCALE = 2.75              # of a one-hot map around these, so that its spread is PIXEL_SIGMA_DATA: -2.3 to 0.4, and 0 to 2.7
 LABEL_TEMPERATURE = 0.2                # a label this much more present is e times as probable, where a one-hot map has 1
 
 

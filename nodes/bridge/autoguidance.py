@@ -71,8 +71,7 @@ class AutoguidedModel(Feature):
         """Run one sampling beside the bad model."""
         beside = shared_weights_model if self.shares_weights else separate_model
         model = cfg_guider.model_patcher
-        window = self.schedule.window(model.get_model_object("model_sampling"))
-        settings = Autoguidance(self.weight, window, self.schedule.ramp(model))
+        settings = Autoguidance(self.weight, self.schedule.in_sigmas(model))
         with beside(self.bad, cfg_guider, SamplerCall(*args[:len(SamplerCall._fields)])) as predict_bad:
             with self.runs.running(AutoguidanceRun(settings, predict_bad)):
                 return executor(cfg_guider, *args, **kwargs)

@@ -12,8 +12,9 @@ from torch import Tensor
 from nodes import common_ksampler
 
 from ...ppap_core.experts.bank import ExpertBank
-from ...ppap_core.guidance.shift import guidance_shift
-from ...ppap_core.guidance.terms import Term, TermRecord, needs_model
+from ...ppap_core.guidance.gradients import Prediction
+from ...ppap_core.guidance.shift import GuidanceSettings, guidance_shift
+from ...ppap_core.guidance.terms import Term, TermRecord, any_needs_vjp
 from ...ppap_core.guiders.guider import Decode, Guider
 from ...ppap_core.io.function_fingerprint import hashed_as
 from ...ppap_core.io.hashing import digest
@@ -70,7 +71,7 @@ class SamplingRun:
 
     def terms_at(self, sigma: float) -> list[Term]:
         """In pure noise the prediction hardly depends on it, and a gradient through the model would be rounding."""
-        return self.terms if sigma <= PURE_NOISE else [replace(term, through=False) for term in self.terms]
+        return self.terms if sigma <= PURE_NOISE else [replace(term, backprop_through_model=False) for term in self.terms]
 
 
 class FinishedRun(NamedTuple):
@@ -130,7 +131,7 @@ class GuidedModel(Feature):
         """Predict with gradients where a term needs them at this noise level."""
         net, run = executor.class_obj.inner_model, self.runs.current
         sigma = noise_levels.ve_level(net.model_sampling, timestep[0])
-        if not needs_model(run.terms_at(sigma), sigma):
+        if not any_needs_vjp(run.terms_at(sigma), sigma):
             return executor(x, timestep, *args, **kwargs)
         run.gradient_pass = run.gradient_pass or GradientPass(net)
         with outside_inference_mode():
@@ -163,9 +164,8 @@ def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], dec
 
     shape: (B, C, h, w) of what is sampled. decode: makes images of that for its guider; None for pixels.
     """
-    window, ramp = term.schedule.window(model.get_model_object("model_sampling")), term.schedule.ramp(model)
     mask = None if term.mask is None else latents.mask_for(term.mask, shape)
-    return Term(replace(term.guider, decode=decode), term.weight, window, ramp, mask, term.normalized,
+    return Term(replace(term.guider, decode=decode), term.weight, term.schedule.in_sigmas(model), mask, term.normalized,
                 term.backprop_through_model)
 
 
@@ -213,13 +213,13 @@ def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
     x, sigma = noise_levels.to_ve(sampling, args["input"].detach(), args["sigma"])
     run.sigmas.add(float(sigma[0]))
     images, predicted = latents.frames_as_images(x), latents.frames_as_images(denoised.detach())
-    guidance = guidance_shift(run.terms_at(float(sigma[0])), images, sigma.repeat_interleave(len(images) // len(x)),
-                              predicted, sigma_data=run.sigma_data, max_rms=max_rms or float("inf"), compute=run.compute,
-                              vjp=partial(_vjp, args))
+    prediction = Prediction(images, sigma.repeat_interleave(len(images) // len(x)), predicted, partial(_vjp, args))
+    settings = GuidanceSettings(run.sigma_data, max_rms or float("inf"), run.compute)
+    guidance = guidance_shift(run.terms_at(float(sigma[0])), prediction, settings)
     if guidance is None:
         return denoised
     run.records += guidance.records
-    return denoised + latents.images_as_frames(guidance.shift, denoised)
+    return denoised + latents.images_as_frames(guidance.delta, denoised)
 
 
 def _vjp(args: dict, gradient: Tensor) -> Tensor:

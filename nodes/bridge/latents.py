@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...ppap_core.guiders.latents import PIXELS, LatentSpace
-from ...ppap_core.noise import SIGMA_DATA
+from ...ppap_core.noise import PIXEL_SIGMA_DATA
 from .memory import private_copy
 
 Patcher = comfy.model_patcher.ModelPatcher
@@ -38,7 +38,7 @@ def is_pixel(model: Patcher) -> bool:
 
 def sigma_data_of(model: Patcher) -> float:
     """The spread of what a model diffuses: latents are scaled to one."""
-    return SIGMA_DATA if is_pixel(model) else 1.0
+    return PIXEL_SIGMA_DATA if is_pixel(model) else 1.0
 
 
 def space_name(model: Patcher) -> str:

@@ -10,7 +10,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from ...ppap_core.guidance.gradients import part_of
+from ...ppap_core.guidance.gradients import slice_guider
 from ...ppap_core.guidance.memory import gradient_bytes
 from ...ppap_core.guiders.guider import Guider
 from .hooks import Feature
@@ -157,5 +157,5 @@ def _bytes_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, limi
 
 
 def _bytes_of_images(guider: Guider, count: int, shape: tuple[int, ...], compute: torch.dtype) -> float:
-    part = part_of(guider, slice(0, count), shape[0])
+    part = slice_guider(guider, slice(0, count), shape[0])
     return BACKWARD_OVERHEAD * gradient_bytes(part, (count, *shape[1:]), compute)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ppap_core.noise import NoiseInterval, expand, flow_to_ve
-from ...ppap_core.schedules import Ramp, constant
+from ...ppap_core.schedules import Ramp, Schedule, constant
 from .latents import Patcher
 
 PURE_NOISE = 100.0  # above this noise level nothing can be seen; a flow starts there, at t = 1
@@ -58,6 +58,10 @@ class PercentSchedule:
         if self.start > self.end:
             raise ValueError(f"steering would start at {self.start:g} and end at {self.end:g}: expected a start_percent "
                              "that is not above end_percent")
+
+    def in_sigmas(self, model: Patcher) -> Schedule:
+        """Convert to noise levels of a model."""
+        return Schedule(self.window(model.get_model_object("model_sampling")), self.ramp(model))
 
     def window(self, sampling: Any) -> NoiseInterval:
         """The noise levels from start to end; windows that touch do not overlap."""

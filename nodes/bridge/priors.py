@@ -1,7 +1,7 @@
 """The search for images under a MODEL's prior, as a sampler: ComfyUI loads the model and prepares its conditioning as for
 any other."""
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import comfy.sd
@@ -9,10 +9,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...ppap_core.guidance.prior import PriorConfig, optimize_images
+from ...ppap_core.guidance.prior import PriorConfig, PriorObjective, optimize_images
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.sampling import Denoiser
-from ...ppap_core.training.loop import Losses
+from ...ppap_core.training.loop import Losses, RunOptions
 from . import latents, noise_levels, paths
 from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae
@@ -26,40 +26,42 @@ KEY = "ppap_prior"
 
 
 def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negative: list, cfg: float, latent: dict,
-           seed: int, config: PriorConfig, vae: comfy.sd.VAE | None, particles: int, **how: Any) -> tuple[dict, Losses]:
-    """The LATENT that was found, and of every step the error of the noise and the energy. how: see `optimize_images`."""
+           seed: int, config: PriorConfig, vae: comfy.sd.VAE | None) -> tuple[dict, Losses]:
+    """The LATENT that was found, and of every step the error of the noise and the energy."""
     latents.require_supported(model)
     decoders, networks = decoders_for(terms, model, vae)
-    searched = for_gradients(model) if config.jacobian else model.clone()
-    memory = GradientMemory(active_guiders(terms, decoders), config.jacobian, KEY)
+    through = config.backprop_through_model
+    searched = for_gradients(model) if through else model.clone()
+    memory = GradientMemory(active_guiders(terms, decoders), through, KEY)
     searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, memory.reserve)
     searched.set_additional_models(KEY, searched.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
     given = {**latents.without_sizes(latent), "samples": latents.resize_empty_latent(model, latent)}
     known = model.model.process_latent_in(given["samples"])
     about = {**fingerprint_model(model, positive, negative), "cfg": cfg, "vae": fingerprint_vae(vae),
-             "terms": fingerprint_terms(terms), "start": digest([given, how["start_noise"]])}
-    state = paths.output_folder("ppap_prior", f"{digest([about, asdict(config), seed, particles])}.state.safetensors")
+             "terms": fingerprint_terms(terms), "start": digest([given, config.start_noise])}
+    name = digest([about, config.identity(), seed, config.particles])
+    state = paths.output_folder("ppap_prior", f"{name}.state.safetensors")
     report = Progress(config.steps)
 
     def look(predict: Any, noise: Tensor, extra_args: dict) -> tuple[Tensor, Losses]:
         materialize_on(networks, noise.device)
-        if config.jacobian:
+        if through:
             make_differentiable(guider)
         with outside_inference_mode():
             start = latents.frames_as_images(known.to(noise))
-            seeds = range(seed, seed + particles * len(start))
-            mask = latent.get("noise_mask")
+            seeds = range(seed, seed + config.particles * len(start))
+            mask = latents.mask_for(latent["noise_mask"], start.shape) if latent.get("noise_mask") is not None else None
             core = [to_core_term(searched, term, start.shape, decode) for term, decode in zip(terms, decoders, strict=True)]
-            denoise = denoiser(guider.inner_model.model_sampling, predict, extra_args, noise, config.jacobian)
-            images, losses = optimize_images(
-                denoise, core, start, config, seeds, mask=None if mask is None else latents.mask_for(mask, start.shape),
-                particles=particles, frames=len(start) // len(known), sigma_data=latents.sigma_data_of(model), about=about,
-                state_file=state, run_step=GradientPass(guider.inner_model).run if config.jacobian else None,
-                on_step=lambda step, _, points: report(step + 1, latents.preview(model, points[:1])), **how)
+            denoise = denoiser(guider.inner_model.model_sampling, predict, extra_args, noise, through)
+            options = RunOptions(about, state,
+                                 on_step=lambda step, _, points: report(step + 1, latents.preview(model, points[:1])),
+                                 run_step=GradientPass(guider.inner_model).run if through else None)
+            images, losses = optimize_images(PriorObjective(denoise, core, latents.sigma_data_of(model)), start,
+                                             replace(config, frames=len(start) // len(known)), seeds, mask, options)
             return latents.images_as_frames(images, known), losses
 
     guider = new_cfg_guider(searched, positive, negative, cfg)
-    images, losses = run_inside_sampler(guider, (particles * len(known), *known.shape[1:]), seed, look)
+    images, losses = run_inside_sampler(guider, (config.particles * len(known), *known.shape[1:]), seed, look)
     return {**given, "samples": model.model.process_latent_out(images.cpu())}, losses
 
 

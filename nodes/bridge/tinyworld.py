@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...ppap_core.noise import SIGMA_DATA
+from ...ppap_core.noise import PIXEL_SIGMA_DATA
 from ...ppap_core.tinyworld import latents, loaders
 from .latents import Patcher
 from .memory import patcher
@@ -36,7 +36,7 @@ class Pixels(comfy.latent_formats.LatentFormat):
 class TinyConfig(comfy.supported_models_base.BASE):
     """What ComfyUI asks of a kind of model."""
 
-    sampling_settings = {"sigma_min": loaders.SIGMA_MIN, "sigma_max": loaders.SIGMA_MAX, "sigma_data": SIGMA_DATA}
+    sampling_settings = {"sigma_min": loaders.SIGMA_MIN, "sigma_max": loaders.SIGMA_MAX, "sigma_data": PIXEL_SIGMA_DATA}
     latent_format = Pixels
 
 

@@ -67,9 +67,9 @@ class PPAPPlugAndPlayPrior(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, learning_rate, sigma_max, sigma_min,
                 start_noise, clean_up, particles, gradient, terms=(), vae=None):
-        config = PriorConfig(steps, learning_rate, sigma_max, sigma_min, jacobian=gradient == THROUGH_MODEL)
-        latent, losses = search(model, terms, positive, negative, cfg, latent_image, seed, config, vae, particles,
-                                start_noise=start_noise, level=clean_up)
+        config = PriorConfig(steps, learning_rate, sigma_max, sigma_min, gradient == THROUGH_MODEL, start_noise, particles,
+                             renoise_sigma=clean_up)
+        latent, losses = search(model, terms, positive, negative, cfg, latent_image, seed, config, vae)
         errors, energies = zip(*losses, strict=True)
         lines = {"error of the noise": errors} | ({"energy of the terms": energies} if terms else {})
         return io.NodeOutput(latent, tensors.image_to_comfy(loss_plot(lines, "Plug-and-play prior: what was lowered")))

@@ -1,43 +1,40 @@
 """Autoguidance (Karras et al. 2024): guide a model away from a bad version of itself.
 
-The bad model does the same task on the same conditioning, with less capacity or less training, and so errs in the same
-places, only more. What both do differently points from the errors of the one to those that the other would make less of.
+The bad model does the same task under the same conditioning with less capacity or less training, so it makes the same
+errors, only larger. The difference of the two predictions therefore points away from the errors.
 """
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..noise import EVERYWHERE, NoiseInterval
 from ..sampling import Denoiser
-from ..schedules import constant
+from ..schedules import ALWAYS, Schedule
 
 
 @dataclass(frozen=True)
 class Autoguidance:
-    """How strongly and where. weight 1, or a sigma outside the window = not there: the bad model is not asked."""
+    """Strength of autoguidance. Where the weight is 1, the bad model is not run."""
 
-    weight: float = 2.0
-    window: NoiseInterval = EVERYWHERE
-    ramp: Callable[[float], float] = constant  # factor of weight - 1
+    weight: float = 2.0          # 1 changes nothing
+    schedule: Schedule = ALWAYS  # its factor scales weight - 1
 
     def weight_at(self, sigma: float) -> float:
-        """The weight at a noise level, 1 where nothing is to be done."""
-        return 1 + (self.weight - 1) * self.ramp(sigma) if sigma in self.window else 1.0
+        """Weight at a noise level; 1 where autoguidance does not act."""
+        return 1 + (self.weight - 1) * self.schedule.factor_at(sigma)
 
 
 def autoguidance_delta(good: Tensor, bad: Tensor, weight: float) -> Tensor:
-    """(weight - 1) (good - bad): what guidance by a worse prediction adds to any prediction.
+    """Shift of a prediction away from a worse one: (weight - 1) (good - bad), all (B, C, H, W).
 
-    good + away is eq. 3 of the paper, bad + weight (good - bad); the sum over several worse ones is eq. 6, where the one
-    without the condition makes classifier-free guidance.
+    Added to `good` it is eq. 3 of Karras et al. (2024), bad + weight (good - bad). With several worse predictions the shifts
+    add up (eq. 6); the one of an unconditional model is classifier-free guidance. weight 1 gives zeros.
     """
     return (weight - 1) * (good - bad)
 
 
 def autoguided(good: Denoiser, bad: Denoiser, settings: Autoguidance) -> Denoiser:
-    """A denoiser guided by a bad version of itself: a denoiser again, which any sampler and other guidance take."""
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    """A denoiser guided away from a bad version of itself: a denoiser again, for any sampler and further guidance."""
+    def denoise_autoguided(x: Tensor, sigma: Tensor) -> Tensor:
         prediction, weight = good(x, sigma), settings.weight_at(float(sigma[0]))
         return prediction if weight == 1 else prediction + autoguidance_delta(prediction, bad(x, sigma), weight)
-    return denoise
+    return denoise_autoguided

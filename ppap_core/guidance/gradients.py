@@ -1,9 +1,10 @@
-"""Energies of guiders and their gradients, in the prediction or through the diffusion model."""
+"""Predictions of a denoiser, energies of guiders, and the gradients of both."""
 import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,120 +16,154 @@ from ..sampling import Denoiser
 
 HALF = (torch.float16, torch.bfloat16)
 Vjp = Callable[[Tensor], Tensor]
+"""Gradient in a prediction (B, C, H, W) -> gradient in the x that it was computed from: one backward pass of the model."""
+
 log = logging.getLogger(__name__)
 
 
-def differentiable(denoise: Denoiser, x: Tensor, sigma: Tensor) -> tuple[Tensor, Vjp]:
-    """The prediction (B, C, H, W), and a function that makes a gradient in it a gradient in x: one more pass of the model.
+@dataclass(frozen=True)
+class Prediction:
+    """A noisy state and the clean image that a denoiser expects for it."""
 
-    ValueError if the denoiser lets no gradient through.
+    x: Tensor               # (B, C, H, W), image + sigma * noise
+    sigma: Tensor           # (B,)
+    denoised: Tensor        # (B, C, H, W)
+    vjp: Vjp | None = None  # needed by what goes back through the model only
+
+
+def predict(denoise: Denoiser, x: Tensor, sigma: Tensor, with_vjp: bool = False) -> Prediction:
+    """The prediction for x (B, C, H, W) at sigma (B,).
+
+    with_vjp: whether its gradient in x will be asked for, which keeps the model's activations; also possible under
+    torch.inference_mode() and torch.no_grad(). ValueError if the denoiser then lets no gradient through.
     """
+    if not with_vjp:
+        return Prediction(x, sigma, denoise(x, sigma))
     with torch.inference_mode(False), torch.enable_grad():
         point = x.detach().clone().requires_grad_(True)
         denoised = denoise(point, sigma.detach().clone())
-    return denoised.detach(), make_vjp(point, denoised)
-
-
-def make_vjp(x: Tensor, denoised: Tensor) -> Vjp:
-    """A gradient in a prediction (B, C, H, W) -> the gradient in the x it was computed from."""
     if not denoised.requires_grad:
         raise ValueError("the denoiser lets no gradient through: give one that computes its prediction without "
-                         "torch.no_grad, or do not go through it: through=False in a term, rho=0 in a training-free method")
-    return lambda gradient: torch.autograd.grad(denoised, x, gradient.to(denoised), retain_graph=True)[0]
+                         "torch.no_grad, or do not go back through it: backprop_through_model=False in a term or a prior, "
+                         "rho=0 in a training-free method")
+    return Prediction(x, sigma, denoised.detach(), partial(_backpropagate, point, denoised))
 
 
-def energy_gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
-                    compute: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Energy (B,) and its gradient in what the guider looks at: x for the noisy view, denoised for the other.
+def _backpropagate(x: Tensor, denoised: Tensor, gradient: Tensor) -> Tensor:
+    return torch.autograd.grad(denoised, x, gradient.to(denoised), retain_graph=True)[0]
 
-    A batch that does not fit into memory is done in parts: energies are those of single images, so nothing changes.
+
+def energy_gradient(guider: Guider, point: Tensor, sigma: Tensor,
+                    compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Energy (B,) of what a guider looks at, and its gradient there (B, C, H, W).
+
+    point (B, C, H, W): the noisy state x for the noisy view, the prediction for the denoised view; sigma (B,).
+    compute_dtype: type that the network computes in; None or float32 changes nothing.
+    A batch that does not fit into memory is done in parts, which changes no result: each image has its own energy.
+    torch.OutOfMemoryError if a single image does not fit.
     """
-    start, size, found = 0, len(x), []
-    while start < len(x):
+    start, size, parts = 0, len(point), []
+    while start < len(point):
         part = slice(start, start + size)
-        one = _gradient_if_it_fits(part_of(guider, part, len(x)), x[part], sigma[part], denoised[part], compute)
-        if one:
-            found.append(one)
+        result = _gradient_if_it_fits(slice_guider(guider, part, len(point)), point[part], sigma[part], compute_dtype)
+        if result:
+            parts.append(result)
             start += size
         elif size == 1:
-            raise torch.OutOfMemoryError(f"{guider.name} does not fit into memory with a single image of {x.shape[-1]} x "
-                                         f"{x.shape[-2]}: use a smaller network or smaller images, or free memory")
+            raise torch.OutOfMemoryError(f"{guider.name} does not fit into memory with a single image of "
+                                         f"{point.shape[-1]} x {point.shape[-2]}: use a smaller network or smaller images, "
+                                         "or free memory")
         else:
-            log.info("%s runs out of memory with %d images at once: going on with fewer", guider.name, size)
+            log.info("%s runs out of memory with %d images at once: continuing with fewer", guider.name, size)
             size = (size + 1) // 2
-    energies, gradients = zip(*found, strict=True)
+    energies, gradients = zip(*parts, strict=True)
     return torch.cat(energies), torch.cat(gradients)
 
 
-def part_of(guider: Guider, part: slice, count: int) -> Guider:
-    """The guider for a part of a batch of `count` images: what it holds for each image is cut along."""
-    cut = {}
+def slice_guider(guider: Guider, part: slice, batch_size: int) -> Guider:
+    """The guider for a part of a batch: targets and prompts that differ between images are sliced.
+
+    batch_size: number of images of the whole batch. ValueError for a target or prompt of another number of images.
+    """
+    sliced = {}
     for name in ("target", "prompt"):
         value = getattr(guider, name)
-        if value is not None and len(value) not in (1, count):
-            raise ValueError(f"the {name} of {guider.name} is for {len(value)} images but {count} are sampled: give one "
-                             f"{name} for all, or one for each")
+        if value is not None and len(value) not in (1, batch_size):
+            raise ValueError(f"the {name} of {guider.name} is for {len(value)} images but {batch_size} are sampled: give "
+                             f"one {name} for all, or one for each")
         if value is not None and len(value) > 1:
-            cut[name] = value[part]
-    return replace(guider, **cut)
+            sliced[name] = value[part]
+    return replace(guider, **sliced)
 
 
-def _gradient_if_it_fits(*args) -> tuple[Tensor, Tensor] | None:
+def _gradient_if_it_fits(guider: Guider, point: Tensor, sigma: Tensor,
+                         compute_dtype: torch.dtype | None) -> tuple[Tensor, Tensor] | None:
     try:
-        return _gradient(*args)
+        return _gradient(guider, point, sigma, compute_dtype)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
             raise
-    return None  # only here is the error gone, and with it the half-built graph that its frames hold
+    return None  # after the except clause the error is gone, and with it the half-built graph that its frames hold
 
 
-def _gradient(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
-              compute: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _gradient(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.enable_grad():
-        point = (x if guider.view == "noisy" else denoised).detach().clone().requires_grad_(True)
-        energy, values = _energy_at(guider, point, sigma.detach().clone(), compute)
-        scale = _loss_scale(guider, values, compute)
+        point = point.detach().clone().requires_grad_(True)
+        energy, values = _energy_and_image_size(guider, point, sigma.detach().clone(), compute_dtype)
+        scale = _loss_scale(guider, values, compute_dtype)
         gradient = torch.autograd.grad(energy.sum() * scale, point)[0] / scale
         return energy.detach(), gradient
 
 
-def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype | None = None) -> Tensor:
-    """Energy (B,), at least float32, of the points that the guider looks at, with its network in a type to compute in."""
-    return _energy_at(guider, point, sigma, compute)[0]
+def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
+    """Energy (B,), at least float32, of what a guider looks at; differentiable.
+
+    point (B, C, H, W): the noisy state x for the noisy view, the prediction for the denoised view; sigma (B,).
+    compute_dtype: type that the network computes in; None or float32 changes nothing.
+    """
+    return _energy_and_image_size(guider, point, sigma, compute_dtype)[0]
 
 
-def _energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute: torch.dtype | None) -> tuple[Tensor, int]:
-    """The same, and how many values an image has that the network sees."""
-    with _computing_in(compute, guider, point.device.type):
+def _energy_and_image_size(guider: Guider, point: Tensor, sigma: Tensor,
+                           compute_dtype: torch.dtype | None) -> tuple[Tensor, int]:
+    with _autocast(compute_dtype, guider, point.device.type):
         image = guider.to_image(to_vp(point, sigma) if guider.view == "noisy" else point, sigma)
-        energy = guider.energy(_full(image), sigma)  # a picture is resized in full precision
-    return _full(energy), image[0].numel()
+        energy = guider.energy(_at_least_float32(image), sigma)  # the preprocessing resizes in full precision
+    return _at_least_float32(energy), image[0].numel()
 
 
-def _full(tensor: Tensor) -> Tensor:
+def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
-def _computing_in(compute: torch.dtype | None, guider: Guider, device: str) -> AbstractContextManager:
-    """Half precision where it was asked for; what has no weights, such as a rule, is cheap and stays precise."""
-    if compute not in HALF or not has_network(guider) or not torch.amp.is_autocast_available(device):
+def _autocast(dtype: torch.dtype | None, guider: Guider, device: str) -> AbstractContextManager:
+    """Autocast for half precision; a guider without weights, such as a rule, is cheap and stays precise."""
+    if dtype not in HALF or not has_network(guider) or not torch.amp.is_autocast_available(device):
         return nullcontext()
-    return torch.autocast(device, dtype=compute)
+    return torch.autocast(device, dtype=dtype)
 
 
-def _loss_scale(guider: Guider, values: int, compute: torch.dtype | None) -> float:
+def _loss_scale(guider: Guider, values: int, dtype: torch.dtype | None) -> float:
     """Factor of the energy that keeps small gradients from vanishing in float16, whose smallest number is 6e-8."""
-    if compute != torch.float16:
+    if dtype != torch.float16:
         return 1.0
-    counted = values if TASKS[guider.task].sum_over_pixels else 1  # such an energy is that many times larger
-    return 2.0 ** (10 - round(math.log2(counted)))
+    summed = values if TASKS[guider.task].sum_over_pixels else 1  # such an energy is that many times larger
+    return 2.0 ** (10 - round(math.log2(summed)))
 
 
-def finite(part: Tensor, name: str, sigma: float) -> Tensor:
-    """Without the samples whose gradient is not a number, so that a fault never blackens an image."""
-    bad = ~torch.isfinite(part).flatten(1).all(1)
+def zero_nonfinite(gradient: Tensor, name: str, sigma: float) -> Tensor:
+    """The gradient (B, C, H, W) with zeros for images where it is not finite, so that a fault never blackens an image.
+
+    name: whose gradient it is, sigma: the noise level; both for the warning in the log.
+    """
+    bad = ~torch.isfinite(gradient).flatten(1).all(1)
     if not bool(bad.any()):
-        return part
+        return gradient
     log.warning("the gradient of %s is not finite at sigma %.4g for %d of %d images: left unguided in this step",
-                name, sigma, int(bad.sum()), len(part))
-    return torch.where(bad.reshape(-1, *(1,) * (part.ndim - 1)), torch.zeros_like(part), part)
+                name, sigma, int(bad.sum()), len(gradient))
+    return torch.where(bad.reshape(-1, *(1,) * (gradient.ndim - 1)), torch.zeros_like(gradient), gradient)
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """Root mean square of each image, (B, ...) -> (B,)."""
+    return tensor.square().flatten(1).mean(1).sqrt()

@@ -1,51 +1,64 @@
-"""How much memory the gradient of a guider needs, found without computing anything."""
+"""Memory that the gradient of a guider needs, found by running it on tensors without values."""
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from ..guiders.guider import Guider
 from .gradients import energy_at
 
 
-def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute: torch.dtype | None = None, without: tuple = ()) -> int:
-    """Bytes that autograd keeps between the energy of images (B, 3, H, W) and its gradient, beside the weights.
+def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute_dtype: torch.dtype | None = None,
+                   without: tuple[object, ...] = ()) -> int:
+    """Bytes that autograd keeps between the energy of images and its gradient, without the weights.
 
-    Counted on tensors that have a shape and no numbers. compute: the type the network computes in. without: objects that
-    hang on the network and are not part of it. The backward pass itself needs up to as much again, usually a fifth.
+    shape: of what the guider looks at, (B, C, H, W). compute_dtype: type that the network computes in; None or float32: as
+    it is. without: objects that are attached to the network but not part of it. The backward pass itself needs up to as
+    much again, usually a fifth.
     """
-    from torch._subclasses import FakeTensorMode
-
+    saved: dict[int, torch.UntypedStorage] = {}  # by address; held, so that no other storage gets the same one
     with torch.inference_mode(False), torch.enable_grad():
-        mode, kept = FakeTensorMode(allow_non_fake_inputs=True), {}
-        net, weights = _to_fake(guider.net, mode, without)
-        decode = guider.decode
-        if isinstance(decode, nn.Module):
-            decode, more = _to_fake(decode, mode, without)
-            weights += more
-        elif getattr(decode, "__self__", None) is guider.net:
-            decode = getattr(net, decode.__name__)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fake, weights = _fake_guider(guider, mode, without)
         with mode:
             point = torch.zeros(shape, requires_grad=True)
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage  # held, so that no other gets its number
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            energy_at(replace(guider, net=net, decode=decode), point, torch.ones(shape[0]), compute)
+        with torch.autograd.graph.saved_tensors_hooks(partial(_record_storage, saved), _unchanged):
+            energy_at(fake, point, torch.ones(shape[0]), compute_dtype)
     own = {weight.untyped_storage()._cdata for weight in weights}
-    return sum(storage.nbytes() for number, storage in kept.items() if number not in own)
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
 
-def _to_fake(net: nn.Module, mode, without: tuple) -> tuple[nn.Module, list[Tensor]]:
-    """A copy of a network whose weights have no numbers, and these weights; what the network does cannot change it."""
+def _record_storage(saved: dict[int, torch.UntypedStorage], tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
+    saved[storage._cdata] = storage
+    return tensor
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _fake_guider(guider: Guider, mode: FakeTensorMode, without: tuple[object, ...]) -> tuple[Guider, list[Tensor]]:
+    """The guider with networks of fake weights, and these weights."""
+    net, weights = _to_fake(guider.net, mode, without)
+    decode = guider.decode
+    if isinstance(decode, nn.Module):
+        decode, more = _to_fake(decode, mode, without)
+        weights += more
+    elif getattr(decode, "__self__", None) is guider.net:  # a method of the network, such as a bank's stem
+        decode = getattr(net, decode.__name__)
+    return replace(guider, net=net, decode=decode), weights
+
+
+def _to_fake(net: nn.Module, mode: FakeTensorMode, without: tuple[object, ...]) -> tuple[nn.Module, list[Tensor]]:
+    """A copy of a network with fake weights, which have a shape but no values, and these weights."""
     tensors = [*net.parameters(), *net.buffers()]
     with mode:
         empty = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
-    hollow = [nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-              for old, new in zip(tensors, empty, strict=True)]
-    known = {id(old): new for old, new in zip(tensors, hollow, strict=True)}
-    return copy.deepcopy(net, known | {id(each): None for each in without}), hollow
+    weights = [nn.Parameter(fake, requires_grad=False) if isinstance(real, nn.Parameter) else fake
+               for real, fake in zip(tensors, empty, strict=True)]
+    replaced = {id(real): fake for real, fake in zip(tensors, weights, strict=True)}
+    return copy.deepcopy(net, replaced | {id(part): None for part in without}), weights

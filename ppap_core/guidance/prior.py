@@ -1,95 +1,142 @@
 """Diffusion models as plug-and-play priors (Graikos et al. 2022): the image that satisfies constraints, by optimisation.
 
-Nothing is sampled. A point is moved until the diffusion model takes it for an image, at ever lower noise, and the guiders
-take it for what they are aimed at. The point may be anything that an image can be drawn from, not only the image itself.
+Nothing is sampled. A point is moved until the diffusion model takes it for an image, at ever lower noise, and until the
+guiders take it for their targets. The point may be anything that an image can be rendered from, such as the image itself.
 """
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..guiders.guider import clean
-from ..noise import expand
+from ..noise import PIXEL_SIGMA_DATA, expand
 from ..rng import seeded, seeded_noise
 from ..sampling import Denoiser, karras_sigmas, sample_euler
-from ..training.loop import Losses, RunOptions, RunStep, optimize
-from .gradients import differentiable, energy_gradient, finite
-from .shift import mask_for, posterior_std, rms, term_gradient
+from ..training.loop import Losses, RunOptions, optimize
+from .gradients import energy_gradient, predict, rms, zero_nonfinite
+from .shift import GuidanceSettings, checked_mask, term_gradient
 from .terms import Term
 
-Render = Callable[[Tensor], Tensor]
-"""(point (B, ...)) -> image (B, C, H, W), differentiable, each image of its own point only"""
+WAVE, WAVES = 0.25, 3  # how far the noise levels swing, as a share of what is left of the fall, and how often
 
-OnFound = Callable[[int, list[float], Tensor], None]
-"""(step, [error of the noise, energy], points (B, ...)) after every step; may raise to stop."""
+Render = Callable[[Tensor], Tensor]
+"""Points (B, ...) -> images (B, C, H, W); differentiable, each image from its own point only"""
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """How a point is found. Each of Adam's steps has one noise level."""
+    """Settings of a search. Each step of Adam has one noise level; levels fall from sigma_max to sigma_min.
+
+    The fields from start_noise on belong to the whole search by `optimize_images`; `run_prior` ignores them.
+    """
 
     steps: int = 300
-    lr: float = 1.0            # of Adam, where 1 is the spread of the data; falls to zero like a cosine
-    sigma_from: float = 10.0   # noise levels fall evenly in the logarithm from here ...
-    sigma_to: float = 0.05     # ... to here,
-    wave: float = 0.25         # and swing by this share of what is left: 0, they only fall
-    waves: int = 3             # so many times
-    jacobian: bool = False     # whether the gradient goes through the model too, as published: one more pass of it
-    pairs: bool = False        # whether each step asks for opposite noise too: near to the mode, less like a sample
+    learning_rate: float = 1.0            # Adam's at the start, in units of sigma_data; 0 moves nothing
+    sigma_max: float = 10.0
+    sigma_min: float = 0.05
+    backprop_through_model: bool = False  # True: the paper's gradient, one backward pass of the model more for each step
+    start_noise: float = 1.0              # std of the noise added to the start, in units of sigma_data; 0 adds none
+    particles: int = 1                    # searches for each image, of which the one of least energy is kept; 1: one
+    frames: int = 1                       # consecutive images that form one video and are kept together; 1: single images
+    renoise_sigma: float = 0.0            # noise level from which the result is sampled anew; 0: it stays as it is
+    renoise_steps: int = 10               # steps of that sampling
 
     def __post_init__(self):
-        if not 0 < self.sigma_to <= self.sigma_from < math.inf or self.steps < 1:
-            raise ValueError(f"expected 0 < sigma_to <= sigma_from and at least one step, got {self.sigma_to}, "
-                             f"{self.sigma_from} and {self.steps}")
+        if not 0 < self.sigma_min <= self.sigma_max < math.inf or self.steps < 1:
+            raise ValueError(f"expected 0 < sigma_min <= sigma_max and at least one step, got {self.sigma_min}, "
+                             f"{self.sigma_max} and {self.steps}")
+
+    def identity(self) -> dict:
+        """What tells the states of two searches apart, under the names by which the files of 0.1.0 know it."""
+        return {"steps": self.steps, "lr": self.learning_rate, "sigma_from": self.sigma_max, "sigma_to": self.sigma_min,
+                "wave": WAVE, "waves": WAVES, "jacobian": self.backprop_through_model, "pairs": False}
+
+
+@dataclass(frozen=True)
+class PriorObjective:
+    """The quantity to minimise: the noise error of a diffusion model plus the weighted energies of terms."""
+
+    denoise: Denoiser                       # must let gradients through if the search backpropagates through the model
+    terms: Sequence[Term] = ()              # none: the prior alone
+    sigma_data: float = PIXEL_SIGMA_DATA    # standard deviation of the data: 0.5 for pixels, 1 for latents
+
+    def energy(self, images: Tensor) -> Tensor:
+        """Weighted sum of the terms' energies of clean images, (B, C, H, W) -> (B,)."""
+        total = images.new_zeros(len(images))
+        for term in self.terms:
+            total = total + term.weight * energy_gradient(term.guider, images, clean(images))[0]
+        return total
+
+
+class PriorGradient(NamedTuple):
+    """Error of the predicted noise (B,), energy of the terms (B,), and the gradient of their sum in the image."""
+
+    error: Tensor
+    energy: Tensor
+    gradient: Tensor
 
 
 def sigma_schedule(config: PriorConfig) -> list[float]:
-    """The noise level of every step: linear in log sigma with a cosine on top, both running out together."""
+    """Noise level of each step: linear in log sigma plus a cosine, both falling to sigma_min in the last step."""
     left = [1 - step / max(config.steps - 1, 1) for step in range(config.steps)]
-    turn = 2 * math.pi * config.waves
-    heights = [min(each * (1 + config.wave * math.cos(turn * (1 - each))), 1.0) for each in left]
-    return [config.sigma_to * (config.sigma_from / config.sigma_to) ** height for height in heights]
+    heights = [min(share * (1 + WAVE * math.cos(2 * math.pi * WAVES * (1 - share))), 1.0) for share in left]
+    return [config.sigma_min * (config.sigma_max / config.sigma_min) ** height for height in heights]
 
 
-def run_prior(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
-                   render: Render | None = None, sigma_data: float = 0.5, about: dict | None = None,
-                   state_file: Path | None = None, on_step: OnFound | None = None,
-                   run_step: RunStep | None = None) -> tuple[Tensor, Losses]:
-    """The points (B, ...) found from `start`, and of every step the two things that were lowered, as means of the batch.
+def run_prior(objective: PriorObjective, start: Tensor, config: PriorConfig, seeds: Sequence[int],
+              render: Render | None = None, options: RunOptions = RunOptions()) -> tuple[Tensor, Losses]:
+    """Minimise the objective from `start` (B, ...): the points (B, ...), and [noise error, energy] of every step.
 
-    Lowered are the error of the noise, |D(x) - image|^2 / sigma^2 with x = image + sigma noise, and the energies of the
-    terms. The error's gradient is scaled to that of -log p(x), which it is without the Jacobian (Poole et al. 2023) and, if
-    images were Gaussian with the spread sigma_data, with it: at weight 1, raw, what is found is the most probable image
-    given what the guiders ask for. A balanced term pulls `weight` times as hard as the prior. Guiders look at what they look
-    at in guidance: to_vp(x), or the prediction D(x), whose gradient goes through the model where config says so, whatever
-    the term says; windows and ramps mean the noise level of the step.
+    The noise error is |D(x) - image|^2 / sigma^2 with x = image + sigma noise. Its gradient is scaled to that of
+    -log p(x): without backpropagation through the model it is score distillation (Poole et al. 2023); with it, the scale is
+    exact for Gaussian images of standard deviation sigma_data. Raw terms of weight 1 therefore lead to the most probable
+    image given the targets; a normalized term pulls `weight` times as hard as the prior. Guiders judge to_vp(x) or the
+    prediction D(x), as in guidance; config decides for all terms whether gradients go back through the model.
 
-    Point i depends on start[i], what the terms hold for it, and seeds[i] only. about, state_file, attempt: of `optimise`,
-    which goes on where a run was stopped. ValueError for another number of seeds and where gradients do not pass.
+    seeds: one for each image; image i depends on start[i], seeds[i] and the terms' values for image i only.
+    render: draws the images from the points; None: the points are the images.
+    options: on_step gets (step, [noise error, energy], points). ValueError for another number of seeds, and for a denoiser
+    without gradients if they are needed.
     """
     _require_seeds(seeds, start)
-    levels, terms = sigma_schedule(config), [replace(term, through=config.jacobian) for term in terms]
-    with torch.inference_mode(False):
-        point = start.detach().clone().requires_grad_(True)
+    search = _Search(objective, start, config, seeds, render)
+    options = options.identified({"prior": config.identity(), "seeds": list(seeds)}).reporting(search.point.detach())
+    losses = optimize({"point": search.point}, search.loss, config.steps, config.learning_rate * objective.sigma_data,
+                      "the prior", options)
+    return search.point.detach(), losses
 
-    def loss(step: int) -> Tensor:
-        image = render(point) if render else point
-        fixed, sigma = image.detach(), image.new_full((len(image),), levels[step])
-        noise = torch.stack([torch.randn(image.shape[1:], generator=seeded(seed, step)) for seed in seeds]).to(fixed)
-        draws = [_pull(denoise, terms, fixed, sign * noise, sigma, config.jacobian, sigma_data)
-                 for sign in ((1, -1) if config.pairs else (1,))]
-        error, energy, gradient = (sum(parts) / len(draws) for parts in zip(*draws, strict=True))
-        towards = (_size(levels[step], sigma_data) * gradient * image).sum()
-        return torch.stack([error.mean() + (towards - towards.detach()), energy.mean()])
 
-    options = RunOptions({**(about or {}), "prior": asdict(config), "seeds": list(seeds)}, state_file, on_step=on_step,
-                         run_step=run_step).reporting(point.detach())
-    losses = optimize({"point": point}, loss, config.steps, config.lr * sigma_data, "the prior", options)
-    return point.detach(), losses
+@dataclass
+class _Search:
+    objective: PriorObjective
+    start: Tensor
+    config: PriorConfig
+    seeds: Sequence[int]
+    render: Render | None
+    point: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.sigmas = sigma_schedule(self.config)
+        with torch.inference_mode(False):
+            self.point = self.start.detach().clone().requires_grad_(True)
+
+    def loss(self, step: int) -> Tensor:
+        """[noise error, energy] as means over the batch; the gradient is that of `prior_gradient`."""
+        image = self.render(self.point) if self.render else self.point
+        sigma = image.new_full((len(image),), self.sigmas[step])
+        noise = torch.stack([torch.randn(image.shape[1:], generator=seeded(seed, step)) for seed in self.seeds]).to(image)
+        error, energy, gradient = prior_gradient(self.objective, image.detach(), noise, sigma,
+                                                 self.config.backprop_through_model)
+        surrogate = (_gradient_scale(self.sigmas[step], self.objective.sigma_data) * gradient * image).sum()
+        return torch.stack([error.mean() + (surrogate - surrogate.detach()), energy.mean()])
+
+
+def _gradient_scale(sigma: float, sigma_data: float) -> float:
+    """Factor that makes gradients about equally large at every noise level, so that Adam can average them."""
+    return sigma * math.hypot(sigma, sigma_data) / sigma_data
 
 
 def _require_seeds(seeds: Sequence[int], start: Tensor) -> None:
@@ -97,72 +144,81 @@ def _require_seeds(seeds: Sequence[int], start: Tensor) -> None:
         raise ValueError(f"there are {len(seeds)} seeds for {len(start)} images: give one for each")
 
 
-def _pull(denoise: Denoiser, terms: Sequence[Term], image: Tensor, noise: Tensor, sigma: Tensor, jacobian: bool,
-          sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
-    """For one draw of noise: error of the noise for each value (B,), energy (B,), and the gradient (B, C, H, W)."""
-    level = float(sigma[0])
-    x = image + level * noise
-    denoised, vjp = differentiable(denoise, x, sigma) if jacobian else (_plainly(denoise, x, sigma), None)
-    error, energies = ((denoised - image) / level).square().flatten(1).mean(1), image.new_zeros(len(image))
-    off = (image - denoised) / level**2
-    prior = finite((off - vjp(off)) * (1 + (sigma_data / level) ** 2) if vjp else off, "the prior", level)
-    gradient = prior
-    for term in terms:
-        strength = term.strength(level)
-        if strength != 0:
-            energy, pull = term_gradient(term, x, sigma, denoised, posterior_std(level, sigma_data), vjp)
-            pull = pull * expand(rms(prior), pull) if term.balanced else pull
-            energies, gradient = energies + energy, gradient + strength * pull
-    return error, energies, gradient
+def prior_gradient(objective: PriorObjective, image: Tensor, noise: Tensor, sigma: Tensor,
+                   backprop_through_model: bool = False) -> PriorGradient:
+    """One draw of the objective's gradient in the image.
 
-
-def _plainly(denoise: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
-    with torch.no_grad():
-        return denoise(x, sigma)
-
-
-def _size(sigma: float, sigma_data: float) -> float:
-    """What makes the gradient about as large at every noise level, so that Adam may compare them."""
-    return sigma * math.hypot(sigma, sigma_data) / sigma_data
-
-
-def optimize_images(denoise: Denoiser, terms: Sequence[Term], start: Tensor, config: PriorConfig, seeds: Sequence[int], *,
-                start_noise: float = 1.0, mask: Tensor | None = None, particles: int = 1, frames: int = 1,
-                level: float = 0.0, steps: int = 10, sigma_data: float = 0.5, **run: Any) -> tuple[Tensor, Losses]:
-    """The whole search for images (B, C, H, W): from `start` under noise, with a clean-up, the best of several particles.
-
-    start_noise: in spreads of the data; 0: from `start` as it is. mask (B|1, 1, H, W) in [0, 1]: where images may change;
-    None: everywhere. particles: how many searches there are for each image, for which seeds has to hold a number each, one
-    round of all images after another. frames: how many images in a row are one video, of which all or none are taken.
-    level, steps: of `clean_up`. run: what else `run_prior` takes.
+    image, noise (B, C, H, W); sigma (B,), one value. backprop_through_model: whether gradients go back through the model.
     """
-    start = start.repeat(particles, 1, 1, 1)
+    level = float(sigma[0])
+    with torch.no_grad():
+        prediction = predict(objective.denoise, image + level * noise, sigma, with_vjp=backprop_through_model)
+    error = ((prediction.denoised - image) / level).square().flatten(1).mean(1)
+    residual = (image - prediction.denoised) / level**2
+    if prediction.vjp:
+        residual = (residual - prediction.vjp(residual)) * (1 + (objective.sigma_data / level) ** 2)
+    prior = zero_nonfinite(residual, "the prior", level)
+    energies, gradient, settings = image.new_zeros(len(image)), prior, GuidanceSettings(objective.sigma_data)
+    for term in objective.terms:
+        weight = term.weight_at(level)
+        if weight != 0:
+            term = replace(term, backprop_through_model=backprop_through_model)
+            energy, pull = term_gradient(term, prediction, settings)
+            pull = pull * expand(rms(prior), pull) if term.normalized else pull
+            energies, gradient = energies + energy, gradient + weight * pull
+    return PriorGradient(error, energies, gradient)
+
+
+def optimize_images(objective: PriorObjective, start: Tensor, config: PriorConfig, seeds: Sequence[int],
+                    mask: Tensor | None = None, options: RunOptions = RunOptions()) -> tuple[Tensor, Losses]:
+    """The whole search: noise on `start` (B, C, H, W), `run_prior`, new sampling, and the best of several particles.
+
+    seeds: one for each search, B * config.particles of them; all images of the first particle come first.
+    mask (B|1, 1, H, W) in [0, 1]: where images may change; None: everywhere. options: as in `run_prior`.
+    Returns the images (B, C, H, W) and [noise error, energy] of every step.
+    """
+    start = start.repeat(config.particles, 1, 1, 1)
     _require_seeds(seeds, start)
-    terms = [repeat_term(term, particles) for term in terms]
-    free = None if mask is None else mask_for(_repeat(mask, particles), start)
-    render = None if free is None else lambda point: start + free * (point - start)
-    noise = start_noise * sigma_data * seeded_noise(seeds, tuple(start.shape[1:])).to(start)
-    points, losses = run_prior(denoise, terms, start + noise, config, seeds, render=render, sigma_data=sigma_data,
-                                    **run)
-    tidy = renoise_and_sample(denoise, render(points) if render else points, level, config.sigma_to, steps, seeds)
-    images = render(tidy) if render else tidy
-    energies = energy_of(terms, images).unflatten(0, (-1, frames)).mean(1)
-    return best_of(images.unflatten(0, (-1, frames)), energies, particles).flatten(0, 1), losses
+    objective = replace(objective, terms=[repeat_term(term, config.particles) for term in objective.terms])
+    mask = _repeat(mask, config.particles)
+    render = None if mask is None else _Inpainting(start, checked_mask(mask, start))
+    noise = seeded_noise(seeds, tuple(start.shape[1:])).to(start)
+    noisy = start + config.start_noise * objective.sigma_data * noise
+    points, losses = run_prior(objective, noisy, config, seeds, render, options)
+    images = renoise_and_sample(objective.denoise, render(points) if render else points, config.renoise_sigma,
+                                config.sigma_min, config.renoise_steps, seeds)
+    images = render(images) if render else images
+    energies = objective.energy(images).unflatten(0, (-1, config.frames)).mean(1)
+    return best_of(images.unflatten(0, (-1, config.frames)), energies, config.particles).flatten(0, 1), losses
 
 
-def renoise_and_sample(denoise: Denoiser, image: Tensor, sigma: float, sigma_to: float, steps: int, seeds: Sequence[int]) -> Tensor:
-    """Images (B, C, H, W) after noise of level sigma and sampling from there (Meng et al. 2022). 0 changes nothing."""
+@dataclass(frozen=True)
+class _Inpainting:
+    """Render that keeps the original image outside the mask."""
+
+    original: Tensor
+    mask: Tensor
+
+    def __call__(self, point: Tensor) -> Tensor:
+        return self.original + self.mask * (point - self.original)
+
+
+def renoise_and_sample(denoise: Denoiser, image: Tensor, sigma: float, sigma_min: float, steps: int,
+                       seeds: Sequence[int]) -> Tensor:
+    """Images (B, C, H, W) after adding noise of level sigma and sampling from there: SDEdit (Meng et al. 2022).
+
+    sigma: 0 returns the image unchanged. sigma_min: the last level above 0. steps: Euler steps. seeds: one for each image.
+    """
     if sigma == 0:
         return image
     noise = seeded_noise(seeds, tuple(image.shape[1:])).to(image)
-    return sample_euler(denoise, image + sigma * noise, karras_sigmas(steps, min(sigma_to, sigma), sigma))
+    return sample_euler(denoise, image + sigma * noise, karras_sigmas(steps, min(sigma_min, sigma), sigma))
 
 
 def repeat_term(term: Term, particles: int) -> Term:
-    """The term for a batch that is there `particles` times in a row: what it holds for each image is repeated."""
-    guider = term.guider
-    parts = {name: _repeat(getattr(guider, name), particles) for name in ("target", "prompt")}
-    return replace(term, guider=replace(guider, **parts), mask=_repeat(term.mask, particles))
+    """The term for a batch that is repeated `particles` times: its values for single images are repeated; 1: as it is."""
+    repeated = {name: _repeat(getattr(term.guider, name), particles) for name in ("target", "prompt")}
+    return replace(term, guider=replace(term.guider, **repeated), mask=_repeat(term.mask, particles))
 
 
 def _repeat(value: Tensor | None, particles: int) -> Tensor | None:
@@ -170,15 +226,9 @@ def _repeat(value: Tensor | None, particles: int) -> Tensor | None:
 
 
 def best_of(images: Tensor, energies: Tensor, particles: int) -> Tensor:
-    """Of a batch that is there `particles` times in a row, for each image the one of least energy: (particles B, ...),
-    (particles B,) -> (B, ...)."""
+    """The particle of least energy for each image, (particles B, ...), (particles B,) -> (B, ...).
+
+    All images of the first particle come first, then those of the second.
+    """
     best, count = energies.reshape(particles, -1).argmin(0), len(images) // particles
     return images[best * count + torch.arange(count, device=images.device)]
-
-
-def energy_of(terms: Sequence[Term], images: Tensor) -> Tensor:
-    """The weighted energies of clean images (B, C, H, W) in sum, (B,)."""
-    total = images.new_zeros(len(images))
-    for term in terms:
-        total = total + term.weight * energy_gradient(term.guider, images, clean(images), images)[0]
-    return total

@@ -1,110 +1,141 @@
 """Guidance as a shift of the denoised prediction: one formula for every sampler, because samplers only ever see that.
 
-Every guider has an energy E, lower is better; for a classifier E = -log p(class | image), and the shift is classifier
-guidance (Dhariwal & Nichol 2021) written for the prediction. A guider that looks at the prediction D(x) has its gradient
-there, or through the model's Jacobian in x (Chung et al. 2023), which knows how the image can change and costs a backward
-pass of the model.
+A guider has an energy E, lower is better. For a classifier E = -log p(class | image), and the shift is classifier guidance
+(Dhariwal & Nichol 2021) written for the prediction. A guider that judges the prediction D(x) has its gradient there; going
+back through the denoiser to x (Chung et al. 2023) takes into account how the image can change, for one backward pass of the
+model. `terms` holds the parts that are summed here, `gradients` their energies and derivatives.
 """
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..noise import expand
+from ..noise import PIXEL_SIGMA_DATA, expand
 from ..sampling import Denoiser
-from .gradients import Vjp, differentiable, energy_gradient, finite
-from .terms import Shift, Term, TermRecord, needs_model
+from .gradients import Prediction, Vjp, energy_gradient, predict, rms, zero_nonfinite
+from .terms import Term, TermRecord, any_needs_vjp
 
-ROUNDING = 1e-6  # of an energy, or of 1 if that is more
+ROUNDING = 1e-6  # share of an energy, or of 1 if that is larger, below which a change of it is rounding
 
 
-def guidance_shift(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Tensor, *, sigma_data: float = 0.5,
-                   max_rms: float = math.inf, compute: torch.dtype | None = None,
-                   vjp: Vjp | None = None) -> Shift | None:
-    """The sum of all terms' shifts, to be added to the denoised prediction, or None where no term is at work.
+class Guidance(NamedTuple):
+    """What guidance adds to a prediction, delta (B, C, H, W), and a record for each term that acted."""
 
-    x (B, C, H, W): the noisy state image + sigma * noise; sigma (B,), one value; denoised (B, C, H, W): the prediction.
-    A guider of the noisy view judges to_vp(x):    -sigma^2 weight dE/dx (the paper; exact for an exact E).
-    One of the denoised view judges the prediction:  -r^2 weight dE/d denoised, with the variance of the image given x
-    under a Gaussian prior, r^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2), so that a weight means the same in both;
-    with `through`:                                  -sigma^2 weight dE(denoised)/dx, for which vjp is needed.
-    Balanced terms only take the direction of the gradient, for each sample alone: their shift has the root mean square
-    weight * r, inside their mask, whatever the scale of the energy: a share of what is still uncertain.
+    delta: Tensor
+    records: list[TermRecord]
 
-    max_rms: upper limit for the root mean square of the summed shift of each sample, in units of the data; infinity
-    changes nothing. compute: the type that the guiders' networks compute in; None or float32 changes nothing.
-    vjp: a gradient in `denoised` -> the gradient in x, as `differentiable` gives it; called once for each such term.
-    Works under torch.inference_mode(), as long as the guiders' weights were made outside of it.
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """Settings that all terms share."""
+
+    sigma_data: float = PIXEL_SIGMA_DATA      # standard deviation of the data: 0.5 for pixels, 1 for latents
+    max_rms: float = math.inf                 # limit of the summed shift's rms for each image, in data units; inf: none
+    compute_dtype: torch.dtype | None = None  # type that the guiders' networks compute in; None or float32: as they are
+
+
+def guidance_shift(terms: Sequence[Term], prediction: Prediction,
+                   settings: GuidanceSettings = GuidanceSettings()) -> Guidance | None:
+    """The sum of all terms' shifts of a prediction, or None where no term acts.
+
+    terms: their order is the index in the records. prediction: one noise level for the whole batch; its vjp is called once
+    for each term that goes back through the model. With w the weight at this level and r the posterior standard deviation,
+    the shift of a term is
+
+        -sigma^2 w dE/dx          for a guider of the noisy view (Go et al. 2023; exact for an exact E)
+        -r^2 w dE/dD              for a guider of the denoised view, so that a weight means the same in both views
+        -sigma^2 w dE(D(x))/dx    for a guider of the denoised view, with backprop_through_model
+        -r w g                    for a normalized term: g is the direction of its gradient, with rms 1 inside the mask
+
+    Works under torch.inference_mode(), as long as the guiders' weights were made outside it.
+    ValueError for several noise levels, for a mask of another size and where a vjp is missing.
     """
-    level, total, records = _common_level(sigma), None, []
-    reach = posterior_std(level, sigma_data)
+    sigma, deltas, records = _single_level(prediction.sigma), [], []
     for index, term in enumerate(terms):
-        strength = term.strength(level)
-        if strength == 0:
+        weight = term.weight_at(sigma)
+        if weight == 0:
             continue
-        energy, gradient = term_gradient(term, x, sigma, denoised, reach, vjp, compute)
-        in_prediction = term.guider.view == "denoised" and not term.needs_model
-        part = -strength * (reach if term.balanced else (reach if in_prediction else level) ** 2) * gradient
-        records.append(TermRecord(index, level, energy, rms(part)))
-        total = part if total is None else total + part
-    return None if total is None else Shift(_limit(total, max_rms), records)
+        energy, gradient = term_gradient(term, prediction, settings)
+        delta = -weight * _step_size(term, sigma, settings.sigma_data) * gradient
+        records.append(TermRecord(index, sigma, energy, rms(delta)))
+        deltas.append(delta)
+    return Guidance(_limit_rms(sum(deltas[1:], deltas[0]), settings.max_rms), records) if deltas else None
 
 
-def term_gradient(term: Term, x: Tensor, sigma: Tensor, denoised: Tensor, reach: float, vjp: Vjp | None = None,
-                  compute: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Energy (B,) of a term and its gradient inside its mask, (B, C, H, W); of a balanced term only the direction.
+def term_gradient(term: Term, prediction: Prediction, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
+    """Energy (B,) of a term and its masked gradient (B, C, H, W), reduced to a direction of rms 1 if the term is normalized.
 
-    reach: how far the image may still move, as `uncertainty` gives it. The rest: as `guidance_shift` has it.
+    The gradient is in x for a guider of the noisy view and for backprop_through_model, in the prediction otherwise. Images
+    whose gradient is not finite get zeros.
     """
-    energy, gradient = energy_gradient(term.guider, x, sigma, denoised, compute)
-    if term.balanced:
-        gradient = drop_negligible_gradients(gradient, energy, reach)
-    if term.needs_model:
-        gradient = vjp_normalized(gradient, vjp)
-    gradient = finite(gradient, term.guider.name, float(sigma[0]))
-    mask = None if term.mask is None else mask_for(term.mask, gradient)
-    if term.balanced:
+    point = prediction.x if term.guider.view == "noisy" else prediction.denoised
+    energy, gradient = energy_gradient(term.guider, point, prediction.sigma, settings.compute_dtype)
+    sigma = float(prediction.sigma[0])
+    if term.normalized:
+        gradient = drop_negligible_gradients(gradient, energy, posterior_std(sigma, settings.sigma_data))
+    if term.needs_vjp:
+        gradient = vjp_at_unit_scale(gradient, prediction.vjp)
+    gradient = zero_nonfinite(gradient, term.guider.name, sigma)
+    mask = None if term.mask is None else checked_mask(term.mask, gradient)
+    if term.normalized:
         gradient = direction(gradient, mask)
     return energy, gradient if mask is None else gradient * mask
 
 
-def guided(denoise: Denoiser, terms: Sequence[Term], *, sigma_data: float = 0.5, max_rms: float = math.inf,
-           on_shift: Callable[[Shift], None] | None = None) -> Denoiser:
-    """A denoiser with guidance: a denoiser again, so that guidance stacks and any sampler takes it."""
+def guided(denoise: Denoiser, terms: Sequence[Term], settings: GuidanceSettings = GuidanceSettings(),
+           on_guidance: Callable[[Guidance], None] | None = None) -> Denoiser:
+    """A denoiser with guidance: a denoiser again, so that guidance stacks and any sampler takes it.
+
+    denoise: must let gradients through if a term has backprop_through_model. on_guidance: called with what is added to each
+    prediction.
+    """
     def denoise_guided(x: Tensor, sigma: Tensor) -> Tensor:
-        through = needs_model(terms, float(sigma.max()))
-        denoised, vjp = differentiable(denoise, x, sigma) if through else (denoise(x, sigma), None)
-        shift = guidance_shift(terms, x, sigma, denoised, sigma_data=sigma_data, max_rms=max_rms, vjp=vjp)
-        if shift is None:
-            return denoised
-        if on_shift:
-            on_shift(shift)
-        return denoised + shift.shift
+        prediction = predict(denoise, x, sigma, any_needs_vjp(terms, float(sigma.max())))
+        guidance = guidance_shift(terms, prediction, settings)
+        if guidance is None:
+            return prediction.denoised
+        if on_guidance:
+            on_guidance(guidance)
+        return prediction.denoised + guidance.delta
     return denoise_guided
 
 
 def posterior_std(sigma: float, sigma_data: float) -> float:
-    """Standard deviation of the data given a noisy state, under a Gaussian prior."""
+    """Standard deviation of the clean data given a noisy state, r = sigma sigma_data / sqrt(sigma^2 + sigma_data^2).
+
+    Exact for Gaussian data. sigma: noise level; sigma_data: standard deviation of the data; r has the data's unit.
+    """
     return sigma * sigma_data / math.hypot(sigma, sigma_data)
 
 
-def vjp_normalized(gradient: Tensor, vjp: Vjp | None) -> Tensor:
-    """A gradient in the prediction as one in x; on the way it has a size of 1, which half precision can hold."""
+def _step_size(term: Term, sigma: float, sigma_data: float) -> float:
+    """Factor of a weighted gradient."""
+    std = posterior_std(sigma, sigma_data)
+    if term.normalized:
+        return std
+    return (std if term.guider.view == "denoised" and not term.needs_vjp else sigma) ** 2
+
+
+def vjp_at_unit_scale(gradient: Tensor, vjp: Vjp | None) -> Tensor:
+    """The gradient in x (B, C, H, W) from one in the prediction, computed at rms 1, which half precision can hold."""
     if vjp is None:
-        raise ValueError("a term's gradient shall go through the model: expected vjp, as differentiable() gives it")
-    size = expand(rms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
-    return vjp(gradient / size).to(gradient) * size
+        raise ValueError("a term goes back through the model, but the prediction has no vjp: make it by predict() "
+                         "with with_vjp=True")
+    scale = expand(rms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
+    return vjp(gradient / scale).to(gradient) * scale
 
 
-def drop_negligible_gradients(gradient: Tensor, energy: Tensor, reach: float) -> Tensor:
-    """Without the samples whose energy would not feel a step as far as `reach`: their gradient is rounding, no direction."""
-    gain = rms(gradient) * reach * gradient[0].numel()
+def drop_negligible_gradients(gradient: Tensor, energy: Tensor, std: float) -> Tensor:
+    """Zero gradients (B, C, H, W) whose effect on the energy (B,) over a step of rms `std` is rounding, not a direction."""
+    gain = rms(gradient) * std * gradient[0].numel()
     return gradient * expand(gain > ROUNDING * energy.abs().clamp_min(1), gradient)
 
 
 def direction(gradient: Tensor, mask: Tensor | None) -> Tensor:
-    """The gradient of each sample with a root mean square of 1, inside the mask; zeros where it vanishes."""
+    """The gradient (B, C, H, W) scaled for each image to rms 1 inside the mask; zeros where it vanishes."""
     if mask is None:
         size = rms(gradient)
     else:
@@ -113,26 +144,23 @@ def direction(gradient: Tensor, mask: Tensor | None) -> Tensor:
     return gradient / expand(size.clamp_min(torch.finfo(size.dtype).tiny), gradient)
 
 
-def _common_level(sigma: Tensor) -> float:
-    low, high = (float(value) for value in sigma.aminmax())
-    if low != high:
-        raise ValueError(f"one call holds noise levels from {low} to {high}: guidance needs one level for the batch")
-    return low
-
-
-def mask_for(mask: Tensor, x: Tensor) -> Tensor:
+def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask (B|1, 1, H, W) in the type and on the device of x (B, C, H, W). ValueError if it does not fit x."""
     if mask.shape[-2:] != x.shape[-2:] or len(mask) not in (1, len(x)):
         raise ValueError(f"the mask has shape {tuple(mask.shape)} but {tuple(x.shape)} is sampled: expected one mask "
                          "for all images or one for each, of the same height and width")
     return mask.to(x)
 
 
-def rms(part: Tensor) -> Tensor:
-    return part.square().flatten(1).mean(1).sqrt()
+def _single_level(sigma: Tensor) -> float:
+    low, high = (float(value) for value in sigma.aminmax())
+    if low != high:
+        raise ValueError(f"one call holds noise levels from {low} to {high}: guidance needs one level for the batch")
+    return low
 
 
-def _limit(shift: Tensor, max_rms: float) -> Tensor:
+def _limit_rms(delta: Tensor, max_rms: float) -> Tensor:
     if math.isinf(max_rms):
-        return shift
-    factor = (max_rms / rms(shift).clamp_min(1e-12)).clamp_max(1)
-    return shift * expand(factor, shift)
+        return delta
+    factor = (max_rms / rms(delta).clamp_min(1e-12)).clamp_max(1)
+    return delta * expand(factor, delta)

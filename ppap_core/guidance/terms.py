@@ -1,55 +1,49 @@
-"""Terms: one guider's part in guidance, and the record of its effect."""
-from collections.abc import Callable, Sequence
+"""Terms of guidance: a guider with its weight, schedule and mask, and the record of its effect at one noise level."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..guiders.guider import Guider
-from ..noise import EVERYWHERE, NoiseInterval
-from ..schedules import constant
+from ..schedules import ALWAYS, Schedule
 
 
 @dataclass(frozen=True)
 class Term:
-    """One guider's part in guidance. weight 0, a sigma outside the window, or a zero mask = not there."""
+    """One guider's part in guidance.
+
+    A weight of 0, a schedule whose factor is 0, or a mask of zeros removes the term: its network does not run.
+    """
 
     guider: Guider
     weight: float = 1.0
-    window: NoiseInterval = EVERYWHERE
-    ramp: Callable[[float], float] = constant
-    mask: Tensor | None = None  # (B|1, 1, H, W) in [0, 1] on the grid of x
-    balanced: bool = False      # whether the weight is a share of what is uncertain; else it scales the gradient as it is
-    through: bool = False       # whether the gradient in the prediction goes on through the model; the noisy view has none
+    schedule: Schedule = ALWAYS
+    mask: Tensor | None = None            # (B|1, 1, H, W) in [0, 1] on the grid of x; None: the whole image
+    normalized: bool = False              # True: the shift has rms weight * posterior_std; False: weight scales the gradient
+    backprop_through_model: bool = False  # whether the gradient goes back through the denoiser to x; noisy view: no effect
 
     @property
-    def needs_model(self) -> bool:
-        """Whether the model must be differentiated through."""
-        return self.through and self.guider.view == "denoised"
+    def needs_vjp(self) -> bool:
+        """Whether the denoiser must be differentiated; the gradient of a guider of the noisy view is in x already."""
+        return self.backprop_through_model and self.guider.view == "denoised"
 
-    def strength(self, sigma: float) -> float:
-        """Weight of the gradient at a noise level; 0 when the network need not run."""
-        if sigma not in self.window or (self.mask is not None and not bool(self.mask.any())):
+    def weight_at(self, sigma: float) -> float:
+        """Weight at a noise level; 0 when the network need not run."""
+        if self.mask is not None and not bool(self.mask.any()):
             return 0.0
-        return self.weight * self.ramp(sigma)
+        return self.weight * self.schedule.factor_at(sigma)
 
 
 class TermRecord(NamedTuple):
-    """What one term did at one noise level."""
+    """Effect of one term at one noise level."""
 
-    term: int         # its place among the terms
+    term: int         # index of the term
     sigma: float
-    energy: Tensor    # (B,) before its shift
-    rms: Tensor       # (B,) size of its part of the shift, in units of the data, before the limit
+    energy: Tensor    # (B,) before the shift
+    rms: Tensor       # (B,) root mean square of the term's shift, in data units, before any limit
 
 
-class Shift(NamedTuple):
-    """What guidance adds to a prediction (B, C, H, W), and what each term at work did."""
-
-    shift: Tensor
-    records: list[TermRecord]
-
-
-def needs_model(terms: Sequence[Term], sigma: float) -> bool:
-    """Whether terms at work at a noise level need `vjp`."""
-    return any(term.needs_model and term.strength(sigma) != 0 for term in terms)
+def any_needs_vjp(terms: Sequence[Term], sigma: float) -> bool:
+    """Whether a term that acts at a noise level needs the denoiser's VJP."""
+    return any(term.needs_vjp and term.weight_at(sigma) != 0 for term in terms)

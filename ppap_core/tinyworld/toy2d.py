@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..guidance.autoguidance import Autoguidance, autoguided
 from ..noise import NoiseInterval
 from ..sampling import Denoiser, karras_sigmas, sample_heun
+from ..schedules import Schedule
 from ..viz.plots import scatter_panels
 
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 5.0
@@ -150,7 +151,7 @@ def panels(steps: int = 2048, count: int = 4000, on_step: Callable[[int, int], N
     ways: dict[str, Denoiser] = {
         "no guidance": good,
         "classifier-free, weight 4": autoguided(good, both, Autoguidance(4.0)),
-        "classifier-free, in an interval": autoguided(good, both, Autoguidance(4.0, NoiseInterval(0.05, 0.5))),
+        "classifier-free, in an interval": autoguided(good, both, Autoguidance(4.0, Schedule(NoiseInterval(0.05, 0.5)))),
         "autoguidance, weight 3": autoguided(good, bad, Autoguidance(3.0))}
     noise = SIGMA_MAX * torch.randn(count, 2, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

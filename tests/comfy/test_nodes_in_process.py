@@ -72,13 +72,13 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: PixelWorl
              for a, b in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))]
     edge = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
     for sigma in (80.0, 1e9, edge, 1.0, 0.02, 0.0):
-        assert sum(sigma in term.window for term in terms) == 1
+        assert sum(sigma in term.schedule.window for term in terms) == 1
 
 
 def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: PixelWorld):
     term = comfy.pack.nodes.bridge.guidance.to_core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
                                                (1, 3, 32, 32), None)
-    assert term.ramp(80.0) == pytest.approx(3.0) and term.ramp(0.02) == pytest.approx(0.5)
+    assert term.schedule.ramp(80.0) == pytest.approx(3.0) and term.schedule.ramp(0.02) == pytest.approx(0.5)
 
 
 def flow_sampling() -> Any:

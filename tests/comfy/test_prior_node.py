@@ -8,7 +8,7 @@ from helpers.model_families import FAMILIES
 from helpers.workbench import EPS, FLOW, THROUGH, VIDEO, Workbench, cosmos_is_fused, ksampler, search
 from helpers.worlds import LatentWorld, PixelWorld
 
-from ppap_core.guidance.prior import PriorConfig, optimize_images
+from ppap_core.guidance.prior import PriorConfig, PriorObjective, optimize_images
 from ppap_core.guidance.terms import Term
 from ppap_core.tinyworld.loaders import load_denoiser, load_guider
 
@@ -38,8 +38,9 @@ def test_every_kind_of_model_is_a_prior(bench: Workbench, family: str, gradient:
 def test_in_pixels_the_node_finds_what_the_core_finds(pixels: PixelWorld, gradient: dict):
     found = search(pixels, pixels.conditioned(), pixels.term(weight=0.5, strength="balanced"), **gradient)
     guider = load_guider("class").aim(pixels.guider.target)
-    images, _ = optimize_images(load_denoiser(), [Term(guider, 0.5, balanced=True)], torch.zeros(3, 3, 32, 32),
-                            PriorConfig(6, 1.0, 5.0, 0.1, jacobian=bool(gradient)), [3, 4, 5])
+    objective = PriorObjective(load_denoiser(), [Term(guider, 0.5, normalized=True)])
+    config = PriorConfig(6, 1.0, 5.0, 0.1, bool(gradient))
+    images, _ = optimize_images(objective, torch.zeros(3, 3, 32, 32), config, [3, 4, 5])
     off = (found - images).abs()  # Adam turns rounding into steps where gradients are small
     assert off.mean() < 1e-3 and off.max() < 0.2
 
@@ -170,7 +171,7 @@ def test_guidance_on_the_model_goes_on_working(bench: Workbench):
 
 
 def test_levels_in_the_wrong_order_are_refused(pixels: PixelWorld):
-    with says(ValueError, "sigma_to", "0.1", "0.05"):
+    with says(ValueError, "sigma_min", "0.1", "0.05"):
         search(pixels, pixels.conditioned(), sigma_max=0.05)
 
 

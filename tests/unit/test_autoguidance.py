@@ -11,7 +11,7 @@ from ppap_core.guidance.autoguidance import Autoguidance, autoguidance_delta, au
 from ppap_core.guidance.shift import guided
 from ppap_core.guidance.terms import Term
 from ppap_core.noise import NoiseInterval
-from ppap_core.schedules import Ramp
+from ppap_core.schedules import Ramp, Schedule
 from ppap_core.tinyworld import toy2d
 
 SHAPE = (3, 5, 7)
@@ -46,8 +46,8 @@ def test_several_worse_predictions_are_the_published_sum():
     torch.testing.assert_close(found, weight * main - (weight - 1) * (0.7 * without + 0.3 * bad), **EXACT)
 
 
-@pytest.mark.parametrize("settings", [Autoguidance(1.0), Autoguidance(3.0, NoiseInterval(0.5, 1.5)),
-                                      Autoguidance(3.0, ramp=lambda sigma: 0.0)])
+@pytest.mark.parametrize("settings", [Autoguidance(1.0), Autoguidance(3.0, Schedule(NoiseInterval(0.5, 1.5))),
+                                      Autoguidance(3.0, Schedule(ramp=lambda sigma: 0.0))])
 def test_a_neutral_value_changes_no_bit_and_does_not_ask_the_bad_model(settings):
     good, _ = models()
     x = randn(3, *SHAPE, dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_the_ramp_scales_what_is_added():
     good, bad = models()
     window = NoiseInterval(0.1, 10.0)
     x = randn(3, *SHAPE, dtype=torch.float64)
-    found = autoguided(good, bad, Autoguidance(3.0, window, Ramp(window, 2.0, 0.0)))
+    found = autoguided(good, bad, Autoguidance(3.0, Schedule(window, Ramp(window, 2.0, 0.0))))
     for sigma, weight in ((10.0 - 1e-9, 5.0), (1.0, 3.0), (0.1, 1.0), (10.0, 1.0)):
         expected = autoguided(good, bad, Autoguidance(weight))(x, level(sigma, x))
         torch.testing.assert_close(found(x, level(sigma, x)), expected, rtol=0, atol=1e-7)
@@ -71,7 +71,7 @@ def test_guidance_by_a_network_shifts_the_combined_prediction():
         return 0.5 * x / (1 + sigma[0])
     x = images(3)
     both = autoguided(good, bad, Autoguidance(2.0))
-    term = Term(small_guider(view="noisy"), 0.5, balanced=True)
+    term = Term(small_guider(view="noisy"), 0.5, normalized=True)
     shift = guided(good, [term])(x, level(0.7, x)) - good(x, level(0.7, x))
     torch.testing.assert_close(guided(both, [term])(x, level(0.7, x)), both(x, level(0.7, x)) + shift)
 

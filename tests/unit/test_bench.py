@@ -13,14 +13,14 @@ from benchmarks import rules as rules_bench
 from benchmarks import tables as module
 from benchmarks.ablations import ABLATIONS, JointOverMarginal, Smooth
 from benchmarks.bad_models import DAMAGED, KINDS, TUNED, bad_version
-from benchmarks.tables import Row, bench, in_bfloat16, interval, read_table, sampler, told
+from benchmarks.tables import Row, bench, in_bfloat16, interval, prior_config, read_table, sampler, told
 from benchmarks.tiny_world import NOISE, generate_store, load_world
 from benchmarks.training import Training, changes, make_guider
 from ppap_core.cli import main
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
 from ppap_core.experts.samples import SampleStore, from_uint8
 from ppap_core.guidance.autoguidance import autoguided
-from ppap_core.guidance.prior import PriorConfig, optimize_images
+from ppap_core.guidance.prior import PriorConfig, PriorObjective, optimize_images
 from ppap_core.guidance.terms import Term
 from ppap_core.guidance.training_free import METHODS
 from ppap_core.guiders.guider import Guider, clean
@@ -182,7 +182,7 @@ def test_a_bundled_table_can_be_read_and_names_only_what_there_is(file, monkeypa
             assert row.settings["bad"] in KINDS and isinstance(row.settings["told"], bool)
             assert row.settings.get("good", TUNED) == TUNED
         if row.way == "prior":
-            assert PriorConfig(**{key: value for key, value in row.settings.items() if key != "level"})
+            assert prior_config(**row.settings)
         if row.way in METHODS:
             for point in row.points:
                 replace(METHODS[row.way], **row.settings, **point)
@@ -270,8 +270,8 @@ def test_a_way_of_the_table_of_priors_is_a_search_from_the_noise_of_the_scene():
     row = Row("prior", "prior", settings={"steps": 3})
     found = sampler(world, row, world.guider, {"weight": 1.0, "balanced": True}, 16)([0, 1], scenes)
     aimed = world.guider.aim(scenes.label)
-    expected, _ = optimize_images(world.denoise, [Term(aimed, 1.0, balanced=True)], torch.zeros(2, 3, 32, 32), PriorConfig(3),
-                              [NOISE, NOISE + 1])
+    expected, _ = optimize_images(PriorObjective(world.denoise, [Term(aimed, 1.0, normalized=True)]),
+                                  torch.zeros(2, 3, 32, 32), PriorConfig(3), [NOISE, NOISE + 1])
     assert torch.equal(found, expected)
     tidy = replace(row, settings={"steps": 3, "level": 0.5})
     assert not torch.equal(sampler(world, tidy, world.guider, {"weight": 1.0, "balanced": True}, 16)([0, 1], scenes), found)

@@ -32,6 +32,7 @@ from ppap_core.experts.samples import (
     TrajectoryRecorder,
     trajectory_pairs,
 )
+from ppap_core.guidance.gradients import Prediction
 from ppap_core.guidance.shift import guidance_shift
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import IgnoreSigma, clean
@@ -114,7 +115,7 @@ def test_an_expert_sees_in_guidance_what_it_saw_in_distillation(store, view):
     inputs = {"noisy": recorder.calls[0][1], "denoised": recorder.calls[0][2]}[view]
     handle = bank.register_forward_pre_hook(lambda module, inputs: seen.append([part.detach().clone() for part in inputs]))
     distill_loss(guider, bank, Pairs(images(1), inputs.float(), sigma))
-    guidance_shift([Term(with_experts(guider, bank))], x, sigma, gaussian_denoise(x, sigma))
+    guidance_shift([Term(with_experts(guider, bank))], Prediction(x, sigma, gaussian_denoise(x, sigma)))
     handle.remove()
     (learned, learned_at), (guided, at) = seen
     assert torch.equal(learned_at, at)

@@ -2,24 +2,26 @@
 import logging
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import TARGETS, VIEWS, B, H, W, disturb, images, level, randn, says, small_guider
 from helpers.gaussian import GaussianMixture
+from torch import Tensor
 
 from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
-from ppap_core.guidance.gradients import HALF, differentiable, energy_gradient, part_of
-from ppap_core.guidance.shift import guidance_shift, guided
+from ppap_core.guidance.gradients import HALF, Prediction, Vjp, energy_gradient, predict, slice_guider
+from ppap_core.guidance.shift import Guidance, GuidanceSettings, guidance_shift, guided
 from ppap_core.guidance.terms import Term
-from ppap_core.guiders.guider import IgnoreSigma
+from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.rules import rule_guider
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.noise import EVERYWHERE, NoiseInterval, expand, flow_to_ve
 from ppap_core.rng import seeded_noise
 from ppap_core.sampling import karras_sigmas, sample_euler, sample_heun
-from ppap_core.schedules import ExpertSchedule, Ramp
+from ppap_core.schedules import ExpertSchedule, Ramp, Schedule
 
 SHAPE = (3, 5, 7)
 LEVELS = [0.05, 0.4, 2.0, 10.0]
@@ -47,6 +49,16 @@ def situation(sigma: float = 1.5, count: int = B, dtype: torch.dtype = torch.flo
     """State, noise level and prediction of a picture model."""
     x = images(count, dtype=dtype) + sigma * randn(count, 3, H, W, seed=9, dtype=dtype)
     return x, level(sigma, x), smooth(x, level(sigma, x))
+
+
+def guide(terms: Sequence[Term], x: Tensor, sigma: Tensor, denoised: Tensor, vjp: Vjp | None = None,
+          **settings) -> Guidance | None:
+    return guidance_shift(terms, Prediction(x, sigma, denoised, vjp), GuidanceSettings(**settings))
+
+
+def gradient_at(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
+                compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    return energy_gradient(guider, x if guider.view == "noisy" else denoised, sigma, compute_dtype)
 
 
 # The oracle
@@ -86,7 +98,7 @@ def test_the_shift_of_a_flow_model_is_the_same_step_along_its_own_state():
     flow = 0.4 * state(0.0) + 0.6 * randn(B, *SHAPE, dtype=torch.float64)
     guider = world.guider().aim(torch.tensor([1]))
     x, sigma = flow_to_ve(flow, t)
-    shift = guidance_shift([Term(guider)], x, sigma, world(x, sigma)).shift
+    shift = guide([Term(guider)], x, sigma, world(x, sigma)).delta
     point = flow.clone().requires_grad_()
     energy = -world.log_likelihood(flow_to_ve(point, t)[0], sigma).log_softmax(1)[:, 1]
     gradient = torch.autograd.grad(energy.sum(), point)[0]
@@ -102,7 +114,7 @@ def test_the_denoised_view_is_exact_for_a_gaussian_prior_and_an_energy_linear_in
     def denoise(x, sigma):
         return x * expand(spread**2 / (spread**2 + sigma**2), x)
     a, x = randn(1, 3, H, W, seed=2, dtype=torch.float64), randn(B, 3, H, W, dtype=torch.float64) * sigma
-    out = guided(denoise, [Term(linear_guider(a), 1.3)], sigma_data=spread)(x, level(sigma, x))
+    out = guided(denoise, [Term(linear_guider(a), 1.3)], GuidanceSettings(spread))(x, level(sigma, x))
     variance = 1 / (1 / spread**2 + 1 / sigma**2)
     torch.testing.assert_close(out, denoise(x, level(sigma, x)) - 1.3 * variance * a, **EXACT)
 
@@ -129,7 +141,7 @@ def test_a_gradient_through_the_model_is_exact_for_any_gaussian_prior_and_an_ene
     def denoise(x, sigma):
         return (x.flatten(1) @ gain).view_as(x)
     a, x = randn(1, *SHAPE, seed=2, dtype=torch.float64), randn(B, *SHAPE, dtype=torch.float64) * sigma
-    out = guided(denoise, [Term(linear_guider(a), 1.3, through=True)])(x, level(sigma, x))
+    out = guided(denoise, [Term(linear_guider(a), 1.3, backprop_through_model=True)])(x, level(sigma, x))
     moved = (sigma**2 * a.flatten(1) @ gain).view_as(a)
     torch.testing.assert_close(out, denoise(x, level(sigma, x)) - 1.3 * moved, rtol=0, atol=1e-10)
 
@@ -141,7 +153,7 @@ def test_a_gradient_through_the_model_is_exact_for_any_gaussian_prior_and_an_ene
 def test_the_gradient_is_the_finite_difference_of_the_energy(view, task):
     guider = small_guider(task, view, dtype=torch.float64)
     x, sigma, denoised = situation(dtype=torch.float64)
-    energy, gradient = energy_gradient(guider, x, sigma, denoised)
+    energy, gradient = gradient_at(guider, x, sigma, denoised)
     direction, step = randn(B, 3, H, W, seed=4, dtype=torch.float64), 1e-5
     def moved(by):
         point = (x if view == "noisy" else denoised) + by * direction
@@ -161,8 +173,7 @@ def wavy(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 def test_a_gradient_through_the_model_is_the_finite_difference_of_the_energy_of_the_prediction(task):
     guider = small_guider(task, "denoised", dtype=torch.float64)
     x, sigma, _ = situation(dtype=torch.float64)
-    denoised, vjp = differentiable(wavy, x, sigma)
-    shift = guidance_shift([Term(guider, through=True)], x, sigma, denoised, vjp=vjp).shift
+    shift = guidance_shift([Term(guider, backprop_through_model=True)], predict(wavy, x, sigma, with_vjp=True)).delta
     direction, step = randn(B, 3, H, W, seed=4, dtype=torch.float64), 1e-5
     def moved(by):
         return guider.energy(wavy(x + by * direction, sigma), sigma)
@@ -177,15 +188,17 @@ def test_a_gradient_through_the_model_may_be_large_or_small(share):
     def scaled(factor, dtype):
         def denoise(x, sigma):
             return (x.to(dtype) * factor).to(x)
-        return guided(denoise, [Term(small_guider(), 0.5, balanced=share, through=True)])(x, sigma) - denoise(x, sigma)
+        term = Term(small_guider(), 0.5, normalized=share, backprop_through_model=True)
+        return guided(denoise, [term])(x, sigma) - denoise(x, sigma)
     for factor in (1e-4, 1.0):
         full, half = scaled(factor, torch.float32), scaled(factor, torch.float16)
         torch.testing.assert_close(half, full, rtol=0.05, atol=0.02 * float(full.abs().max()))
         assert full.abs().max() > 0
 
 
-@pytest.mark.parametrize("term", [Term(small_guider(), 0.0, through=True), Term(small_guider(view="noisy"), through=True),
-                                  Term(small_guider(), window=NoiseInterval(0, 0.1), through=True)])
+@pytest.mark.parametrize("term", [Term(small_guider(), 0.0, backprop_through_model=True),
+                                  Term(small_guider(view="noisy"), backprop_through_model=True),
+                                  Term(small_guider(), 1.0, Schedule(NoiseInterval(0, 0.1)), backprop_through_model=True)])
 def test_a_model_that_need_not_be_gone_through_is_not(term):
     x, sigma, _ = situation()
     asked = []
@@ -193,19 +206,20 @@ def test_a_model_that_need_not_be_gone_through_is_not(term):
         asked.append(x.requires_grad)
         return smooth(x, sigma)
     out = guided(denoise, [term])(x, sigma)
-    assert asked == [False] and torch.equal(out, guided(smooth, [replace(term, through=False)])(x, sigma))
+    assert asked == [False] and torch.equal(out, guided(smooth, [replace(term, backprop_through_model=False)])(x, sigma))
 
 
 def test_each_image_goes_through_the_model_for_itself():
     x, sigma, _ = situation()
-    denoise = guided(wavy, [Term(small_guider(), 0.5, balanced=True, through=True), Term(small_guider("depth"), 2.0)])
+    denoise = guided(wavy, [Term(small_guider(), 0.5, normalized=True, backprop_through_model=True),
+                            Term(small_guider("depth"), 2.0)])
     together = denoise(x, sigma)
     for i in range(B):
         torch.testing.assert_close(denoise(x[i:i + 1], sigma[i:i + 1])[0], together[i], rtol=1e-4, atol=1e-6)
 
 
 def test_going_through_the_model_works_under_inference_mode_and_leaves_no_gradient():
-    term, (x, sigma, _) = Term(small_guider(), 0.5, balanced=True, through=True), situation()
+    term, (x, sigma, _) = Term(small_guider(), 0.5, normalized=True, backprop_through_model=True), situation()
     expected = guided(wavy, [term])(x, sigma)
     assert not expected.requires_grad
     with torch.inference_mode():
@@ -216,18 +230,18 @@ def test_going_through_the_model_works_under_inference_mode_and_leaves_no_gradie
 def test_a_model_that_cannot_be_gone_through_is_said_in_words():
     x, sigma, denoised = situation()
     with says(ValueError, "lets no gradient through", "torch.no_grad"):
-        guided(torch.no_grad()(smooth), [Term(small_guider(), through=True)])(x, sigma)
-    with says(ValueError, "expected vjp"):
-        guidance_shift([Term(small_guider(), through=True)], x, sigma, denoised)
+        guided(torch.no_grad()(smooth), [Term(small_guider(), backprop_through_model=True)])(x, sigma)
+    with says(ValueError, "has no vjp"):
+        guide([Term(small_guider(), backprop_through_model=True)], x, sigma, denoised)
 
 
 def test_a_guider_of_the_noisy_view_does_not_look_at_the_prediction_and_the_other_not_at_the_state():
     x, sigma, denoised = situation()
     for view in VIEWS:
         terms = [Term(small_guider(view=view))]
-        first = guidance_shift(terms, x, sigma, denoised).shift
-        other_state = guidance_shift(terms, x + 1, sigma, denoised).shift
-        other_prediction = guidance_shift(terms, x, sigma, denoised + 1).shift
+        first = guide(terms, x, sigma, denoised).delta
+        other_state = guide(terms, x + 1, sigma, denoised).delta
+        other_prediction = guide(terms, x, sigma, denoised + 1).delta
         assert torch.equal(first, other_state) is (view == "denoised")
         assert torch.equal(first, other_prediction) is (view == "noisy")
 
@@ -236,8 +250,8 @@ def test_a_guider_of_the_noisy_view_does_not_look_at_the_prediction_and_the_othe
 def test_guidance_lowers_the_energy(view):
     guider = small_guider(view=view)
     x, sigma, denoised = situation(0.5)
-    shift = guidance_shift([Term(guider, 0.05)], x, sigma, denoised)
-    before, after = (energy_gradient(guider, x + more, sigma, denoised + more)[0] for more in (0.0, shift.shift))
+    shift = guide([Term(guider, 0.05)], x, sigma, denoised)
+    before, after = (gradient_at(guider, x + more, sigma, denoised + more)[0] for more in (0.0, shift.delta))
     assert torch.equal(shift.records[0].energy, before) and bool((after < before).all())
 
 
@@ -245,10 +259,10 @@ def test_guidance_lowers_the_energy(view):
 
 @pytest.mark.parametrize("term", [
     {"weight": 0.0},
-    {"window": NoiseInterval(2.0, 3.0)},
-    {"window": NoiseInterval(0.0, 1.5)},   # half-open: ends just below
+    {"schedule": Schedule(NoiseInterval(2.0, 3.0))},
+    {"schedule": Schedule(NoiseInterval(0.0, 1.5))},   # half-open: ends just below
     {"mask": torch.zeros(1, 1, H, W)},
-    {"ramp": lambda sigma: 0.0},
+    {"schedule": Schedule(ramp=lambda sigma: 0.0)},
 ])
 def test_a_term_that_is_switched_off_changes_no_bit_and_its_network_is_not_run(term):
     def fail(image, sigma):
@@ -256,7 +270,7 @@ def test_a_term_that_is_switched_off_changes_no_bit_and_its_network_is_not_run(t
     x, sigma, denoised = situation()
     denoise = guided(lambda x, sigma: denoised, [Term(replace(small_guider(), net=fail), **term)])
     assert denoise(x, sigma) is denoised
-    assert guidance_shift([Term(replace(small_guider(), net=fail), **term)], x, sigma, denoised) is None
+    assert guide([Term(replace(small_guider(), net=fail), **term)], x, sigma, denoised) is None
 
 
 def test_no_term_is_no_guidance():
@@ -266,23 +280,23 @@ def test_no_term_is_no_guidance():
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("settings", [
-    {"window": NoiseInterval(1.5, 2.0)},
+    {"schedule": Schedule(NoiseInterval(1.5, 2.0))},
     {"mask": torch.ones(1, 1, H, W)},
     {"mask": torch.ones(B, 1, H, W)},
-    {"ramp": Ramp(NoiseInterval(0.1, 10.0), 1.0, 1.0)},
+    {"schedule": Schedule(ramp=Ramp(NoiseInterval(0.1, 10.0), 1.0, 1.0))},
 ])
 def test_a_neutral_setting_changes_no_bit(view, settings):
     x, sigma, denoised = situation()
-    plain = guidance_shift([Term(small_guider(view=view), 2.0)], x, sigma, denoised)
-    other = guidance_shift([Term(small_guider(view=view), 2.0, **settings)], x, sigma, denoised)
-    assert torch.equal(other.shift, plain.shift)
+    plain = guide([Term(small_guider(view=view), 2.0)], x, sigma, denoised)
+    other = guide([Term(small_guider(view=view), 2.0, **settings)], x, sigma, denoised)
+    assert torch.equal(other.delta, plain.delta)
 
 
 def test_a_limit_above_the_size_of_the_shift_changes_no_bit():
     x, sigma, denoised = situation()
     terms = [Term(small_guider(), 2.0)]
-    assert torch.equal(guidance_shift(terms, x, sigma, denoised, max_rms=100.0).shift,
-                       guidance_shift(terms, x, sigma, denoised).shift)
+    assert torch.equal(guide(terms, x, sigma, denoised, max_rms=100.0).delta,
+                       guide(terms, x, sigma, denoised).delta)
 
 
 # Combining
@@ -290,7 +304,7 @@ def test_a_limit_above_the_size_of_the_shift_changes_no_bit():
 @pytest.mark.parametrize("view", VIEWS)
 def test_the_shift_is_proportional_to_the_weight(view):
     x, sigma, denoised = situation()
-    one, three = (guidance_shift([Term(small_guider(view=view), w)], x, sigma, denoised).shift for w in (1.0, -3.0))
+    one, three = (guide([Term(small_guider(view=view), w)], x, sigma, denoised).delta for w in (1.0, -3.0))
     torch.testing.assert_close(three, -3 * one)
 
 
@@ -299,19 +313,19 @@ def test_two_terms_are_the_sum_of_each():
     mask = torch.zeros(1, 1, H, W)
     mask[..., : W // 3] = 1
     terms = [Term(small_guider("class", "noisy"), 0.7), Term(small_guider("depth", "denoised"), 2.0, mask=mask)]
-    both = guidance_shift(terms, x, sigma, denoised)
-    each = [guidance_shift([term], x, sigma, denoised) for term in terms]
-    torch.testing.assert_close(both.shift, each[0].shift + each[1].shift)
+    both = guide(terms, x, sigma, denoised)
+    each = [guide([term], x, sigma, denoised) for term in terms]
+    torch.testing.assert_close(both.delta, each[0].delta + each[1].delta)
     assert [reading.term for reading in both.records] == [0, 1]
     for reading, alone in zip(both.records, each, strict=True):
         assert torch.equal(reading.energy, alone.records[0].energy) and reading.sigma == 1.5
-        torch.testing.assert_close(reading.rms, alone.shift.square().mean(dim=(1, 2, 3)).sqrt())
+        torch.testing.assert_close(reading.rms, alone.delta.square().mean(dim=(1, 2, 3)).sqrt())
 
 
 def test_a_term_that_is_off_keeps_the_places_of_the_others():
     x, sigma, denoised = situation()
     terms = [Term(small_guider("class"), 0.0), Term(small_guider("depth"))]
-    assert [reading.term for reading in guidance_shift(terms, x, sigma, denoised).records] == [1]
+    assert [reading.term for reading in guide(terms, x, sigma, denoised).records] == [1]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -320,11 +334,11 @@ def test_an_image_in_a_batch_is_guided_as_it_is_alone(task, view):
     guider = small_guider(task, view)
     guider = guider.aim(torch.cat([guider.target, guider.target.flip(-1) + (task == "class"), guider.target]))
     x, sigma, denoised = situation()
-    together = guidance_shift([Term(guider, 3.0)], x, sigma, denoised, max_rms=0.01)
+    together = guide([Term(guider, 3.0)], x, sigma, denoised, max_rms=0.01)
     for i in range(B):
         one = slice(i, i + 1)
-        alone = guidance_shift([Term(guider.aim(guider.target[one]), 3.0)], x[one], sigma[one], denoised[one], max_rms=0.01)
-        torch.testing.assert_close(together.shift[one], alone.shift, rtol=1e-4, atol=1e-7)
+        alone = guide([Term(guider.aim(guider.target[one]), 3.0)], x[one], sigma[one], denoised[one], max_rms=0.01)
+        torch.testing.assert_close(together.delta[one], alone.delta, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(together.records[0].rms[one], alone.records[0].rms, rtol=1e-4, atol=0)
 
 
@@ -344,20 +358,20 @@ def test_half_a_mask_leaves_the_other_half_untouched_bit_for_bit(view):
 def test_each_image_can_have_its_own_mask():
     x, sigma, denoised = situation()
     mask = torch.tensor([1.0, 0.0, 0.5])[:, None, None, None].expand(B, 1, H, W)
-    whole = guidance_shift([Term(small_guider())], x, sigma, denoised).shift
-    torch.testing.assert_close(guidance_shift([Term(small_guider(), mask=mask)], x, sigma, denoised).shift, whole * mask)
+    whole = guide([Term(small_guider())], x, sigma, denoised).delta
+    torch.testing.assert_close(guide([Term(small_guider(), mask=mask)], x, sigma, denoised).delta, whole * mask)
 
 
 @pytest.mark.parametrize("limit", [1e-5, 0.003, 0.02])
 def test_the_limit_holds_for_each_image_and_keeps_its_direction(limit):
     x, sigma, denoised = situation()
     terms = [Term(small_guider(), 2.0), Term(small_guider("depth", "noisy"), 0.5)]
-    free = guidance_shift(terms, x, sigma, denoised)
-    held = guidance_shift(terms, x, sigma, denoised, max_rms=limit)
-    sizes = free.shift.square().mean(dim=(1, 2, 3)).sqrt()
-    torch.testing.assert_close(held.shift.square().mean(dim=(1, 2, 3)).sqrt(), sizes.clamp_max(limit), rtol=1e-4, atol=0)
-    expected = free.shift * (limit / sizes).clamp_max(1)[:, None, None, None]
-    torch.testing.assert_close(held.shift, expected, rtol=1e-4, atol=1e-9)
+    free = guide(terms, x, sigma, denoised)
+    held = guide(terms, x, sigma, denoised, max_rms=limit)
+    sizes = free.delta.square().mean(dim=(1, 2, 3)).sqrt()
+    torch.testing.assert_close(held.delta.square().mean(dim=(1, 2, 3)).sqrt(), sizes.clamp_max(limit), rtol=1e-4, atol=0)
+    expected = free.delta * (limit / sizes).clamp_max(1)[:, None, None, None]
+    torch.testing.assert_close(held.delta, expected, rtol=1e-4, atol=1e-9)
     assert torch.equal(held.records[0].rms, free.records[0].rms)  # readings tell the size before the limit
 
 
@@ -367,7 +381,7 @@ def test_the_limit_holds_for_each_image_and_keeps_its_direction(limit):
 def test_a_term_works_inside_its_half_open_window_only(sigma, on):
     x, levels, denoised = situation(sigma)
     levels = levels.double().fill_(sigma)  # 0.4999 and 0.5 are not the same in float64
-    shift = guidance_shift([Term(small_guider(), window=NoiseInterval(0.5, 1.0))], x, levels, denoised)
+    shift = guide([Term(small_guider(), schedule=Schedule(NoiseInterval(0.5, 1.0)))], x, levels, denoised)
     assert (shift is not None) is on
 
 
@@ -378,8 +392,9 @@ def test_a_ramp_goes_from_first_at_high_noise_to_last_at_low_noise(sigma, factor
 
 def test_a_ramp_multiplies_the_weight():
     x, sigma, denoised = situation(1.0)
-    ramped = guidance_shift([Term(small_guider(), 2.0, ramp=Ramp(NoiseInterval(0.1, 10.0), 3.0, 1.0))], x, sigma, denoised)
-    torch.testing.assert_close(ramped.shift, guidance_shift([Term(small_guider(), 4.0)], x, sigma, denoised).shift)
+    schedule = Schedule(ramp=Ramp(NoiseInterval(0.1, 10.0), 3.0, 1.0))
+    ramped = guide([Term(small_guider(), 2.0, schedule)], x, sigma, denoised)
+    torch.testing.assert_close(ramped.delta, guide([Term(small_guider(), 4.0)], x, sigma, denoised).delta)
 
 
 @pytest.mark.parametrize("window", [EVERYWHERE, NoiseInterval(0.0, 1.0), NoiseInterval(1.0, math.inf),
@@ -397,12 +412,12 @@ def test_guidance_works_under_inference_mode(view, task):
     """ComfyUI runs whole workflows under it: the state, the prediction, the target and the mask are made there."""
     guider = small_guider(task, view)
     x, sigma, denoised = situation()
-    expected = guidance_shift([Term(guider, 2.0, mask=torch.full((1, 1, H, W), 0.5))], x, sigma, denoised).shift
+    expected = guide([Term(guider, 2.0, mask=torch.full((1, 1, H, W), 0.5))], x, sigma, denoised).delta
     with torch.inference_mode():
         x, sigma, denoised = situation()
         term = Term(guider.aim(TARGETS[task].clone()), 2.0, mask=torch.full((1, 1, H, W), 0.5))
         assert term.guider.target.is_inference() and x.is_inference()
-        out = guidance_shift([term], x, sigma, denoised, max_rms=1e3).shift
+        out = guide([term], x, sigma, denoised, max_rms=1e3).delta
         assert torch.equal(out + 0, expected)
 
 
@@ -414,17 +429,17 @@ def test_guidance_by_experts_works_under_inference_mode_and_across_intervals(vie
     with torch.inference_mode():
         for sigma in (0.5, 3.0):
             x, levels, denoised = situation(sigma)
-            shift = guidance_shift(terms, x, levels, denoised).shift
-            assert torch.equal(shift + 0, guidance_shift([Term(plain)], x, levels, denoised).shift)
+            shift = guide(terms, x, levels, denoised).delta
+            assert torch.equal(shift + 0, guide([Term(plain)], x, levels, denoised).delta)
 
 
 def test_guidance_leaves_no_gradient_and_changes_none_of_its_inputs():
     guider = small_guider()
     x, sigma, denoised = situation()
     kept = x.clone(), sigma.clone(), denoised.clone()
-    shift = guidance_shift([Term(guider)], x, sigma, denoised)
+    shift = guide([Term(guider)], x, sigma, denoised)
     assert all(torch.equal(a, b) for a, b in zip(kept, (x, sigma, denoised), strict=True))
-    assert not shift.shift.requires_grad and not x.requires_grad and not shift.records[0].energy.requires_grad
+    assert not shift.delta.requires_grad and not x.requires_grad and not shift.records[0].energy.requires_grad
     assert all(parameter.grad is None for parameter in guider.net.parameters())
 
 
@@ -432,9 +447,9 @@ def test_a_guided_denoiser_reports_its_shifts_and_stacks():
     x, sigma, _ = situation()
     first, second = Term(small_guider("class"), 0.5), Term(small_guider("depth", "noisy"), 0.2)
     seen = []
-    inner = guided(smooth, [first], on_shift=seen.append)
-    out = guided(inner, [second], on_shift=seen.append)(x, sigma)
-    torch.testing.assert_close(out, smooth(x, sigma) + seen[0].shift + seen[1].shift)
+    inner = guided(smooth, [first], on_guidance=seen.append)
+    out = guided(inner, [second], on_guidance=seen.append)(x, sigma)
+    torch.testing.assert_close(out, smooth(x, sigma) + seen[0].delta + seen[1].delta)
     assert [len(shift.records) for shift in seen] == [1, 1]
 
 
@@ -462,8 +477,8 @@ class Watch(torch.nn.Module):
 @pytest.mark.parametrize("compute", [None, torch.float32, torch.float64])
 @pytest.mark.parametrize("view", VIEWS)
 def test_full_precision_changes_no_bit(view, compute):
-    plain, other = (guidance_shift([Term(small_guider(view=view))], *situation(), compute=each) for each in (None, compute))
-    assert torch.equal(other.shift, plain.shift) and torch.equal(other.records[0].energy, plain.records[0].energy)
+    plain, other = (guide([Term(small_guider(view=view))], *situation(), compute_dtype=each) for each in (None, compute))
+    assert torch.equal(other.delta, plain.delta) and torch.equal(other.records[0].energy, plain.records[0].energy)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -471,8 +486,8 @@ def test_full_precision_changes_no_bit(view, compute):
 def test_a_network_computes_in_half_precision_and_its_energy_and_gradient_are_full(compute, task):
     guider = small_guider(task)
     watched = replace(guider, net=Watch(guider.net))
-    energy, gradient = energy_gradient(guider, *situation())
-    half, rough = energy_gradient(watched, *situation(), compute)
+    energy, gradient = gradient_at(guider, *situation())
+    half, rough = gradient_at(watched, *situation(), compute)
     assert watched.net.types == [compute] and half.dtype == rough.dtype == torch.float32
     torch.testing.assert_close(half, energy, rtol=0.05, atol=0.02)
     assert not torch.equal(rough, gradient) and alike(rough, gradient) > 0.99
@@ -482,17 +497,17 @@ def test_a_network_computes_in_half_precision_and_its_energy_and_gradient_are_fu
 def test_small_gradients_do_not_vanish_in_float16():
     guider = small_guider()
     base_network(guider).head.weight.data *= 1e-5
-    _, gradient = energy_gradient(guider, *situation())
+    _, gradient = gradient_at(guider, *situation())
     assert gradient.abs().max() < 1e-6
-    assert alike(energy_gradient(guider, *situation(), torch.float16)[1], gradient) > 0.99
+    assert alike(gradient_at(guider, *situation(), torch.float16)[1], gradient) > 0.99
 
 
 def test_the_large_energy_of_a_large_image_does_not_overflow_in_float16():
     image = randn(1, 3, 200, 180).tanh()
     for task in ("number", "features"):
         guider = small_guider(task)
-        _, gradient = energy_gradient(guider, image, level(1.0, image), image)
-        _, half = energy_gradient(guider, image, level(1.0, image), image, torch.float16)
+        _, gradient = gradient_at(guider, image, level(1.0, image), image)
+        _, half = gradient_at(guider, image, level(1.0, image), image, torch.float16)
         assert half.isfinite().all() and alike(half, gradient) > 0.99
 
 
@@ -500,8 +515,8 @@ def test_the_large_energy_of_what_a_small_latent_shows_does_not_overflow_in_floa
     def decode(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(latent, scale_factor=8, mode="bilinear")
     latent, guider = randn(1, 3, 48, 56).tanh(), replace(small_guider("number"), decode=decode)
-    _, gradient = energy_gradient(guider, latent, level(1.0, latent), latent)
-    _, half = energy_gradient(guider, latent, level(1.0, latent), latent, torch.float16)
+    _, gradient = gradient_at(guider, latent, level(1.0, latent), latent)
+    _, half = gradient_at(guider, latent, level(1.0, latent), latent, torch.float16)
     assert half.isfinite().all() and alike(half, gradient) > 0.99
 
 
@@ -511,7 +526,7 @@ def test_what_has_no_weights_stays_precise(rule, compute):
     x, sigma, denoised = situation()
     guider = rule_guider(rule)
     guider = guider.aim(guider.predict(images(1, seed=4), sigma[:1]))
-    full, half = (guidance_shift([Term(guider)], x, sigma, denoised, compute=each).shift for each in (None, compute))
+    full, half = (guide([Term(guider)], x, sigma, denoised, compute_dtype=each).delta for each in (None, compute))
     assert torch.equal(half, full)
 
 
@@ -523,16 +538,16 @@ def test_experts_that_were_chosen_in_half_precision_are_the_same_afterwards():
         for index in range(2):
             disturb(bank, index)
         bank.select(0)
-        energy_gradient(with_experts(guider, bank), x, level(8.0, x), x, compute)
-        gradients.append(energy_gradient(with_experts(guider, bank), x, level(8.0, x), x)[1])
+        gradient_at(with_experts(guider, bank), x, level(8.0, x), x, compute)
+        gradients.append(gradient_at(with_experts(guider, bank), x, level(8.0, x), x)[1])
     assert torch.equal(*gradients)
 
 
 def test_half_precision_works_under_inference_mode():
     terms = [Term(small_guider())]
-    expected = guidance_shift(terms, *situation(), compute=torch.bfloat16).shift
+    expected = guide(terms, *situation(), compute_dtype=torch.bfloat16).delta
     with torch.inference_mode():
-        assert torch.equal(guidance_shift(terms, *situation(), compute=torch.bfloat16).shift, expected)
+        assert torch.equal(guide(terms, *situation(), compute_dtype=torch.bfloat16).delta, expected)
 
 
 # Memory
@@ -568,9 +583,9 @@ def test_a_batch_that_does_not_fit_into_memory_is_guided_in_parts_as_in_one(room
     each = [guider.target, guider.target.flip(-1) + (task == "class")]
     guider = guider.aim(torch.cat([each[i % 2] for i in range(5)]))
     small, mask = cramped(guider, room), randn(5, 1, H, W).sigmoid()
-    whole = guidance_shift([Term(guider, 2.0, mask=mask)], *situation(count=5))
-    parts = guidance_shift([Term(small, 2.0, mask=mask)], *situation(count=5))
-    torch.testing.assert_close(parts.shift, whole.shift, rtol=1e-4, atol=1e-6)
+    whole = guide([Term(guider, 2.0, mask=mask)], *situation(count=5))
+    parts = guide([Term(small, 2.0, mask=mask)], *situation(count=5))
+    torch.testing.assert_close(parts.delta, whole.delta, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(parts.records[0].energy, whole.records[0].energy)
     assert small.net.counts == asked
 
@@ -583,34 +598,34 @@ def test_a_prompt_is_cut_along_with_the_batch(size):
     def answer(image, sigma, prompt):
         return net(image, sigma) * prompt
 
-    whole = energy_gradient(replace(guider, net=answer), *situation(count=4))
-    parts = energy_gradient(replace(guider, net=Cramped(answer, 1)), *situation(count=4))
+    whole = gradient_at(replace(guider, net=answer), *situation(count=4))
+    parts = gradient_at(replace(guider, net=Cramped(answer, 1)), *situation(count=4))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_what_was_begun_is_freed_before_the_next_part():
     small = cramped(small_guider(), 1)
-    energy_gradient(small, *situation(count=4))
+    gradient_at(small, *situation(count=4))
     assert small.net.counts == [4, 2, 1, 1, 1, 1] and small.net.freed == [True] * 5
 
 
 def test_a_single_image_that_does_not_fit_is_said_in_words():
     with says(torch.OutOfMemoryError, "small/class", "single image", f"{W} x {H}", "smaller"):
-        guidance_shift([Term(cramped(small_guider(), 0))], *situation())
+        guide([Term(cramped(small_guider(), 0))], *situation())
 
 
 def test_other_devices_say_it_in_their_own_words():
     error = RuntimeError("MPS backend out of memory (MPS allocated: 8.10 GB, max allowed: 9.07 GB).")
     small = cramped(small_guider(), 2, error=error)
-    torch.testing.assert_close(energy_gradient(small, *situation())[1], energy_gradient(small_guider(), *situation())[1],
+    torch.testing.assert_close(gradient_at(small, *situation())[1], gradient_at(small_guider(), *situation())[1],
                                rtol=1e-4, atol=1e-7)
 
 
 def test_another_fault_of_a_network_is_not_taken_for_a_lack_of_memory():
     small = cramped(small_guider(), 2, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        guidance_shift([Term(small)], *situation())
+        guide([Term(small)], *situation())
     assert small.net.counts == [B]
 
 
@@ -618,12 +633,12 @@ def test_another_fault_of_a_network_is_not_taken_for_a_lack_of_memory():
 def test_a_target_for_half_a_batch_is_refused_whatever_fits_into_memory(name):
     guider = replace(small_guider("embedding"), **{name: randn(2, 6)})
     with says(ValueError, "small/embedding", name, "2 images", "4 are sampled"):
-        guidance_shift([Term(cramped(guider, 2))], *situation(count=4))
+        guide([Term(cramped(guider, 2))], *situation(count=4))
 
 
 def test_the_guider_for_a_part_keeps_what_is_for_all_images():
     guider = replace(small_guider("embedding"), prompt=randn(5, 6))
-    part = part_of(guider, slice(1, 4), 5)
+    part = slice_guider(guider, slice(1, 4), 5)
     assert torch.equal(part.prompt, guider.prompt[1:4]) and part.target is guider.target and part.net is guider.net
 
 
@@ -650,9 +665,9 @@ def test_an_image_on_which_a_network_fails_is_left_unguided_and_the_others_are_g
     guider = small_guider(view=view)
     faulty = replace(guider, net=IgnoreSigma(Faulty(base_network(guider), bad, value)))
     x, sigma, denoised = situation()
-    healthy = guidance_shift([Term(guider)], x, sigma, denoised).shift
+    healthy = guide([Term(guider)], x, sigma, denoised).delta
     with caplog.at_level(logging.WARNING):
-        out = guided(lambda x, sigma: denoised, [Term(faulty)], max_rms=50.0)(x, sigma)
+        out = guided(lambda x, sigma: denoised, [Term(faulty)], GuidanceSettings(max_rms=50.0))(x, sigma)
     for i in range(B):
         assert torch.equal(out[i], denoised[i] if i in bad else denoised[i] + healthy[i])
     assert len(caplog.records) == 1
@@ -664,12 +679,12 @@ def test_a_network_that_fails_does_not_silence_the_other_terms():
     guider, other = small_guider(), small_guider("depth")
     faulty = replace(guider, net=IgnoreSigma(Faulty(base_network(guider), [0, 1, 2], math.nan)))
     x, sigma, denoised = situation()
-    both = guidance_shift([Term(faulty), Term(other)], x, sigma, denoised).shift
-    assert torch.equal(both, guidance_shift([Term(other)], x, sigma, denoised).shift)
+    both = guide([Term(faulty), Term(other)], x, sigma, denoised).delta
+    assert torch.equal(both, guide([Term(other)], x, sigma, denoised).delta)
 
 
 def test_a_healthy_network_logs_nothing(caplog):
-    guidance_shift([Term(small_guider())], *situation())
+    guide([Term(small_guider())], *situation())
     assert not caplog.records
 
 
@@ -677,61 +692,61 @@ def test_a_healthy_network_logs_nothing(caplog):
                                    (B + 1, 1, H, W), (H, W)])
 def test_a_mask_of_another_size_or_batch_is_refused(shape):
     with says(ValueError, "mask", shape, (B, 3, H, W)):
-        guidance_shift([Term(small_guider(), mask=torch.ones(shape))], *situation())
+        guide([Term(small_guider(), mask=torch.ones(shape))], *situation())
 
 
 def test_a_target_for_another_batch_is_refused():
     with says(ValueError, "small/class", "2 images", "3 are sampled"):
-        guidance_shift([Term(small_guider().aim(torch.tensor([0, 1])))], *situation())
+        guide([Term(small_guider().aim(torch.tensor([0, 1])))], *situation())
 
 
 def test_a_guider_without_a_target_is_refused_when_guidance_begins():
     with says(ValueError, "small/class", "no target"):
-        guidance_shift([Term(replace(small_guider(), target=None))], *situation())
+        guide([Term(replace(small_guider(), target=None))], *situation())
 
 
 def test_one_call_with_two_noise_levels_is_refused():
     x, _, denoised = situation()
     with says(ValueError, 0.5, 2.0, "one level"):
-        guidance_shift([Term(small_guider())], x, torch.tensor([0.5, 0.5, 2.0]), denoised)
+        guide([Term(small_guider())], x, torch.tensor([0.5, 0.5, 2.0]), denoised)
 
 
 # Balanced terms
 
 def balanced_shift(term: Term, sigma: float = 1.5, count: int = B) -> torch.Tensor:
     x, level_of, denoised = situation(sigma, count)
-    return guidance_shift([term], x, level_of, denoised).shift
+    return guide([term], x, level_of, denoised).delta
 
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("sigma", [0.05, 1.5, 40.0])
 def test_a_balanced_shift_is_a_share_of_what_is_uncertain(view, sigma):
-    shift = balanced_shift(Term(small_guider(view=view), 0.3, balanced=True), sigma)
+    shift = balanced_shift(Term(small_guider(view=view), 0.3, normalized=True), sigma)
     uncertain = sigma * 0.5 / math.hypot(sigma, 0.5)
     torch.testing.assert_close(shift.square().flatten(1).mean(1).sqrt(), torch.full((B,), 0.3 * uncertain))
 
 
 def test_a_balanced_term_goes_the_way_of_the_raw_one_whatever_the_scale_of_the_energy():
     raw = balanced_shift(Term(small_guider("depth")))
-    balanced = balanced_shift(Term(small_guider("depth"), balanced=True))
+    balanced = balanced_shift(Term(small_guider("depth"), normalized=True))
     cosine = torch.nn.functional.cosine_similarity(raw.flatten(1), balanced.flatten(1))
     torch.testing.assert_close(cosine, torch.ones(B))
     number = rule_guider("contrast").aim(torch.tensor([[0.9]]))
     louder = replace(number, net=lambda image, sigma: 30 * number.net(image, sigma), target=30 * number.target)
-    torch.testing.assert_close(balanced_shift(Term(louder, balanced=True)), balanced_shift(Term(number, balanced=True)))
+    torch.testing.assert_close(balanced_shift(Term(louder, normalized=True)), balanced_shift(Term(number, normalized=True)))
     assert not torch.allclose(balanced_shift(Term(louder)), balanced_shift(Term(number)))
 
 
 def test_balance_is_each_sample_s_own():
-    together = balanced_shift(Term(small_guider(), balanced=True))
-    alone = balanced_shift(Term(small_guider(), balanced=True), count=1)
+    together = balanced_shift(Term(small_guider(), normalized=True))
+    alone = balanced_shift(Term(small_guider(), normalized=True), count=1)
     torch.testing.assert_close(together[:1], alone)
 
 
 def test_a_balanced_shift_is_as_strong_inside_a_small_mask_as_without_one():
     mask = torch.zeros(1, 1, H, W)
     mask[..., 3:9, 5:16] = 1
-    shift = balanced_shift(Term(small_guider(), 0.2, mask=mask, balanced=True))
+    shift = balanced_shift(Term(small_guider(), 0.2, mask=mask, normalized=True))
     inside = shift[..., 3:9, 5:16].square().flatten(1).mean(1).sqrt()
     torch.testing.assert_close(inside, torch.full((B,), 0.2 * 1.5 * 0.5 / math.hypot(1.5, 0.5)))
     assert not (shift * (1 - mask)).any()
@@ -743,8 +758,8 @@ def test_a_balanced_term_leaves_alone_what_has_met_its_target_to_rounding():
 
     def net(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return torch.where(met, 1e-5 * (1 + image.mean((1, 2, 3))[:, None]), guider.net(image, sigma))
-    term = Term(replace(guider, net=net), balanced=True)
-    assert guidance_shift([replace(term, balanced=False)], *situation()).shift[1].any(), "there is a gradient left"
+    term = Term(replace(guider, net=net), normalized=True)
+    assert guide([replace(term, normalized=False)], *situation()).delta[1].any(), "there is a gradient left"
     shift = balanced_shift(term)
     assert not shift[1].any() and shift[0].any() and shift[2].any()
 
@@ -752,5 +767,5 @@ def test_a_balanced_term_leaves_alone_what_has_met_its_target_to_rounding():
 def test_where_there_is_nothing_to_do_a_balanced_term_does_nothing():
     flat = rule_guider("contrast").aim(torch.tensor([[0.0]]))
     x, sigma, _ = situation()
-    found = guidance_shift([Term(flat, balanced=True)], x, sigma, torch.zeros_like(x))
-    assert not found.shift.any() and found.shift.isfinite().all()
+    found = guide([Term(flat, normalized=True)], x, sigma, torch.zeros_like(x))
+    assert not found.delta.any() and found.delta.isfinite().all()

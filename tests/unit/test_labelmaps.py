@@ -31,7 +31,7 @@ from examples.priors.label_maps import (
 from examples.priors.networks import load_label_prior
 from ppap_core.guidance.gradients import energy_gradient
 from ppap_core.guiders.guider import Guider, clean
-from ppap_core.noise import SIGMA_DATA
+from ppap_core.noise import PIXEL_SIGMA_DATA
 from ppap_core.rng import seeded_noise
 from ppap_core.tinyworld.scenes import CLASSES, draw
 
@@ -63,7 +63,7 @@ def test_a_label_map_comes_back_from_its_points(maps):
 
 
 def test_points_of_label_maps_have_the_spread_that_the_denoiser_is_made_for(maps):
-    assert math.isclose(as_points(maps).square().mean().sqrt(), SIGMA_DATA, rel_tol=0.1)
+    assert math.isclose(as_points(maps).square().mean().sqrt(), PIXEL_SIGMA_DATA, rel_tol=0.1)
 
 
 # Clusters and what they tell
@@ -129,14 +129,14 @@ def test_the_energy_of_a_guider_is_its_measure_in_nats():
 def test_the_gradient_is_the_slope_of_the_measure():
     points, along, step = noisy_points(1), randn(1, len(LABELS), 6, 10, seed=9, dtype=torch.float64), 1e-5
     for guider, measure in guiders(1):
-        gradient = energy_gradient(guider, points, clean(points), points)[1]
+        gradient = energy_gradient(guider, points, clean(points))[1]
         ahead, behind = (measure(points + sign * step * along).item() for sign in (1, -1))
         assert math.isclose((gradient * along).sum().item(), (ahead - behind) / (2 * step), rel_tol=1e-5)
 
 
 def test_clusters_may_say_nothing_of_which_shape_it_is():
     points = noisy_points(1)
-    said = energy_gradient(guiders(1)[0][0], points, clean(points), points)[1]
+    said = energy_gradient(guiders(1)[0][0], points, clean(points))[1]
     assert said[:, 0].abs().max() > 0
     assert said[:, 1:].abs().max() == 0
 

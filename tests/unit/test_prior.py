@@ -8,12 +8,14 @@ from helpers import gaussian_denoise, level, randn, says, small_guider
 from helpers.gaussian import GaussianMixture
 from torch import Tensor
 
+from ppap_core.guidance import prior
 from ppap_core.guidance.prior import (
     PriorConfig,
-    _pull,
+    PriorGradient,
+    PriorObjective,
     best_of,
-    energy_of,
     optimize_images,
+    prior_gradient,
     renoise_and_sample,
     repeat_term,
     run_prior,
@@ -22,12 +24,14 @@ from ppap_core.guidance.prior import (
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.rules import rule_guider
-from ppap_core.noise import EVERYWHERE, NoiseInterval
+from ppap_core.noise import NoiseInterval
+from ppap_core.schedules import ALWAYS, Schedule
+from ppap_core.training.loop import RunOptions
 
 SHAPE = (3, 5, 4)
-EXACT = PriorConfig(lr=0.2, sigma_to=0.02, pairs=True)
-SHORT = PriorConfig(steps=12, lr=0.5)
-WAYS = {"score distillation": {}, "through the model": {"jacobian": True}}
+EXACT = PriorConfig(learning_rate=0.2, sigma_min=0.02)  # with opposite_noise
+SHORT = PriorConfig(steps=12, learning_rate=0.5)
+WAYS = {"score distillation": {}, "through the model": {"backprop_through_model": True}}
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +39,21 @@ def mixture() -> GaussianMixture:
     return GaussianMixture.of_shape(SHAPE)
 
 
+@pytest.fixture
+def opposite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gradient is the mean over two opposite draws of noise: a search then ends at a mode, not at a sample near it."""
+    def mean_of_both(objective, image: Tensor, noise: Tensor, *settings) -> PriorGradient:
+        draws = [prior_gradient(objective, image, sign * noise, *settings) for sign in (1, -1)]
+        return PriorGradient(*(sum(parts) / 2 for parts in zip(*draws, strict=True)))
+    monkeypatch.setattr(prior, "prior_gradient", mean_of_both)
+
+
 def starts(count: int = 20) -> Tensor:
     return randn(count, *SHAPE, seed=3, dtype=torch.float64)
 
 
 def found(denoise, terms, start: Tensor, config: PriorConfig = SHORT, **more) -> Tensor:
-    return run_prior(denoise, terms, start, config, range(70, 70 + len(start)), sigma_data=1.0, **more)[0]
+    return run_prior(PriorObjective(denoise, terms, 1.0), start, config, range(70, 70 + len(start)), **more)[0]
 
 
 def observed(value: Tensor, error: float) -> Guider:
@@ -56,25 +69,25 @@ def observed(value: Tensor, error: float) -> Guider:
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 @pytest.mark.parametrize("label", [0, 2])
-def test_every_start_ends_at_the_exact_mode_of_the_class(mixture, way, label):
+def test_every_start_ends_at_the_exact_mode_of_the_class(mixture, opposite_noise, way, label):
     term = Term(mixture.guider().aim(torch.tensor([label])))
     ends = found(mixture, [term], starts(), replace(EXACT, **way))
     assert (ends - mixture.means[label]).flatten(1).norm(dim=1).max() < 0.01  # the means are about ten apart
 
 
-def test_every_start_ends_at_the_exact_mode_given_a_measurement(mixture):
+def test_every_start_ends_at_the_exact_mode_given_a_measurement(mixture, opposite_noise):
     """Of the posterior of each Gaussian, which is a Gaussian again; the measurement is nearest to the second."""
     value, error = mixture.means[1][:1] + 0.2, 0.4
     tight, loose = 1 / mixture.width**2, 1 / error**2
     mode = mixture.means[1].clone()
     mode[0] = ((tight * mixture.means[1][0] + loose * value) / (tight + loose))[0]
     at_first = mixture.means[1:2] + 0.5 * starts()  # far off, but of the second: others have modes of their own
-    ends = found(mixture, [Term(observed(value, error))], at_first, replace(EXACT, sigma_from=1.0))
+    ends = found(mixture, [Term(observed(value, error))], at_first, replace(EXACT, sigma_max=1.0))
     assert (ends - mode).abs().max() < 0.01
     assert (mode - mixture.means[1]).abs().max() > 0.05
 
 
-def test_without_terms_every_start_ends_at_some_mode(mixture):
+def test_without_terms_every_start_ends_at_some_mode(mixture, opposite_noise):
     ends = found(mixture, [], starts(), EXACT)
     off = (ends[:, None] - mixture.means).flatten(2).norm(dim=2)
     assert off.min(1).values.max() < 0.01
@@ -86,19 +99,20 @@ def test_both_ways_have_the_gradient_of_log_p_where_images_are_gaussian(sigma):
     """-log p of x is (image - mean) / (spread^2 + sigma^2) in the mean over the noise, which opposite draws are."""
     image, noise = randn(2, 3, 5, 4, dtype=torch.float64), randn(2, 3, 5, 4, seed=1, dtype=torch.float64)
     wanted = image / (0.25 + sigma**2)  # of `gaussian_denoise`: mean 0, spread 0.5
-    for jacobian in (False, True):
-        both = [_pull(gaussian_denoise, [], image, draw, level(sigma, image), jacobian, 0.5)[2] for draw in (noise, -noise)]
+    for through in (False, True):
+        both = [prior_gradient(PriorObjective(gaussian_denoise), image, draw, level(sigma, image), through).gradient
+                for draw in (noise, -noise)]
         assert torch.allclose(sum(both) / 2, wanted, rtol=1e-9)
 
 
 def test_the_gradient_through_the_model_is_that_of_the_error(mixture):
     image, noise, sigma, step = starts(1), randn(1, *SHAPE, seed=8, dtype=torch.float64), 0.8, 1e-5
-    direction = randn(1, *SHAPE, seed=9, dtype=torch.float64)
+    direction, objective = randn(1, *SHAPE, seed=9, dtype=torch.float64), PriorObjective(mixture, sigma_data=1.0)
 
     def error(point: Tensor) -> float:
-        return _pull(mixture, [], point, noise, level(sigma, point), True, 1.0)[0].item() * point.numel()
+        return prior_gradient(objective, point, noise, level(sigma, point), True).error.item() * point.numel()
     slope = (error(image + step * direction) - error(image - step * direction)) / (2 * step)
-    *_, gradient = _pull(mixture, [], image, noise, level(sigma, image), True, 1.0)
+    gradient = prior_gradient(objective, image, noise, level(sigma, image), True).gradient
     scale = (1 + 1 / sigma**2) / 2  # to -log p of a Gaussian
     assert math.isclose(slope * scale, (gradient * direction).sum().item(), rel_tol=1e-6)
 
@@ -108,7 +122,7 @@ def test_the_gradient_through_the_model_is_that_of_the_error(mixture):
 def test_terms_that_are_not_there_change_nothing(mixture):
     guider, start = mixture.guider().aim(torch.tensor([1])), starts(3)
     free, mask = found(mixture, [], start), torch.zeros(1, 1, *SHAPE[1:])
-    for term in (Term(guider, 0.0), Term(guider, 1.0, NoiseInterval(100.0)), Term(guider, 1.0, mask=mask)):
+    for term in (Term(guider, 0.0), Term(guider, 1.0, Schedule(NoiseInterval(100.0))), Term(guider, 1.0, mask=mask)):
         assert torch.equal(found(mixture, [term], start), free)
     assert not torch.equal(found(mixture, [Term(guider)], start), free)
 
@@ -119,27 +133,27 @@ def test_a_balanced_term_pulls_weight_times_as_hard_as_the_prior_whatever_its_en
     mask[..., :9] = 1
 
     def gradient(*terms: Term) -> Tensor:
-        return _pull(gaussian_denoise, terms, image, noise, sigma, False, 0.5)[2]
+        return prior_gradient(PriorObjective(gaussian_denoise, terms), image, noise, sigma).gradient
 
-    prior = gradient()
-    size = prior.square().flatten(1).mean(1).sqrt()
+    free = gradient()
+    size = free.square().flatten(1).mean(1).sqrt()
     for weight in (1.0, 2.5):
-        everywhere, inside = (gradient(Term(small_guider(), weight, balanced=True, mask=each)) - prior
+        everywhere, inside = (gradient(Term(small_guider(), weight, normalized=True, mask=each)) - free
                               for each in (None, mask))
         assert torch.allclose(everywhere.square().flatten(1).mean(1).sqrt(), weight * size, rtol=1e-4)
         assert inside[..., 9:].abs().max() == 0
         assert torch.allclose(inside[..., :9].square().flatten(1).mean(1).sqrt(), weight * size, rtol=1e-4)
 
 
-def test_a_rule_is_obeyed_and_the_window_says_when(mixture):
+def test_a_rule_is_obeyed_and_the_window_says_when(mixture, opposite_noise):
     rule, start = rule_guider("symmetry left-right"), starts(4)
 
-    def asymmetry(window: NoiseInterval) -> float:
-        ends = found(mixture, [Term(rule, 2.0, window, balanced=True)], start, replace(EXACT, steps=150))
+    def asymmetry(schedule: Schedule) -> float:
+        ends = found(mixture, [Term(rule, 2.0, schedule, normalized=True)], start, replace(EXACT, steps=150))
         return (ends - ends.flip(3)).abs().mean().item()
-    free = asymmetry(NoiseInterval(100.0))
-    assert asymmetry(EVERYWHERE) < 0.2 * free
-    assert asymmetry(NoiseInterval(5.0)) > 0.8 * free  # what was symmetric at high noise is so no more
+    free = asymmetry(Schedule(NoiseInterval(100.0)))
+    assert asymmetry(ALWAYS) < 0.2 * free
+    assert asymmetry(Schedule(NoiseInterval(5.0))) > 0.8 * free  # what was symmetric at high noise is so no more
 
 
 def test_half_of_a_mask_steers_half_of_the_image():
@@ -151,7 +165,7 @@ def test_half_of_a_mask_steers_half_of_the_image():
     assert (half[..., :4] > free[..., :4]).float().mean() > 0.9
 
 
-def test_what_is_moved_may_be_anything_that_an_image_is_drawn_from(mixture):
+def test_what_is_moved_may_be_anything_that_an_image_is_drawn_from(mixture, opposite_noise):
     start, term = starts(3), Term(mixture.guider().aim(torch.tensor([2])))
     plain = found(mixture, [term], start)
     assert torch.equal(found(mixture, [term], start, render=lambda point: point), plain)
@@ -170,13 +184,13 @@ def test_an_image_does_not_depend_on_the_others(mixture):
     guider = mixture.guider().aim(torch.tensor([1, 2, 0]))
     together = found(mixture, [Term(guider)], start)
     for i in range(3):
-        alone, _ = run_prior(mixture, [Term(guider.aim(guider.target[i:i + 1]))], start[i:i + 1], SHORT, [70 + i],
-                                  sigma_data=1.0)
+        term = Term(guider.aim(guider.target[i:i + 1]))
+        alone, _ = run_prior(PriorObjective(mixture, [term], 1.0), start[i:i + 1], SHORT, [70 + i])
         assert torch.allclose(together[i:i + 1], alone, atol=1e-9)
 
 
 def test_other_seeds_find_other_images(mixture):
-    a, b = (run_prior(mixture, [], starts(2), SHORT, seeds)[0] for seeds in ([1, 2], [1, 3]))
+    a, b = (run_prior(PriorObjective(mixture), starts(2), SHORT, seeds)[0] for seeds in ([1, 2], [1, 3]))
     assert torch.equal(a[0], b[0])
     assert not torch.equal(a[1], b[1])
 
@@ -184,7 +198,8 @@ def test_other_seeds_find_other_images(mixture):
 @pytest.mark.parametrize("stop", [0, 4, 11])
 def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(mixture, tmp_path, stop):
     term, start = Term(mixture.guider().aim(torch.tensor([1]))), starts(2)
-    whole, losses = run_prior(mixture, [term], start, SHORT, [5, 6])
+    objective = PriorObjective(mixture, [term])
+    whole, losses = run_prior(objective, start, SHORT, [5, 6])
 
     def cancel(step: int, parts: list[float], points: Tensor) -> None:
         assert len(parts) == 2
@@ -193,18 +208,18 @@ def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(mixture, tmp_path, st
             raise KeyboardInterrupt
     state = tmp_path / "prior.state.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        run_prior(mixture, [term], start, SHORT, [5, 6], state_file=state, on_step=cancel)
-    again, same = run_prior(mixture, [term], start, SHORT, [5, 6], state_file=state)
+        run_prior(objective, start, SHORT, [5, 6], options=RunOptions(state_file=state, on_step=cancel))
+    again, same = run_prior(objective, start, SHORT, [5, 6], options=RunOptions(state_file=state))
     assert torch.equal(again, whole)
     assert same == losses
     assert len(losses) == SHORT.steps
     with says(ValueError, "another", "seeds"):
-        run_prior(mixture, [term], start, SHORT, [5, 7], state_file=state)
+        run_prior(objective, start, SHORT, [5, 7], options=RunOptions(state_file=state))
 
 
 def test_it_works_in_inference_mode_and_leaves_the_start_alone():
     start = randn(2, 3, 20, 28)
-    before, term = start.clone(), Term(small_guider(), 0.5, balanced=True)
+    before, term = start.clone(), Term(small_guider(), 0.5, normalized=True)
     outside = found(gaussian_denoise, [term], start)
     with torch.inference_mode():
         inside = found(gaussian_denoise, [term], start.clone())
@@ -215,14 +230,15 @@ def test_it_works_in_inference_mode_and_leaves_the_start_alone():
 
 # Noise levels, the end, particles
 
-def test_noise_levels_fall_from_one_end_to_the_other_and_swing_between():
-    falling = sigma_schedule(PriorConfig(steps=40, wave=0.0))
+def test_noise_levels_fall_from_one_end_to_the_other_and_swing_between(monkeypatch: pytest.MonkeyPatch):
+    swinging = sigma_schedule(PriorConfig(steps=40))
+    monkeypatch.setattr(prior, "WAVE", 0.0)
+    falling = sigma_schedule(PriorConfig(steps=40))
     assert falling == sorted(falling, reverse=True)
     assert math.isclose(falling[0], 10.0)
     assert math.isclose(falling[-1], 0.05)
     ratios = [a / b for a, b in zip(falling, falling[1:], strict=False)]
     assert math.isclose(min(ratios), max(ratios))
-    swinging = sigma_schedule(PriorConfig(steps=40))
     assert swinging != sorted(swinging, reverse=True)
     assert min(swinging) == swinging[-1] == 0.05
     assert max(swinging) <= 10.0
@@ -251,7 +267,7 @@ def test_particles_of_an_image_have_its_target_its_mask_and_an_energy_of_their_o
     assert term.guider.target.tolist() == [1, 2, 1, 2, 1, 2]
     assert torch.equal(term.mask, masks.repeat(3, 1, 1, 1))
     images = torch.cat([mixture.means[[1, 2]], mixture.means[[2, 1]], mixture.means[[1, 3]]])
-    energies = energy_of([term], images)
+    energies = PriorObjective(mixture, [term]).energy(images)
     assert energies.shape == (6,)
     assert energies[[0, 1, 4]].max() < 1e-6 < 1 < energies[[2, 3, 5]].min()
     assert torch.equal(best_of(images, energies, 3), mixture.means[[1, 2]])
@@ -261,20 +277,20 @@ def test_particles_of_an_image_have_its_target_its_mask_and_an_energy_of_their_o
 
 # Faults
 
-@pytest.mark.parametrize("wrong", [{"sigma_to": 0.0}, {"sigma_to": 20.0}, {"steps": 0}, {"sigma_from": math.inf}])
+@pytest.mark.parametrize("wrong", [{"sigma_min": 0.0}, {"sigma_min": 20.0}, {"steps": 0}, {"sigma_max": math.inf}])
 def test_wrong_noise_levels_are_refused(wrong):
-    with says(ValueError, "sigma_to", *map(str, wrong.values())):
+    with says(ValueError, "sigma_min", *map(str, wrong.values())):
         PriorConfig(**wrong)
 
 
 def test_a_wrong_number_of_seeds_is_refused(mixture):
     with says(ValueError, "3 seeds", "2 images"):
-        run_prior(mixture, [], starts(2), SHORT, [1, 2, 3])
+        run_prior(PriorObjective(mixture), starts(2), SHORT, [1, 2, 3])
 
 
 def test_a_wrong_number_of_seeds_for_a_whole_search_is_refused():
     with says(ValueError, "3 seeds", "4 images"):
-        optimize_images(lambda x, sigma: x, [], torch.zeros(2, 1, 1, 2), PriorConfig(2), [1, 2, 3], particles=2)
+        optimize_images(PriorObjective(lambda x, sigma: x), torch.zeros(2, 1, 1, 2), PriorConfig(2, particles=2), [1, 2, 3])
 
 
 def test_a_model_without_a_way_back_is_refused_only_where_one_is_asked_for():
@@ -282,7 +298,7 @@ def test_a_model_without_a_way_back_is_refused_only_where_one_is_asked_for():
     start = randn(1, 3, 5, 4)
     assert found(closed, [], start).shape == start.shape
     with says(ValueError, "no gradient"):
-        found(closed, [], start, replace(SHORT, jacobian=True))
+        found(closed, [], start, replace(SHORT, backprop_through_model=True))
 
 
 def test_a_model_that_answers_nonsense_stops_the_search_in_words():

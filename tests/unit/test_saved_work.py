@@ -12,7 +12,7 @@ from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_expe
 from ppap_core.experts.checkpoint import load_bank
 from ppap_core.experts.distill import DistillConfig, distill
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore, TrajectoryRecorder
-from ppap_core.guidance.prior import PriorConfig, run_prior
+from ppap_core.guidance.prior import PriorConfig, PriorObjective, run_prior
 from ppap_core.guidance.terms import Term
 from ppap_core.noise import expand
 from ppap_core.rng import seeded_noise
@@ -29,7 +29,7 @@ SHAPE = (3, 4, 12)
 MANIFEST = {"model": "tiny world", "shape": SHAPE, "cfg": 1.0, "steps": 4, "sampler": "heun", "seed": 11}
 DISTILLATION = DistillConfig(steps=7, batch=3, lr=1e-2, seed=4, temperature=0.5, warm_start=True)
 FINE_TUNING = FineTune(steps=9, rank=1, batch=2, lr=0.01, seed=3, save_every=4)
-PRIOR = PriorConfig(steps=11, lr=0.5)
+PRIOR = PriorConfig(steps=11, learning_rate=0.5)
 TUNED = ("diffusion_model.net.stem.lora_down.weight", "diffusion_model.net.head.lora_up.weight")  # two of them are compared
 
 
@@ -64,9 +64,9 @@ def tune(folder: Path, on_step) -> tuple[dict[str, Tensor], list]:
 
 def search(folder: Path, on_step) -> tuple[Tensor, list]:
     """Pictures of stars."""
-    term = Term(load_guider("class").aim(torch.tensor([3])), 0.5, balanced=True)
-    return run_prior(load_denoiser(), [term], result("pictures"), PRIOR, range(70, 74), about={"model": "tiny world"},
-                          state_file=folder / "prior.state.safetensors", on_step=on_step)
+    term = Term(load_guider("class").aim(torch.tensor([3])), 0.5, normalized=True)
+    options = RunOptions({"model": "tiny world"}, folder / "prior.state.safetensors", on_step=on_step)
+    return run_prior(PriorObjective(load_denoiser(), [term]), result("pictures"), PRIOR, range(70, 74), options=options)
 
 
 def result(name: str) -> Tensor:

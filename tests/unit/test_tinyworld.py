@@ -17,7 +17,7 @@ from benchmarks.train_tinyworld import NETWORKS, TRAINING_SEEDS, Recipe, answer_
 from examples.priors.networks import WEIGHTS as PRIORS
 from ppap_core.guiders.guider import clean
 from ppap_core.io.files import load_tensors
-from ppap_core.noise import SIGMA_DATA, expand
+from ppap_core.noise import PIXEL_SIGMA_DATA, expand
 from ppap_core.tinyworld.loaders import CONDITIONS, LABELS, SIZE, WEIGHTS, condition, load_denoiser, load_guider
 from ppap_core.tinyworld.networks.classifiers import tiny_resnet
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
@@ -182,7 +182,7 @@ def test_a_tiny_transformer_answers_for_each_image_or_for_each_pixel(dense):
 def test_a_new_denoiser_returns_the_share_of_its_input_that_a_gaussian_prior_gives():
     """Its last layer starts at zero, and the preconditioning does the rest."""
     x, sigma = randn(3, 3, 20, 28), torch.tensor([0.02, 1.0, 80.0])
-    expected = x * expand(SIGMA_DATA**2 / (SIGMA_DATA**2 + sigma**2), x)
+    expected = x * expand(PIXEL_SIGMA_DATA**2 / (PIXEL_SIGMA_DATA**2 + sigma**2), x)
     torch.testing.assert_close(TinyDenoiser(width=8, blocks=1)(x, sigma), expected)
 
 
@@ -258,7 +258,7 @@ def test_the_bundled_denoiser_removes_noise_better_than_a_gaussian_prior(sigma, 
     x = image + sigma * randn(*image.shape)
     with torch.no_grad():
         error = (load_denoiser()(x, level(sigma, x)) - image).square().mean().sqrt().item()
-    assert error < ceiling < sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2) ** 0.5
+    assert error < ceiling < sigma * PIXEL_SIGMA_DATA / (sigma**2 + PIXEL_SIGMA_DATA**2) ** 0.5
 
 
 def rms(values: torch.Tensor) -> float:

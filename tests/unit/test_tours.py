@@ -141,14 +141,14 @@ def test_a_missing_solver_is_told_in_words(monkeypatch):
 
 # The prior
 
-QUICK = Search(PriorConfig(steps=40, lr=0.4, sigma_from=2.0, sigma_to=0.2))
+QUICK = Search(PriorConfig(steps=40, learning_rate=0.4, sigma_max=2.0, sigma_min=0.2))
 
 
 @pytest.mark.parametrize("jacobian", [False, True])
 def test_a_prior_that_knows_the_picture_finds_its_tour(jacobian):
     places, tours = [cities(seed, 20) for seed in range(4)], [random_tour(20, seed) for seed in range(4)]
     known = torch.stack([picture(each, tour) for each, tour in zip(places, tours, strict=True)])
-    search = Search(PriorConfig(steps=60, lr=1.0, sigma_from=2.0, sigma_to=0.2, jacobian=jacobian), 0.5)
+    search = Search(PriorConfig(60, 1.0, 2.0, 0.2, backprop_through_model=jacobian), 0.5)
     found = find_edges(lambda x, sigma: known + 0 * x, places, list(range(4)), search)
     for wanted, tour in zip(found, tours, strict=True):
         assert torch.equal(whole_edges(insert_edges(wanted)), whole_edges(tour))

@@ -337,16 +337,6 @@ def test_repetitions_stay_inside_their_window():
 
 # What it is given
 
-def test_clipping_is_sampling_with_a_denoiser_that_clips():
-    loud = GaussianMixture(10 * mixture().means, 0.3)
-    def clipped(x: Tensor, sigma: Tensor) -> Tensor:
-        return loud(x, sigma).clamp(-1, 1)
-    method = replace(SETTINGS["tfg"], clip=True)
-    out = run(method, denoise=loud)
-    assert torch.equal(out, run(replace(method, clip=False), denoise=clipped))
-    assert not torch.equal(out, run(replace(method, clip=False), denoise=loud))
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_of_latents_the_guider_judges_the_image_that_it_sees(name):
     world = mixture()

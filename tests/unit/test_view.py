@@ -10,9 +10,9 @@ from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_expe
 from ppap_core.experts.checkpoint import load_bank, save_bank
 from ppap_core.experts.distill import DistillConfig, distill_expert, sample_batch
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore, Trajectories, TrajectoryRecorder
-from ppap_core.guidance.gradients import energy_gradient
+from ppap_core.guidance.gradients import Prediction, energy_gradient
 from ppap_core.guidance.memory import gradient_bytes
-from ppap_core.guidance.shift import guidance_shift
+from ppap_core.guidance.shift import GuidanceSettings, guidance_shift
 from ppap_core.guidance.terms import Term
 from ppap_core.guiders.latents import STEM_SCALE, LatentSpace, Stem
 from ppap_core.io.files import load_tensors, save_tensors
@@ -83,7 +83,7 @@ def test_the_gradient_reaches_the_latent(view: str):
     train_a_little(bank, 0)
     guider = with_experts(small_guider(), bank)
     x, denoised, sigma = latents(), 0.5 * latents(seed=4), level(0.4, latents())
-    energy, gradient = energy_gradient(guider, x, sigma, denoised)
+    energy, gradient = energy_gradient(guider, x if view == "noisy" else denoised, sigma)
     assert gradient.shape == x.shape
 
     def energy_along(step: float) -> torch.Tensor:
@@ -100,9 +100,9 @@ def test_the_gradient_reaches_the_latent(view: str):
 def test_a_plain_guider_guides_latents_by_their_colours():
     here, x = space(), latents()
     guider = replace(small_guider(), decode=here.colors)
-    found = guidance_shift([Term(guider)], x, level(0.7, x), x, sigma_data=1.0)
-    assert found.shift.shape == x.shape and found.shift.abs().max() > 0
-    moved = guider.energy(here.colors(x + 0.01 * found.shift / found.shift.std()), level(0.7, x))
+    found = guidance_shift([Term(guider)], Prediction(x, level(0.7, x), x), GuidanceSettings(sigma_data=1.0))
+    assert found.delta.shape == x.shape and found.delta.abs().max() > 0
+    moved = guider.energy(here.colors(x + 0.01 * found.delta / found.delta.std()), level(0.7, x))
     assert (moved < found.records[0].energy).all()
 
 
@@ -206,5 +206,5 @@ def test_what_a_decoder_says_in_half_precision_is_resized_in_full():
     torch.nn.init.normal_(decoder.weight, std=0.2, generator=torch.Generator().manual_seed(0))
     guider = replace(small_guider(), decode=lambda diffused, sigma: decoder(diffused))
     x = latents()
-    exact, half = (energy_gradient(guider, x, level(0.7, x), x, compute)[1] for compute in (None, torch.bfloat16))
+    exact, half = (energy_gradient(guider, x, level(0.7, x), compute)[1] for compute in (None, torch.bfloat16))
     assert torch.nn.functional.cosine_similarity(exact.flatten(1), half.flatten(1)).min() > 0.98

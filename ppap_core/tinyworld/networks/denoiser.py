@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...noise import SIGMA_DATA
+from ...noise import PIXEL_SIGMA_DATA
 
 
 def noise_features(c_noise: Tensor, width: int) -> Tensor:
@@ -110,6 +110,6 @@ class TinyDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         s = sigma.to(torch.float32)[:, None, None, None]
-        total = (s**2 + SIGMA_DATA**2).sqrt()
+        total = (s**2 + PIXEL_SIGMA_DATA**2).sqrt()
         out = self.net((x / total).to(x.dtype), sigma.log() / 4, condition)
-        return SIGMA_DATA**2 / total**2 * x + s * SIGMA_DATA / total * out
+        return PIXEL_SIGMA_DATA**2 / total**2 * x + s * PIXEL_SIGMA_DATA / total * out

@@ -1,4 +1,4 @@
-"""ppap_core.__main__"""
+"""The command `ppap` as python -m ppap_core."""
 from .cli import main
 
 main()

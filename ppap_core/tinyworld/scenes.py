@@ -1,7 +1,7 @@
 """Procedural scenes from seeds, with exact class, depth and segmentation.
 
 A scene is one solid object in front of a tilted wall. Everything is a formula in continuous coordinates,
-so a scene can be drawn at any size and its truths are exact at every pixel centre.
+so a scene can be drawn at any size, and class, depth and segmentation are exact at every pixel centre.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ class Scenes(NamedTuple):
     depth: Tensor         # (B, 1, H, W) in [0, 1], 1 is nearest, as depth networks and depth pictures have it
     segmentation: Tensor  # (B, H, W) long
 
-    def to(self, device: torch.device) -> "Scenes":
-        """The same on another device."""
+    def to(self, device: torch.device | str) -> "Scenes":
+        """A copy on another device."""
         return Scenes(*(part.to(device) for part in self))
 
 
@@ -78,12 +78,12 @@ CLASSES = tuple(SHAPES)
 
 
 def _distance(label: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Distance to the outline of each scene's own shape, (B, H, W), in units of the object's radius."""
+    """Signed distance to the outline of each scene's shape, (B, H, W), in units of the object's radius; negative inside."""
     out = torch.empty_like(x)
     for index, shape in enumerate(SHAPES.values()):
-        mine = label == index
-        if mine.any():
-            out[mine] = shape(x[mine], y[mine])
+        chosen = label == index
+        if chosen.any():
+            out[chosen] = shape(x[chosen], y[chosen])
     return out
 
 
@@ -118,46 +118,63 @@ def draw(seeds: Sequence[int], size: int | tuple[int, int] = 32, label: int | No
     height, width = (size, size) if isinstance(size, int) else size
     p = {name: value[:, None, None] for name, value in _parameters(seeds).items()}
     labels = (p["label"].flatten() * len(CLASSES)).long() if label is None else torch.full((len(seeds),), label)
-
-    short = min(height, width)
-    rows = (2 * torch.arange(height) + 1 - height) / short   # pixel centres; the short side spans [-1, 1]
-    columns = (2 * torch.arange(width) + 1 - width) / short
-    y, x = (axis.expand(len(seeds), -1, -1) for axis in torch.meshgrid(-rows, columns, indexing="ij"))
-
-    radius = 0.45 + 0.25 * p["radius"]
-    turn = TAU * p["turn"]
-    dx, dy = x - 0.5 * (p["x"] - 0.5), y - 0.5 * (p["y"] - 0.5)
-    u = (turn.cos() * dx + turn.sin() * dy) / radius
-    v = (turn.cos() * dy - turn.sin() * dx) / radius
+    x, y = _pixel_centres(height, width, len(seeds))
+    u, v, radius = _object_frame(p, x, y)
 
     distance = _distance(labels, u, v)
-    coverage = (0.5 - distance * radius * short / 2).clamp(0, 1)  # anti-aliased over one pixel
     inside = distance < 0
-
+    coverage = (0.5 - distance * radius * min(height, width) / 2).clamp(0, 1)  # anti-aliased over one pixel
     bulge = _bulge(distance)
-    step = 0.02  # in radii: normals of the surface by forward differences, the same at any image size
-    slope_u = (_bulge(_distance(labels, u + step, v)) - bulge) / step
-    slope_v = (_bulge(_distance(labels, u, v + step)) - bulge) / step
-    light = TAU * p["light_direction"] + turn
-    facing = (1 - 0.6 * (slope_u * light.cos() - slope_v * light.sin())) / (1 + slope_u**2 + slope_v**2).sqrt()
-    shade = (0.62 + (0.25 + 0.2 * p["light"]) * facing).clamp(0.3, 1.1)
-
     tilt = TAU * p["tilt_direction"]
     ramp = (tilt.cos() * x + tilt.sin() * y) * (0.1 + 0.25 * p["tilt"])
+
+    near, far = _object_color(p) * _shade(p, labels, u, v, bulge)[:, None], _wall_color(p) * (1 + 1.2 * ramp[:, None])
+    image = (coverage[:, None] * near + (1 - coverage[:, None]) * far).clamp(0, 1)
     wall_depth = (0.15 + 0.15 * p["wall_value"] + 0.4 * ramp).clamp(0, 1)        # a near wall is lighter
     object_depth = 0.5 + 0.15 * p["radius"] + 0.35 * bulge * radius / 0.7         # a near object is larger
     depth = torch.where(inside, object_depth, wall_depth)
-
-    flat = {name: value.flatten() for name, value in p.items()}
-    colour = _hsv(flat["hue"], 0.6 + 0.4 * flat["saturation"], 0.75 + 0.25 * flat["value"])
-    wall_hue = (flat["hue"] + 0.25 + 0.5 * flat["contrast"]) % 1
-    wall = _hsv(wall_hue, 0.2 + 0.5 * flat["wall_saturation"], 0.2 + 0.3 * flat["wall_value"])
-    near = colour[:, :, None, None] * shade[:, None]
-    far = wall[:, :, None, None] * (1 + 1.2 * ramp[:, None])
-    image = (coverage[:, None] * near + (1 - coverage[:, None]) * far).clamp(0, 1)
     return Scenes(image * 2 - 1, labels, depth[:, None], torch.where(inside, labels[:, None, None] + 1, 0))
 
 
+def _pixel_centres(height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
+    """x to the right and y upwards, (count, H, W) each; the short side spans [-1, 1]."""
+    short = min(height, width)
+    rows = (2 * torch.arange(height) + 1 - height) / short
+    columns = (2 * torch.arange(width) + 1 - width) / short
+    y, x = torch.meshgrid(-rows, columns, indexing="ij")
+    return x.expand(count, -1, -1), y.expand(count, -1, -1)
+
+
+def _object_frame(p: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinates in the turned frame of the object, in units of its radius, and that radius."""
+    radius = 0.45 + 0.25 * p["radius"]
+    turn = TAU * p["turn"]
+    dx, dy = x - 0.5 * (p["x"] - 0.5), y - 0.5 * (p["y"] - 0.5)
+    return (turn.cos() * dx + turn.sin() * dy) / radius, (turn.cos() * dy - turn.sin() * dx) / radius, radius
+
+
+def _shade(p: dict[str, Tensor], labels: Tensor, u: Tensor, v: Tensor, bulge: Tensor) -> Tensor:
+    """Brightness of the object's surface under one light, (B, H, W)."""
+    step = 0.02  # in radii: normals of the surface by forward differences, the same at any image size
+    slope_u = (_bulge(_distance(labels, u + step, v)) - bulge) / step
+    slope_v = (_bulge(_distance(labels, u, v + step)) - bulge) / step
+    light = TAU * p["light_direction"] + TAU * p["turn"]
+    facing = (1 - 0.6 * (slope_u * light.cos() - slope_v * light.sin())) / (1 + slope_u**2 + slope_v**2).sqrt()
+    return (0.62 + (0.25 + 0.2 * p["light"]) * facing).clamp(0.3, 1.1)
+
+
+def _object_color(p: dict[str, Tensor]) -> Tensor:
+    """(B, 3, 1, 1) in [0, 1]."""
+    hue, saturation, value = (p[name].flatten() for name in ("hue", "saturation", "value"))
+    return _hsv(hue, 0.6 + 0.4 * saturation, 0.75 + 0.25 * value)[:, :, None, None]
+
+
+def _wall_color(p: dict[str, Tensor]) -> Tensor:
+    """(B, 3, 1, 1) in [0, 1], of another hue than the object."""
+    hue, contrast, saturation, value = (p[name].flatten() for name in ("hue", "contrast", "wall_saturation", "wall_value"))
+    return _hsv((hue + 0.25 + 0.5 * contrast) % 1, 0.2 + 0.5 * saturation, 0.2 + 0.3 * value)[:, :, None, None]
+
+
 def truth(scenes: Scenes, task: str) -> Tensor:
-    """What a perfect network of a task would be aimed at."""
+    """The true target of scenes for a guider of a task: "class", "depth" or "segmentation"."""
     return {"class": scenes.label, "depth": scenes.depth, "segmentation": scenes.segmentation}[task]

@@ -62,7 +62,7 @@ class TinyNetwork(nn.Module):
 
 
 def tiny_resnet(outputs: int, dense: bool = False) -> TinyNetwork:
-    """Plain residual convolutions, the architecture of the guiders: `outputs` numbers for each image, or pixel when dense."""
+    """Plain residual convolutions, the guiders' architecture: `outputs` numbers for each image, or for each pixel."""
     a, b, c = widths = (32, 64, 128)
     levels = [nn.Sequential(nn.Conv2d(3, a, 3, 2, 1), ResidualBlock(a, a), ResidualBlock(a, a)),
               nn.Sequential(ResidualBlock(a, b, 2), ResidualBlock(b, b)),

@@ -1,4 +1,4 @@
-"""The trained tiny denoiser: an unconditional pixel-space diffusion model of scenes, small enough for a CPU."""
+"""The denoiser of the tiny worlds: a U-Net small enough for a CPU, for pixels or latents, conditional or not."""
 import math
 
 import torch
@@ -10,14 +10,20 @@ from ...noise import PIXEL_SIGMA_DATA
 
 
 def noise_features(c_noise: Tensor, width: int) -> Tensor:
-    """Fourier features of a noise level, (B,) -> (B, width)."""
+    """Fourier features of scaled noise levels, (B,) -> (B, width)."""
     frequencies = torch.exp(torch.linspace(0, math.log(64), width // 2, device=c_noise.device))
     angle = c_noise[:, None].float() * frequencies
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+def zero_init(layer: nn.Module) -> None:
+    """Set all parameters of a layer to zero: its block starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class Block(nn.Module):
-    """Residual block: two 3x3 convolutions, the noise level as scale and shift of the second norm."""
+    """Residual block: two 3x3 convolutions; the embedded noise level scales and shifts the second norm."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, attention: bool = False):
         super().__init__()
@@ -28,8 +34,7 @@ class Block(nn.Module):
         self.conv_2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.attention = Attention(outputs) if attention else nn.Identity()
-        nn.init.zeros_(self.conv_2.weight)
-        nn.init.zeros_(self.conv_2.bias)
+        zero_init(self.conv_2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_1(F.silu(self.norm_1(x)))
@@ -47,8 +52,7 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(8, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero_init(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
@@ -57,9 +61,9 @@ class Attention(nn.Module):
 
 
 class TinyUNet(nn.Module):
-    """U-Net on 2x2 pixel patches with two levels; output has the shape of the input.
+    """U-Net on 2x2 pixel patches with two levels.
 
-    x (B, channels, H, W) with H and W divisible by 4, c_noise (B,), condition (B, conditions) -> like x
+    x (B, channels, H, W) with H and W divisible by 4, c_noise (B,), condition (B, conditions) if there are any -> like x
     """
 
     def __init__(self, width: int = 64, blocks: int = 3, channels: int = 3, conditions: int = 0):
@@ -76,8 +80,7 @@ class TinyUNet(nn.Module):
         self.up = nn.ModuleList(Block(2 * width, width, embedding) for _ in range(blocks))
         self.norm = nn.GroupNorm(8, width)
         self.head = nn.Conv2d(width, 4 * channels, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        zero_init(self.head)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
         embedding = self.embed(noise_features(c_noise, self.width).to(x.dtype))
@@ -98,15 +101,15 @@ class TinyUNet(nn.Module):
 
 
 class TinyDenoiser(nn.Module):
-    """The network with EDM preconditioning (Karras et al. 2022, table 1): a Denoiser.
+    """The U-Net with EDM preconditioning (Karras et al. 2022, table 1): a Denoiser.
 
-    x = image + sigma * noise (B, 3, H, W), sigma (B,) -> expected image (B, 3, H, W); one made with conditions also takes
-    what it is told, (B, conditions).
+    x = image + sigma * noise (B, channels, H, W), sigma (B,), condition (B, conditions) if there are any -> expected image,
+    like x. The arguments are those of `TinyUNet`.
     """
 
-    def __init__(self, **sizes: int):
+    def __init__(self, width: int = 64, blocks: int = 3, channels: int = 3, conditions: int = 0):
         super().__init__()
-        self.net = TinyUNet(**sizes)
+        self.net = TinyUNet(width, blocks, channels, conditions)
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         s = sigma.to(torch.float32)[:, None, None, None]

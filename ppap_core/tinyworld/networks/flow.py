@@ -1,7 +1,9 @@
-"""The flow model of the latent tiny world, in the layout of Stable Diffusion 3's transformer (Esser et al. 2024), so that
-the stock loaders read its file: image tokens and condition tokens, each with weights of their own, attend together."""
+"""The flow model of the latent tiny world, in the layout of Stable Diffusion 3's transformer (Esser et al. 2024).
+
+ComfyUI's own loader reads its file. Image tokens and condition tokens, each with weights of their own, attend together.
+"""
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 import torch
@@ -13,14 +15,14 @@ HEAD, PATCH = 64, 2  # width of an attention head; side of a token's patch of th
 
 
 def frequencies(value: Tensor, width: int) -> Tensor:
-    """Cosines, then sines, of a number at `width` / 2 frequencies from 1 down to 1/10000, (...) -> (..., width)."""
+    """Cosines, then sines, of numbers at width / 2 frequencies from 1 down to 1/10000, (...) -> (..., width)."""
     scale = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=value.device) / (width // 2))
     angle = value.float()[..., None] * scale
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 def positions(height: int, width: int, features: int, device: torch.device) -> Tensor:
-    """A place's features for each token, (height * width, features): sines and cosines along x, then along y.
+    """Position features of each token, (height * width, features): sines and cosines along x, then along y.
 
     The short side spans 0 to 15, so that larger images are read at the scale of the trained ones.
     """
@@ -39,7 +41,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Embedder(nn.Module):
-    """Two layers that turn numbers into the condition."""
+    """Two layers that embed numbers (B, inputs) as a condition (B, width)."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
@@ -50,7 +52,7 @@ class Embedder(nn.Module):
 
 
 class Stream(nn.Module):
-    """The weights of one kind of tokens in a block. The last block has no use for what becomes of the condition."""
+    """The weights for one kind of tokens in a block. The last block needs no output for condition tokens."""
 
     def __init__(self, width: int, last: bool = False):
         super().__init__()
@@ -62,7 +64,7 @@ class Stream(nn.Module):
             self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def queries_keys_values(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """(3, B, heads, N, HEAD)"""
+        """Projections of tokens (B, N, width), (3, B, heads, N, HEAD)."""
         shift, scale = modulation[:2]
         return rearrange(self.attn["qkv"](modulated(x, shift, scale)), "b n (three h d) -> three b h n d", three=3, d=HEAD)
 
@@ -74,7 +76,7 @@ class Stream(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Attention of image tokens and condition tokens together."""
+    """Joint attention of image tokens and condition tokens."""
 
     def __init__(self, width: int, last: bool):
         super().__init__()
@@ -93,7 +95,7 @@ class JointBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens to patches."""
+    """Tokens (B, N, width) to patches (B, N, outputs)."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -105,7 +107,7 @@ class Head(nn.Module):
 
 
 def patch_embedder(channels: int, width: int) -> nn.ModuleDict:
-    """A convolution that makes tokens of patches."""
+    """A convolution that turns patches into tokens, under the name that stock loaders know."""
     return nn.ModuleDict({"proj": nn.Conv2d(channels, width, PATCH, PATCH)})
 
 
@@ -114,57 +116,64 @@ def as_tokens(x: Tensor) -> Tensor:
     return rearrange(x, "b c h w -> b (h w) c")
 
 
-class TinyFlow(nn.Module):
+class FlowTrunk(nn.Module):
+    """The embeddings and joint blocks that a flow model and its ControlNet share."""
+
+    def __init__(self, channels: int, conditions: int, blocks: int):
+        super().__init__()
+        self.width = HEAD * blocks
+        self.x_embedder = patch_embedder(channels, self.width)
+        self.t_embedder, self.y_embedder = Embedder(256, self.width), Embedder(conditions, self.width)
+        self.context_embedder = nn.Linear(conditions, self.width)
+        self.joint_blocks = nn.ModuleList(JointBlock(self.width, last=i == blocks - 1) for i in range(blocks))
+
+    def embed(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image tokens (B, N, width), condition tokens (B, n, width) and the condition of all blocks (B, width)."""
+        height, width = (side // PATCH for side in x.shape[-2:])
+        tokens = as_tokens(self.x_embedder["proj"](x))
+        tokens = tokens + positions(height, width, self.width, x.device).to(tokens)
+        condition = self.t_embedder(frequencies(1000 * t, 256).to(pooled)) + self.y_embedder(pooled)
+        return tokens, self.context_embedder(context), condition
+
+
+class TinyFlow(FlowTrunk):
     """A rectified flow's velocity: noise - latent, at x = (1 - t) latent + t noise.
 
     x (B, channels, H, W) of even sides; t (B,) in [0, 1]; context (B, N, conditions); pooled (B, conditions) -> like x
     """
 
     def __init__(self, channels: int = 16, conditions: int = 16, blocks: int = 2):
-        super().__init__()
-        width = HEAD * blocks
-        self.x_embedder = patch_embedder(channels, width)
-        self.t_embedder, self.y_embedder = Embedder(256, width), Embedder(conditions, width)
-        self.context_embedder = nn.Linear(conditions, width)
-        self.joint_blocks = nn.ModuleList(JointBlock(width, last=i == blocks - 1) for i in range(blocks))
-        self.final_layer = Head(width, PATCH**2 * channels)
+        super().__init__(channels, conditions, blocks)
+        self.final_layer = Head(self.width, PATCH**2 * channels)
         for name, parameter in self.named_parameters():
             if "adaLN_modulation" in name or "final_layer.linear" in name:  # every block starts as the identity
                 nn.init.zeros_(parameter)
 
-    def embed(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image tokens (B, N, width), condition tokens (B, n, width) and the condition of all blocks (B, width)."""
-        height, width = (side // PATCH for side in x.shape[-2:])
-        tokens = as_tokens(self.x_embedder["proj"](x))
-        tokens = tokens + positions(height, width, tokens.shape[-1], x.device).to(tokens)
-        condition = self.t_embedder(frequencies(1000 * t, 256).to(pooled)) + self.y_embedder(pooled)
-        return tokens, self.context_embedder(context), condition
-
     def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, control: Sequence[Tensor] = ()) -> Tensor:
-        """control: what a ControlNet adds to the image tokens after each block, (B, N, width)."""
+        """Velocity like x. control: residuals (B, N, width) of a ControlNet for the image tokens after each block."""
         tokens, context, condition = self.embed(x, t, context, pooled)
-        for block, added in zip_longest(self.joint_blocks, control):
+        for block, residual in zip_longest(self.joint_blocks, control):
             context, tokens = block(context, tokens, condition)
-            tokens = tokens if added is None else tokens + added
+            tokens = tokens if residual is None else tokens + residual
         height = x.shape[-2] // PATCH
         patches = self.final_layer(tokens, condition)
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=PATCH, q=PATCH)
 
 
-class TinyControl(TinyFlow):
+class TinyControl(FlowTrunk):
     """A ControlNet of the flow model: a copy of its first block that also sees a hint, an encoded picture such as of depth.
 
-    x, t, context as the flow model's; hint like x -> what is added after its first block, [(B, N, width)]
+    x, t, context as the flow model's; hint like x -> residuals for the tokens after its first block, [(B, N, width)]
     """
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, channels: int = 16, conditions: int = 16, blocks: int = 2):
+        super().__init__(channels, conditions, blocks)
         self.joint_blocks = self.joint_blocks[:1]
-        del self.final_layer
-        width = self.context_embedder.out_features
-        self.pos_embed_input, self.controlnet_blocks = patch_embedder(16, width), nn.ModuleList([nn.Linear(width, width)])
-        for parameter in self.controlnet_blocks.parameters():  # starts as no control at all
-            nn.init.zeros_(parameter)
+        self.pos_embed_input = patch_embedder(channels, self.width)
+        self.controlnet_blocks = nn.ModuleList([nn.Linear(self.width, self.width)])
+        for name, parameter in self.named_parameters():  # starts as no control at all
+            if "adaLN_modulation" in name or name.startswith("controlnet_blocks"):
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
         tokens, context, condition = self.embed(x, t, context, context.new_zeros(len(x), context.shape[-1]))
@@ -173,7 +182,7 @@ class TinyControl(TinyFlow):
         return [self.controlnet_blocks[0](tokens)]
 
 
-DIFFUSERS = {  # names of this file -> those of the diffusers library, in which stock loaders know such ControlNets
+DIFFUSERS = {  # names here -> those of the diffusers library, by which stock loaders know such ControlNets
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
     "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
@@ -183,28 +192,28 @@ DIFFUSERS = {  # names of this file -> those of the diffusers library, in which 
     "context_block.attn.proj": "attn.to_add_out", "x_block.attn.proj": "attn.to_out.0",
     "context_block.mlp.fc1": "ff_context.net.0.proj", "context_block.mlp.fc2": "ff_context.net.2",
     "x_block.mlp.fc1": "ff.net.0.proj", "x_block.mlp.fc2": "ff.net.2"}
-PARTS = {"context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-         "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}
+QKV = {  # weights that are one here and three in diffusers
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}
 
 
-def to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `TinyControl` in the names of diffusers."""
-    def renamed(name: str) -> str:
-        for ours, theirs in DIFFUSERS.items():
-            name = name.replace(ours, theirs)
-        return name
-    found = {}
+def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a `TinyControl` under the names of diffusers."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        fused = next((part for part in PARTS if part in name), None)
-        names = [name] if fused is None else [name.replace(fused, part) for part in PARTS[fused]]
-        found |= dict(zip(map(renamed, names), tensor.chunk(len(names)), strict=True))
-    return found
+        names = _diffusers_names(name)
+        renamed |= dict(zip(names, tensor.chunk(len(names)), strict=True))
+    return renamed
 
 
-def from_diffusers(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The way back to the names and shapes of `own`."""
-    found = {}
-    for name, tensor in own.items():
-        names = to_diffusers({name: tensor})
-        found[name] = torch.cat([tensors[each] for each in names])
-    return found
+def _diffusers_names(name: str) -> list[str]:
+    fused = next((part for part in QKV if part in name), None)
+    names = [name.replace(fused, part) for part in QKV[fused]] if fused else [name]
+    for ours, theirs in DIFFUSERS.items():
+        names = [part.replace(ours, theirs) for part in names]
+    return names
+
+
+def from_diffusers(tensors: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Weights under the names of diffusers as those of a `TinyControl`, whose names are `own`."""
+    return {name: torch.cat([tensors[part] for part in _diffusers_names(name)]) for name in own}

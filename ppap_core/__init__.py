@@ -16,7 +16,8 @@ Images are (B, 3, H, W) in [-1, 1]. A guider turns images into energies (B,), lo
 Experts make a guider reliable at high noise: fill a `SampleStore` with images of the model, `distill` an `ExpertBank` from
 them, and guide with `with_experts(guider, bank)`.
 """
-from .experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from .experts.adapters import LoraSpec
+from .experts.bank import ExpertBank, base_network, with_experts
 from .experts.checkpoint import load_bank, save_bank
 from .experts.distill import DistillConfig, distill, teacher_distance
 from .experts.samples import SampleStore, Trajectories, TrajectoryRecorder

@@ -8,7 +8,8 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...ppap_core.experts.bank import ExpertBank, LoraSpec, base_network
+from ...ppap_core.experts.adapters import LoraSpec
+from ...ppap_core.experts.bank import ExpertBank, base_network
 from ...ppap_core.experts.distill import DistillConfig, distill
 from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from ...ppap_core.guiders.guider import Guider

@@ -1,7 +1,8 @@
 """Nodes that train: generate samples, distil experts."""
 from comfy_api.latest import io
 
-from ...ppap_core.experts.bank import ExpertBank, LoraSpec, with_experts
+from ...ppap_core.experts.adapters import LoraSpec
+from ...ppap_core.experts.bank import ExpertBank, with_experts
 from ...ppap_core.experts.checkpoint import load_bank, save_bank
 from ...ppap_core.experts.distill import DistillConfig, uses_warm_start
 from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY, from_uint8

@@ -32,7 +32,8 @@ class Shown:
         assert shown.shape[1] == len(store) == 64 and len(self.calls) == 64 // batch * steps
         steps_of = (store.sigmas[..., None] - sigmas).abs().argmin(-1)
         assert torch.equal(sigmas[steps_of], store.sigmas) and len(steps_of.unique()) == steps
-        assert torch.equal(shown[steps_of, torch.arange(64)[:, None]].half(), {"noisy": store.noisy_vp, "denoised": store.denoised}[view])
+        assert torch.equal(shown[steps_of, torch.arange(64)[:, None]].half(),
+                           store.noisy_vp if view == "noisy" else store.denoised)
 
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
@@ -70,7 +71,7 @@ def test_samples_do_not_depend_on_how_many_are_made_at_once(pixels: PixelWorld):
     one, three = (pixels.samples(name=f"by {batch}", steps=4, latent_image={"samples": torch.zeros(batch, 3, 32, 32)}).store
                   for batch in (1, 3))
     assert torch.equal(one.sigmas, three.sigmas) and len(one.sigmas) == 64
-    for name in ("images", "noisy", "denoised"):
+    for name in ("images", "noisy_vp", "denoised"):
         torch.testing.assert_close(getattr(one, name).float(), getattr(three, name).float(), rtol=2e-3,
                                    atol=1.0 if name == "images" else 2e-3)
 

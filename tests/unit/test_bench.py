@@ -17,7 +17,8 @@ from benchmarks.tables import Row, bench, in_bfloat16, interval, prior_config, r
 from benchmarks.tiny_world import NOISE, generate_store, load_world
 from benchmarks.training import Training, changes, make_guider
 from ppap_core.cli import main
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.adapters import LoraSpec
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.samples import SampleStore, from_uint8
 from ppap_core.guidance.autoguidance import autoguided
 from ppap_core.guidance.prior import PriorConfig, PriorObjective, optimize_images

@@ -21,7 +21,8 @@ from helpers import (
     snapshot,
 )
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.adapters import LoraSpec
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.distill import DistillConfig, distill, distill_expert, distill_loss, sample_batch, teacher_distance
 from ppap_core.experts.samples import (
     SHARD_SIZE,

@@ -8,7 +8,8 @@ import torch
 from helpers import B, SmallNet, disturb, fixed_weights, level, randn, same, says, small_guider, snapshot
 from torch import nn
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, default_targets, with_experts
+from ppap_core.experts.adapters import LoraSpec, default_targets
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.guiders.guider import IgnoreSigma
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.hashing import fingerprint_network
@@ -172,7 +173,7 @@ def test_the_base_shares_its_weights_and_its_modules_stay_without_adapters():
     names = [name for name, _ in base.named_modules()]
     bank = make_bank(base)
     own = {parameter.data_ptr() for parameter in base.parameters()}
-    merged = {plain.data_ptr() for _, plain in bank._merged}
+    merged = {plain.data_ptr() for _, plain in bank.adapted.merged}
     assert own - merged <= {parameter.data_ptr() for parameter in bank.parameters()}
     assert [name for name, _ in base.named_modules()] == names and type(base.mix) is nn.Conv2d
     assert not hasattr(base, "peft_config")
@@ -342,12 +343,12 @@ def test_ten_experts_of_a_resnet_50_take_at_most_a_quarter_more_memory_than_the_
 def test_a_merged_expert_answers_as_the_adapter_beside_the_weight(dense, monkeypatch):
     base = fixed_weights(SmallNet(dense=dense)).eval()
     merged = make_bank(base)
-    monkeypatch.setattr("ppap_core.experts.bank.SPARE_SHARE", 0.0)
-    monkeypatch.setattr("ppap_core.experts.bank.SPARE_BYTES", 0)
+    monkeypatch.setattr("ppap_core.experts.adapters.SPARE_SHARE", 0.0)
+    monkeypatch.setattr("ppap_core.experts.adapters.SPARE_BYTES", 0)
     beside = make_bank(base)
     for index in range(len(merged.schedule)):
         disturb(merged, index)
         beside.load(index, merged.weights(index))
-    assert merged._merged and not beside._merged
+    assert merged.adapted.merged and not beside.adapted.merged
     for a, b in zip(answers(merged), answers(beside), strict=True):
         assert torch.allclose(a, b, atol=1e-5) and not torch.equal(a, base(PICTURE))

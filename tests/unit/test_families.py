@@ -10,7 +10,8 @@ from helpers.guider_families import FAMILIES, LABELS, aimed, photographs, row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.adapters import LoraSpec
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank, save_bank
 from ppap_core.experts.distill import distill_loss
 from ppap_core.experts.samples import Pairs

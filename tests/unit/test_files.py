@@ -9,7 +9,8 @@ import torch
 from helpers import SmallNet, disturb, fixed_weights, full_disk, images, level, randn, same, says, small_guider
 from safetensors.torch import save_file
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.adapters import LoraSpec
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank, save_bank
 from ppap_core.guiders.guider import IgnoreSigma
 from ppap_core.guiders.preprocess import Preprocess

@@ -6,7 +6,8 @@ import torch
 from helpers import VIEWS, B, H, W, disturb, images, level, randn, same, small_guider, snapshot
 from helpers.guider_families import FAMILIES, aimed
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.adapters import LoraSpec
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.guidance.gradients import HALF, energy_at, energy_gradient
 from ppap_core.guidance.memory import gradient_bytes
 from ppap_core.guiders.guider import Guider

@@ -11,7 +11,8 @@ from helpers import TARGETS, VIEWS, B, H, W, disturb, images, level, randn, says
 from helpers.gaussian import GaussianMixture
 from torch import Tensor
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.adapters import LoraSpec
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.guidance.gradients import HALF, Prediction, Vjp, energy_gradient, predict, slice_guider
 from ppap_core.guidance.shift import Guidance, GuidanceSettings, guidance_shift, guided
 from ppap_core.guidance.terms import Term

@@ -6,7 +6,8 @@ import torch
 from helpers import B, fixed_weights, images, level, says
 from safetensors.torch import load_file, save_file
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.adapters import LoraSpec
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.targets import class_target

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import level, randn, same, says, small_guider
 
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
+from ppap_core.experts.adapters import LoraSpec
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank, save_bank
 from ppap_core.experts.distill import DistillConfig, distill_expert, sample_batch
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore, Trajectories, TrajectoryRecorder

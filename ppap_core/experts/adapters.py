@@ -1,0 +1,123 @@
+"""LoRA adapters inside a network, one per expert, switched in place. The only file that uses peft."""
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SPARE_SHARE, SPARE_BYTES = 0.25, 16 * 2**20  # memory that merged weights may add to a network's: the larger of the two
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Size and placement of the adapters (Hu et al. 2021)."""
+
+    rank: int = 8
+    alpha: float = 8.0             # an adapter is scaled by alpha / rank
+    targets: tuple[str, ...] = ()  # module names; (): every Linear and ungrouped Conv2d but the head
+
+
+def default_targets(net: nn.Module) -> tuple[str, ...]:
+    """Names of every Linear and ungrouped Conv2d but the last one, the head. ValueError for fewer than two such layers.
+
+    The stem, which meets the noise first, is among them. Left out are what peft cannot adapt: grouped convolutions, and
+    the layers inside `nn.MultiheadAttention`, which bypasses adapters.
+    """
+    attention = tuple(f"{name}." for name, module in net.named_modules() if isinstance(module, nn.MultiheadAttention))
+    layers = [name for name, module in net.named_modules() if not name.startswith(attention)
+              and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))]
+    if len(layers) < 2:
+        raise ValueError(f"{type(net).__name__} has {len(layers)} Linear or Conv2d layers: experts need at least two, "
+                         "because the last one stays as it is")
+    return tuple(layers[:-1])
+
+
+def inject_adapters(net: nn.Module, spec: LoraSpec, count: int) -> None:
+    """Put adapters 0 to count - 1 into a network in place. ImportError without peft."""
+    try:
+        from peft import LoraConfig
+        from peft.functional import inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError(f"experts need the package peft ({error}): install it with 'pip install peft>=0.18'; guiding "
+                          "with a plain guider works without it") from error
+    names = "|".join(re.escape(name) for name in spec.targets)
+    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=f"({names})")  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+        for index in range(count):
+            inject_adapter_in_model(config, net, adapter_name=_name(index))
+
+
+def initialize_adapter(parameters: dict[str, nn.Parameter], generator: torch.Generator) -> None:
+    """Start one adapter as LoRA does, from a generator of its own: A uniform (He et al. 2015), B zero."""
+    for name, parameter in parameters.items():
+        if ".lora_A" in name:
+            start = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
+            parameter.data.copy_(start)
+
+
+def adapter_parameters(net: nn.Module, index: int) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter under names that do not hold its number."""
+    mark = f".{_name(index)}."
+    return {name.replace(mark, "."): parameter for name, parameter in net.named_parameters() if mark in name}
+
+
+def _name(index: int) -> str:
+    return f"expert_{index}"
+
+
+class AdaptedLayers:
+    """The layers of a network that carry adapters.
+
+    In as many of them as memory allows, the sum of weight and active adapter is kept beside the plain weight, so that there
+    the adapter costs no time. Small weights come first: they sit where images are large, and there an adapter costs most.
+    In training nothing is merged.
+    """
+
+    def __init__(self, net: nn.Module, adapter_bytes: int):
+        """adapter_bytes: memory of all adapters, which counts against what merging may add."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers: Iterable[Any] = (module for module in net.modules() if isinstance(module, BaseTunerLayer))
+        self.layers: list[Any] = sorted(layers, key=lambda layer: layer.base_layer.weight.numel())
+        base_bytes = sum(parameter.nbytes for parameter in net.parameters()) - adapter_bytes
+        self.merged = self._hold_merged(max(SPARE_SHARE * base_bytes, SPARE_BYTES) - adapter_bytes)
+        self.training = False
+
+    def _hold_merged(self, spare: float) -> list[tuple[Any, nn.Parameter]]:
+        """Give layers a copy of their weight to merge into, while it fits; returns them with their plain weights."""
+        merged = []
+        for layer in self.layers:
+            plain = layer.base_layer.weight
+            spare -= plain.nbytes
+            if spare < 0:
+                break
+            layer.base_layer.weight = nn.Parameter(plain.detach().clone(), requires_grad=False)
+            layer.enable_adapters(False)
+            merged.append((layer, plain))
+        return merged
+
+    def activate(self, index: int) -> None:
+        """Switch to one adapter."""
+        for layer in self.layers if self.training else self.layers[len(self.merged):]:
+            layer.set_adapter([_name(index)], inference_mode=True)
+        if not self.training:
+            self.merge(index)
+
+    @torch.no_grad()
+    def merge(self, index: int) -> None:
+        """Renew the merged weights from the plain ones and one adapter."""
+        for layer, plain in self.merged:
+            weight: Tensor = layer.base_layer.weight
+            with torch.autocast(weight.device.type, enabled=False):  # the sum stays exact, whatever the network computes in
+                weight.data.copy_(plain.to(weight.device) + layer.get_delta_weight(_name(index)))
+
+    def set_training(self, training: bool) -> None:
+        """Unmerge all layers for training, or mark the merged ones as such again; follow up with `activate`."""
+        self.training = training
+        for layer, plain in self.merged:
+            if training:
+                layer.base_layer.weight.data.copy_(plain)
+            layer.enable_adapters(training)

@@ -46,8 +46,8 @@ def test_the_prediction_is_the_published_combination(bench: Workbench, family: s
 
 @pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize(("good", "bad"), [(0.0, 1.0), (1.0, 0.4), (0.7, 0.0)])
-def test_the_same_weights_with_other_loras_predict_as_weights_of_their_own_do(bench: Workbench, family: str, good: float,
-                                                                             bad: float):
+def test_shared_weights_predict_as_separate_ones(bench: Workbench, family: str, good: float, bad: float):
+    """The same weights under two LoRAs predict what two copies of the weights do."""
     scene = replace(bench.scene(family), model=with_lora_at(bench.scene(family), good))
     with torch.inference_mode():
         apart = replace(bench.scene(family), model=small(family).model)
@@ -158,7 +158,8 @@ def test_what_is_no_bad_model_is_said_in_words(bench: Workbench):
         ksampler(bench, autoguided(bench, scene, other))
 
 
-def test_samples_of_a_guided_model_are_not_taken_for_those_of_another(bench: Workbench):
+def test_each_guided_model_has_its_own_fingerprint(bench: Workbench):
+    """Samples of one guided model must not be taken for those of another."""
     scene, about = bench.scene(FLOW), bench.comfy.pack.nodes.bridge.fingerprint.fingerprint_model
     weak, weaker = with_lora_at(scene, 0.5), with_lora_at(scene, 0.2)
     models = [scene.model, *(autoguided(bench, scene, bad, weight, **place).model for bad, weight, place in (
@@ -170,7 +171,8 @@ def test_samples_of_a_guided_model_are_not_taken_for_those_of_another(bench: Wor
 # A bad model, made
 
 @pytest.mark.parametrize("family", [EPS, FLOW, VIDEO])
-def test_a_lora_is_trained_and_the_stock_loader_reads_it_and_its_early_states(bench: Workbench, family: str):
+def test_the_stock_loader_reads_a_trained_lora(bench: Workbench, family: str):
+    """The finished LoRA and its early checkpoints."""
     scene, name = bench.scene(family), f"{family} sibling"
     before = ksampler(bench, scene)
     model, losses = train_lora(bench, scene, name)

@@ -46,20 +46,22 @@ def network(bench: Workbench) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_network_steers_every_kind_of_model_without_a_complaint(bench: Workbench, network: Any, family: str,
-                                                                  caplog: pytest.LogCaptureFixture):
+def test_a_network_steers_every_kind_of_model(bench: Workbench, network: Any, family: str, caplog: pytest.LogCaptureFixture):
+    """A network steers every kind of model and logs no warning."""
     steered(bench, bench.scene(family), guider=network)
     assert [record.message for record in caplog.records if record.name.startswith(bench.comfy.pack.__name__)] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("term", [{"view": "noisy"}, {"strength": "raw", "weight": 1.0}], ids=["noisy view", "raw strength"])
-def test_every_kind_of_model_is_steered_in_the_other_view_and_strength(bench: Workbench, family: str, term: dict):
+def test_every_kind_of_model_is_steered_by_other_terms(bench: Workbench, family: str, term: dict):
+    """Guidance works in the noisy view and by the raw gradient."""
     steered(bench, bench.scene(family), **term)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_pass_through_every_kind_of_model_or_it_is_said_that_they_do_not(bench: Workbench, family: str):
+def test_gradients_pass_through_every_kind_of_model(bench: Workbench, family: str):
+    """The error says so where a kernel has no gradient."""
     if family == "Cosmos-Predict2" and cosmos_is_fused():
         with says(ValueError, "do not pass through this model", "in the prediction"):
             ksampler(bench, bench.guide(bench.scene(family), **THROUGH))
@@ -106,7 +108,8 @@ def test_a_model_that_computes_in_half_precision_is_steered(bench: Workbench, ne
     assert guided.isfinite().all() and not torch.equal(guided, plain)
 
 
-def test_a_second_model_for_the_negative_prompt_may_be_an_unguided_one(bench: Workbench):
+def test_the_model_of_the_negative_prompt_may_be_unguided(bench: Workbench):
+    """DualModelGuider, with guidance on its first model only."""
     if "DualModelGuider" not in bench.comfy.registered:
         pytest.skip("this ComfyUI has no DualModelGuider")
     other = bench.scene(FLOW).model
@@ -123,7 +126,8 @@ def test_what_cannot_be_steered_is_refused_in_one_sentence(bench: Workbench, lat
         bench.guide(Scene(without_network(latents, kind), [], [], {}))
 
 
-def test_the_colours_of_all_latents_are_those_of_comfyui_s_previews(bench: Workbench):
+def test_latent_colours_are_those_of_comfyui_s_previews(bench: Workbench):
+    """The linear colours are right for every latent format that has them."""
     import comfy.latent_formats as formats
     from latent_preview import Latent2RGBPreviewer
 
@@ -234,7 +238,8 @@ def test_guidance_may_stand_before_or_after_these(bench: Workbench, feature: str
 
 
 @pytest.mark.parametrize(("feature", "family"), [(name, family) for name in ADDING for family in FEATURES[name][1]])
-def test_what_adds_to_the_prediction_only_changes_what_a_guider_of_it_sees(bench: Workbench, feature: str, family: str):
+def test_order_changes_what_is_seen_where_features_add(bench: Workbench, feature: str, family: str):
+    """A feature that adds to the prediction changes what a guider of the prediction sees, and nothing else."""
     noisy_after, noisy_before = both_ways(bench, feature, family, "noisy", 1)
     assert torch.allclose(noisy_after, noisy_before, rtol=1e-4, atol=1e-4 * noisy_after.std().item())
     after, before = both_ways(bench, feature, family, "denoised", 1)
@@ -242,7 +247,8 @@ def test_what_adds_to_the_prediction_only_changes_what_a_guider_of_it_sees(bench
 
 
 @pytest.mark.parametrize(("feature", "family"), [(name, family) for name in MIXING for family in FEATURES[name][1]])
-def test_what_mixes_the_prediction_anew_weakens_guidance_that_stands_before_it(bench: Workbench, feature: str, family: str):
+def test_guidance_is_weaker_before_features_that_mix(bench: Workbench, feature: str, family: str):
+    """A feature that mixes the prediction anew weakens guidance that stands before it."""
     patch = FEATURES[feature][0]
     unguided = ksampler(bench, patch(bench, replace(bench.scene(family), steps=1)))
     after, before = ((made - unguided).norm() for made in both_ways(bench, feature, family, "noisy", 1))
@@ -293,7 +299,7 @@ def named(families: tuple[str, ...]) -> str:
     return f"all but {', '.join(others)}" if len(others) < len(families) else ", ".join(families)
 
 
-def test_the_document_lists_the_kinds_of_models_and_the_nodes_that_are_tested():
+def test_the_document_lists_the_tested_models_and_nodes():
     head, *kinds = rows("Models and sampler nodes")
     assert head[3:] == list(SAMPLER_NODES) and [row[0] for row in kinds] == list(FAMILIES)
     assert all(row[3:] == ["yes"] * len(SAMPLER_NODES) for row in kinds)
@@ -313,7 +319,7 @@ def test_the_document_says_which_comfyui_has_a_kind_of_model(bench: Workbench):
         assert there == {"both": True, "0.33": new}[version], family
 
 
-def test_the_document_lists_the_features_and_what_they_are_tested_with():
+def test_the_document_lists_the_tested_features():
     listed = {feature: families for feature, families, _ in rows("Other features")[1:]}
     assert listed == {feature: named(families) for feature, (_, families) in FEATURES.items()}
 

@@ -53,7 +53,8 @@ def handles_of(net: torch.nn.Module) -> set[str]:
     return {name for part in net.modules() for name in vars(part) if name.startswith(("dynamic_", "_v"))}
 
 
-def test_a_copy_of_a_network_holds_nothing_of_the_memory_of_the_original(comfy, freed: list[int]):
+def test_a_private_copy_frees_nothing_of_the_original(comfy, freed: list[int]):
+    """A private copy holds no handle on the original's memory."""
     net = dynamic(comfy("PPAPTinyLatentWorld", kind="flow")[1].patcher).model
     before = handles_of(net)
     own = comfy.pack.nodes.bridge.memory.private_copy(net)
@@ -69,7 +70,8 @@ def test_a_copy_of_a_network_holds_nothing_of_the_memory_of_the_original(comfy, 
     assert freed, "what this test counts is not what a plain copy frees"
 
 
-def test_the_decoder_of_a_vae_is_such_a_copy_and_only_made_for_those_who_look_through_it(comfy, freed: list[int]):
+def test_a_decoder_is_a_private_copy_made_on_demand(comfy, freed: list[int]):
+    """The VAE is copied only for guiders that look through it."""
     latents, world = comfy.pack.nodes.bridge.latents, LatentWorld(comfy)
     dynamic(world.vae.patcher)
     made = latents.Decoder(world.vae, world.model("flow"))
@@ -101,14 +103,16 @@ def test_a_gradient_through_the_model_takes_weights_that_stay(comfy, freed: list
         guided(model, "through the model")
 
 
-def test_a_gradient_does_not_pass_what_is_dynamic_beside_the_model(comfy, freed: list[int]):
+def test_dynamic_weights_beside_the_model_are_refused(comfy, freed: list[int]):
+    """Gradients through the model need every network that samples with it to keep its weights."""
     plain = comfy("PPAPTinyLatentWorld", kind="flow")[0]
     beside = SimpleNamespace(model_patcher=plain, loaded_models=[dynamic(plain)], inner_model=plain.model, conds={})
     with says(ValueError, "dynamic VRAM", "--disable-dynamic-vram"):
         comfy.pack.nodes.bridge.autograd.make_differentiable(beside)
 
 
-def test_weights_that_wait_in_main_memory_do_not_share_a_place_while_gradients_need_them(comfy, monkeypatch):
+def test_gradients_switch_off_offload_streams(comfy, monkeypatch):
+    """Weights that wait in main memory must not share a buffer while gradients need them."""
     import comfy.model_management as management
 
     monkeypatch.setattr(management, "NUM_STREAMS", 2)

@@ -54,7 +54,8 @@ def test_a_folder_of_each_kind_steers_the_stock_sampler(comfy, world: PixelWorld
         shutil.rmtree(folder)
 
 
-def test_without_timm_and_peft_every_node_is_there_and_names_what_to_install(fresh_process, tmp_path):
+def test_nodes_load_without_timm_and_peft(fresh_process, tmp_path):
+    """Every node is registered, and errors name the package to install."""
     FAMILIES["timm ResNet"].write(tmp_path)
     code = f"""
 import sys, asyncio; sys.path.insert(0, {{comfyui!r}}); sys.modules["timm"] = sys.modules["peft"] = None

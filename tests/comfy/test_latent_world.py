@@ -126,7 +126,8 @@ def test_a_guider_looks_through_the_vae(world: LatentWorld, kind: str, caplog):
     assert torch.equal(world.guided(kind, vae=world.vae, weight=0.0), plain)
 
 
-def test_the_copy_of_the_vae_is_its_own_and_sees_what_the_vae_decodes(comfy, world: LatentWorld):
+def test_the_private_decoder_decodes_as_the_vae(comfy, world: LatentWorld):
+    """It passes gradients, and the VAE's weights stay as they were."""
     before = {name: tensor.clone() for name, tensor in world.vae.first_stage_model.state_dict().items()}
     decoder = comfy.pack.nodes.bridge.latents.Decoder(world.vae, world.model("flow"))
     samples = world.sample(world.model("flow"))
@@ -165,7 +166,8 @@ def test_a_mask_of_any_size_steers_its_part_of_the_latent(world: LatentWorld):
 # Experts of latents
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
-def test_experts_of_one_prediction_type_serve_another_of_the_same_latents(comfy, world: LatentWorld, view: str):
+def test_experts_serve_every_model_of_their_latents(comfy, world: LatentWorld, view: str):
+    """Experts distilled from a flow model guide an epsilon model of the same latents, before and after saving."""
     guider = world.experts("flow", view)
     assert guider.net.space_name == "SD3" and len(guider.net.stems) == 2
     comfy("PPAPSaveExperts", guider=guider, file_name=f"latent {view}")
@@ -190,7 +192,8 @@ def test_experts_are_refused_where_other_things_are_diffused(comfy, world: Laten
         comfy("PPAPApplyGuidance", model=other, terms=terms, max_rms=0.0)
 
 
-def test_a_model_of_latents_is_distilled_for_only_with_its_vae_and_for_single_images(comfy, world: LatentWorld):
+def test_samples_of_latents_need_a_vae_and_single_images(comfy, world: LatentWorld):
+    """A latent model without its VAE and a model of frames are refused."""
     import comfy.latent_formats as formats
 
     frames = world.model("flow").clone()
@@ -203,7 +206,7 @@ def test_a_model_of_latents_is_distilled_for_only_with_its_vae_and_for_single_im
                   latent_image={"samples": torch.zeros(4, 16, HEIGHT, WIDTH)})
 
 
-def test_generated_samples_are_the_sampled_latents_and_what_the_vae_makes_of_them(comfy, world: LatentWorld):
+def test_samples_hold_latents_and_their_decoded_images(comfy, world: LatentWorld):
     """Euler's last step arrives at the last prediction."""
     store = world.samples("eps", "both").store
     assert store.denoised.shape == (64, 6, 16, HEIGHT, WIDTH) and store.images.shape == (64, 3, 8 * HEIGHT, 8 * WIDTH)
@@ -238,8 +241,7 @@ def as_velocity(comfy, world: LatentWorld) -> Any:
 
 @pytest.mark.parametrize("strength", ["balanced", "raw"])
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
-def test_the_same_network_as_flow_and_as_velocity_is_guided_to_the_same_image(comfy, world: LatentWorld, view: str,
-                                                                               strength: str):
+def test_flow_and_velocity_are_guided_to_the_same_image(comfy, world: LatentWorld, view: str, strength: str):
     """Euler steps are the same in both, so that experts of the one are experts of the other, to rounding."""
     from comfy.sample import sample_custom
     from comfy.samplers import sampler_object
@@ -273,7 +275,8 @@ def test_what_guidance_did_is_told_in_words(comfy, world: LatentWorld):
     assert "of 5 steps, energy" in busy and len({each.sigma for each in report.records}) < 5
 
 
-def test_latents_without_colours_or_pictures_are_refused_in_words(comfy, world: LatentWorld):
+def test_latents_without_pictures_are_refused(comfy, world: LatentWorld):
+    """Audio, and latents without known colours unless a VAE is connected."""
     import comfy.latent_formats as formats
 
     [terms] = comfy("PPAPGuidanceTerm", guider=world.guider, weight=1.0, start_percent=0.0, end_percent=1.0,
@@ -288,7 +291,7 @@ def test_latents_without_colours_or_pictures_are_refused_in_words(comfy, world: 
     assert not torch.equal(world.sample(guided), world.sample(odd)), "a VAE needs no colours"
 
 
-def test_samples_of_a_model_that_is_guided_through_a_vae_have_a_recipe_of_their_own(comfy, world: LatentWorld):
+def test_guidance_through_a_vae_has_its_own_fingerprint(comfy, world: LatentWorld):
     [terms] = comfy("PPAPGuidanceTerm", guider=world.guider, weight=1.0, start_percent=0.0, end_percent=1.0,
                     factor_at_start=1.0, factor_at_end=1.0, view="own")
     models = [comfy("PPAPApplyGuidance", model=world.model("flow"), terms=terms, max_rms=0.0, vae=vae)[0]
@@ -297,7 +300,7 @@ def test_samples_of_a_model_that_is_guided_through_a_vae_have_a_recipe_of_their_
     assert recipes[0] != recipes[1]
 
 
-def test_experts_look_with_their_own_eyes_even_where_a_vae_is_connected(world: LatentWorld):
+def test_experts_keep_their_stems_where_a_vae_is_connected(world: LatentWorld):
     guider = world.experts("flow", "denoised")
     assert torch.equal(world.guided("flow", guider, vae=world.vae), world.guided("flow", guider))
     assert not torch.equal(world.guided("flow", replace(guider, decode=None), vae=world.vae), world.guided("flow", guider))
@@ -335,7 +338,7 @@ def control(world: LatentWorld) -> Control:
     return Control(world)
 
 
-def test_the_controlnet_that_the_stock_loader_loads_is_the_core_s(comfy, control: Control):
+def test_the_stock_loader_loads_the_core_s_controlnet(comfy, control: Control):
     core = comfy.pack.ppap_core.tinyworld.latents
     x, hint = torch.randn(2, 2, 16, HEIGHT, WIDTH)
     given, t = comfy.pack.ppap_core.tinyworld.loaders.condition(torch.tensor([2, -1])), torch.tensor([0.2, 0.9])
@@ -359,7 +362,7 @@ def test_controlnet_and_guidance_share_the_graph(world: LatentWorld, control: Co
     assert torch.equal(world.sample(flow, **control.conditioning(0.0)), uncontrolled)
 
 
-def test_depth_guidance_of_the_flow_model_brings_the_depth_of_a_scene(comfy, world: LatentWorld, control: Control):
+def test_depth_guidance_brings_the_depth_of_a_scene(comfy, world: LatentWorld, control: Control):
     """Without ControlNet and without experts: the judge sees the wanted depth, who never guided."""
     [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/depth")
     picture = control.depth.movedim(1, -1).expand(-1, -1, -1, 3)

@@ -47,7 +47,8 @@ def guided_model(world: PixelWorld, *guiders: Any) -> Any:
 
 # Loading and freeing
 
-def test_guiders_are_among_the_loaded_models_while_the_model_samples(world: PixelWorld):
+def test_guiders_are_loaded_while_the_model_samples(world: PixelWorld):
+    """Each guider is among ComfyUI's loaded models."""
     import comfy.model_management as management
     import comfy.model_patcher
 
@@ -133,7 +134,8 @@ def test_comfyui_keeps_memory_free_for_the_gradients(comfy, world: PixelWorld, a
         assert more.tolist() == pytest.approx([1.5 * told(world.guider, (batch, 3, 32, 32))] * 2)
 
 
-def test_guiders_run_one_after_another_so_that_the_largest_counts(world: PixelWorld, asked: list[dict]):
+def test_the_largest_guider_decides_the_memory(world: PixelWorld, asked: list[dict]):
+    """Guiders run one after another, so that the largest counts."""
     small, large = guider_of(world, Own()), world.guider
     plain = needed(world, asked)
     alone = [needed(world, asked, guided_model(world, guider)) - plain for guider in (small, large)]
@@ -150,7 +152,8 @@ def test_a_guider_of_weight_0_takes_no_room(world: PixelWorld, asked: list[dict]
     assert torch.equal(needed(world, asked, model), needed(world, asked))
 
 
-def test_training_frees_all_memory_beside_the_guider_and_its_experts(world: PixelWorld, asked: list[dict]):
+def test_training_frees_all_other_memory(world: PixelWorld, asked: list[dict]):
+    """Only the guider and its experts stay loaded."""
     import comfy.model_management as management
 
     world.samples()
@@ -188,7 +191,7 @@ def test_a_network_that_cannot_be_told_is_sampled_all_the_same(world: PixelWorld
     assert not torch.equal(world.sample(guided), world.sample())
 
 
-def test_half_of_the_device_is_asked_for_where_gradients_go_through_the_model(comfy, world: PixelWorld, asked: list[dict]):
+def test_gradients_through_the_model_ask_for_half_the_device(comfy, world: PixelWorld, asked: list[dict]):
     """What a model keeps for them is not known before; without it nothing is asked for."""
     import comfy.model_management as management
 

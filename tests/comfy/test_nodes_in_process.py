@@ -51,7 +51,8 @@ def test_guidance_steers_every_sampler(world: PixelWorld, sampler: str, view: st
     assert guided.isfinite().all() and (guided - plain).abs().mean() > 1e-4
 
 
-def test_experts_start_as_their_neighbour_ended_in_the_noisy_view_alone(world: PixelWorld):
+def test_only_experts_of_the_noisy_view_start_warm(world: PixelWorld):
+    """In the noisy view an expert starts as its neighbour ended."""
     for view, alike in (("noisy", True), ("denoised", False)):
         first, second = world.starts(view)
         assert all(torch.equal(first[name], second[name]) for name in first) == alike, view
@@ -75,7 +76,8 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: PixelWorl
         assert sum(sigma in term.schedule.window for term in terms) == 1
 
 
-def test_a_ramp_goes_from_factor_to_factor_within_the_model_s_noise(comfy, world: PixelWorld):
+def test_a_ramp_spans_the_noise_of_the_model(comfy, world: PixelWorld):
+    """A ramp goes from the first factor at the highest noise level to the last at the lowest."""
     term = comfy.pack.nodes.bridge.guidance.to_core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
                                                (1, 3, 32, 32), None)
     assert term.schedule.ramp(80.0) == pytest.approx(3.0) and term.schedule.ramp(0.02) == pytest.approx(0.5)
@@ -125,7 +127,7 @@ def test_image_to_image_and_one_class_for_each_image(comfy, world: PixelWorld):
     assert plain.shape == guided.shape and not torch.equal(plain, guided)
 
 
-def test_guidance_is_the_same_on_every_run_and_leaves_the_model_alone(world: PixelWorld):
+def test_guidance_repeats_and_leaves_the_model_alone(world: PixelWorld):
     plain, first = world.sample(), world.guided()
     [model] = world.comfy("PPAPApplyGuidance", model=world.model, terms=world.term(), max_rms=0.0)
     assert torch.equal(world.sample(model), first) and torch.equal(world.sample(model), first)
@@ -169,7 +171,8 @@ def test_guiders_are_counted_among_the_loaded_models(world: PixelWorld):
     assert not any(tensor.is_inference() for tensor in world.plain.net.state_dict().values())
 
 
-def test_weights_that_comfyui_moved_in_inference_mode_are_made_differentiable_again(world: PixelWorld):
+def test_inference_weights_become_differentiable_again(world: PixelWorld):
+    """Weights that ComfyUI moved in inference mode."""
     with torch.inference_mode():
         world.plain.net.to(torch.float64).to(torch.float32)
     assert any(tensor.is_inference() for tensor in world.plain.net.parameters())
@@ -195,7 +198,8 @@ def test_what_a_guider_sees_is_a_picture_of_each_image(comfy, task: str, size: i
 
 
 @pytest.mark.parametrize("task", ["depth", "segmentation"])
-def test_a_picture_and_the_map_that_is_seen_in_it_are_the_same_target(comfy, world: PixelWorld, task: str):
+def test_a_picture_and_its_map_are_the_same_target(comfy, world: PixelWorld, task: str):
+    """The map that the guider predicts of a picture aims at the same as the picture."""
     [guider] = comfy("PPAPLoadGuider", guider_name=f"tinyworld/{task}")
     picture = (world.sample()[:1].movedim(1, -1) + 1) / 2
     [seen] = comfy("PPAPLookThrough", guider=guider, image=picture)
@@ -263,7 +267,8 @@ def test_a_palette_is_reached(comfy, world: PixelWorld):
     assert after < 0.08 and after < before / 2.5, (before, after)
 
 
-def test_several_classes_in_one_image_and_weight_0_changes_nothing(comfy, world: PixelWorld):
+def test_several_classes_are_aimed_at_in_one_image(comfy, world: PixelWorld):
+    """Weights scale the classes, and weight 0 changes nothing."""
     [both] = comfy("PPAPAimAtClass", guider=world.plain, classes="star + ring:0.5")
     assert both.target.shape == (1, 8) and sorted(both.target.unique().tolist()) == [0.0, 0.5, 1.0]
     guided = world.guided(world.term(both, weight=8.0))
@@ -315,20 +320,22 @@ def test_cut_outs_change_what_is_seen_and_none_are_neutral(comfy, world: PixelWo
     assert comfy("PPAPCutOuts", guider=symmetry, count=0)[0] == symmetry
 
 
-def test_temperature_1_is_neutral_and_a_lower_one_teaches_something_else(world: PixelWorld):
+def test_a_temperature_of_1_is_neutral(world: PixelWorld):
+    """A lower one teaches something else."""
     usual, named, sharper = world.experts(), world.experts(temperature=1.0), world.experts(temperature=0.25)
     assert torch.equal(world.guided(world.term(named)), world.guided(world.term(usual)))
     assert not torch.equal(world.guided(world.term(sharper)), world.guided(world.term(usual)))
 
 
-def test_the_answer_of_a_network_is_chosen_and_what_it_cannot_answer_is_said(comfy, world: PixelWorld):
+def test_the_output_of_a_network_is_chosen(comfy, world: PixelWorld):
+    """An output that the network does not have is refused."""
     [guider] = comfy("PPAPLoadGuider", guider_name="tinyworld/class", answer="own")
     assert guider.net is world.plain.net or guider.name == world.plain.name
     with says(ValueError, "tiny world", "style", "'own'"):
         comfy("PPAPLoadGuider", guider_name="tinyworld/class", answer="style")
 
 
-def test_samples_do_not_depend_on_how_often_they_were_interrupted(comfy, world: PixelWorld):
+def test_samples_do_not_depend_on_interruptions(comfy, world: PixelWorld):
     import comfy.model_management as management
 
     settings = {"latent_image": {"samples": torch.zeros(16, 3, 32, 32)}, "count": 128, "steps": 7}
@@ -354,7 +361,7 @@ def test_a_model_is_known_by_its_weights_and_patches(comfy, world: PixelWorld):
     assert about(world.model, world.conditioning) != about(again.model, again.conditioning)
 
 
-def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_of_its_patches(comfy, world: PixelWorld):
+def test_fingerprints_know_controlnets_and_patches(comfy, world: PixelWorld):
     """A search or a store that was made with other settings must not be taken for this one."""
     from comfy.controlnet import T2IAdapter
 
@@ -383,7 +390,7 @@ def test_a_conditioning_is_known_by_its_controlnet_and_a_model_by_the_settings_o
     assert one != three == again
 
 
-def test_the_recipe_of_experts_does_not_depend_on_the_one_that_is_active(comfy, world: PixelWorld):
+def test_the_fingerprint_ignores_which_expert_is_active(comfy, world: PixelWorld):
     experts, recipe = world.experts(), comfy.pack.nodes.bridge.fingerprint
     [model] = comfy("PPAPApplyGuidance", model=world.model, terms=world.term(experts), max_rms=0.0)
     names = []
@@ -394,7 +401,8 @@ def test_the_recipe_of_experts_does_not_depend_on_the_one_that_is_active(comfy, 
     assert names[0] == names[1] and first != second
 
 
-def test_a_guided_ksampler_gives_back_what_it_need_not_sample_or_cannot(comfy, world: PixelWorld):
+def test_a_guided_ksampler_returns_what_it_cannot_sample(comfy, world: PixelWorld):
+    """A denoise of 0 and a latent without numbers come back as they are."""
     def run(**changes: Any) -> tuple:
         return comfy("PPAPGuidedKSampler", model=world.model, terms=world.term(), max_rms=0.0, **world.settings(**changes))
 
@@ -433,7 +441,8 @@ def test_wrong_inputs_are_refused_in_one_sentence(comfy, world: PixelWorld):
         comfy("PPAPLoadGuider", guider_name="../class")
 
 
-def test_each_way_to_aim_refuses_what_it_is_not_for_in_one_sentence(comfy, world: PixelWorld):
+def test_each_aim_node_refuses_foreign_guiders(comfy, world: PixelWorld):
+    """Each Aim node, the palette and the cut-outs say in one sentence what they are not for."""
     [depth] = comfy("PPAPLoadGuider", guider_name="tinyworld/depth")
     [regions] = comfy("PPAPLoadGuider", guider_name="tinyworld/segmentation")
     [symmetry], [bright] = (comfy("PPAPRule", rule=name) for name in ("symmetry half turn", "brightness"))

@@ -46,7 +46,8 @@ def test_in_pixels_the_node_finds_what_the_core_finds(pixels: PixelWorld, gradie
 
 
 @pytest.mark.parametrize("kind", ["flow", "eps"])
-def test_both_worlds_of_latents_show_what_they_are_told_and_asked(comfy, kind: str):
+def test_latents_are_found_under_prompt_and_terms(comfy, kind: str):
+    """The search obeys prompt and terms for a flow and an epsilon model, by colours and through the VAE."""
     world = LatentWorld(comfy)
     scene = {"model": world.model(kind), "positive": world.star, "negative": world.nothing,
              "latent_image": {"samples": torch.zeros(2, 16, 12, 16)}}
@@ -59,7 +60,8 @@ def test_both_worlds_of_latents_show_what_they_are_told_and_asked(comfy, kind: s
     assert through.isfinite().all() and not torch.equal(through, asked_for)
 
 
-def test_a_rate_of_zero_leaves_the_latent_as_it_is_and_other_neutral_values_change_nothing(pixels: PixelWorld):
+def test_neutral_values_of_a_search_change_nothing(pixels: PixelWorld):
+    """A learning rate of 0 leaves the latent bit for bit."""
     start = {"samples": 0.3 * torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
     inputs = pixels.conditioned(latent_image=start)
     still = search(pixels, inputs, pixels.term(), learning_rate=0.0, start_noise=0.0)
@@ -80,7 +82,8 @@ def test_a_mask_says_what_may_change(pixels: PixelWorld):
 
 
 @pytest.mark.parametrize("side", [128, 160])
-def test_a_painted_mask_of_any_size_is_taken_and_another_one_is_another_search(pixels: PixelWorld, side: int):
+def test_a_painted_mask_may_have_any_size(pixels: PixelWorld, side: int):
+    """The mask is resized, and another mask is another search."""
     start, found = {"samples": torch.full((1, 3, 32, 32), 0.1)}, []
     for place in (20, 90):
         mask = torch.zeros(1, side, side)
@@ -149,7 +152,8 @@ def test_a_search_that_was_cancelled_goes_on(pixels: PixelWorld, gradient: dict,
     assert len(done) == 18, "another weight is another search"
 
 
-def test_a_model_whose_latents_have_no_known_colours_is_searched_without_previews(bench: Workbench):
+def test_latents_without_colours_are_searched(bench: Workbench):
+    """A search needs no previews."""
     scene = bench.scene(EPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scene.model.model.latent_format, "latent_rgb_factors", None)

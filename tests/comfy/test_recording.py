@@ -58,7 +58,8 @@ def test_what_is_recorded_of_a_flow_is_what_guidance_would_show(comfy, latents: 
     assert samples.store.sigmas.max() > 1000 and samples.store.noisy_vp.isfinite().all()
 
 
-def test_guidance_that_is_there_already_is_recorded_with_what_it_does(comfy, pixels: PixelWorld):
+def test_guidance_on_the_model_is_recorded(comfy, pixels: PixelWorld):
+    """The recorded predictions are the guided ones."""
     [model] = comfy("PPAPApplyGuidance", model=pixels.model, terms=pixels.term(weight=8.0), max_rms=0.0)
     plain, guided = (pixels.samples(name=name, model=each, steps=1).store
                      for name, each in (("not guided", pixels.model), ("guided", model)))
@@ -104,7 +105,8 @@ def test_distillation_never_asks_the_diffusion_model(comfy, pixels: PixelWorld, 
         assert len(asked) == before
 
 
-def test_experts_reach_as_far_as_the_samples_but_not_to_pure_noise(comfy, pixels: PixelWorld, latents: LatentWorld):
+def test_experts_span_the_samples_without_pure_noise(comfy, pixels: PixelWorld, latents: LatentWorld):
+    """Intervals share the recorded noise levels equally."""
     schedule_for = comfy.pack.nodes.bridge.distillation.schedule_for
     samples = pixels.samples(name="reach", steps=4)
     lowest, highest = (float(value) for value in samples.store.sigmas.aminmax())

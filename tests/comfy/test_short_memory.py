@@ -86,8 +86,8 @@ def test_a_search_through_the_model_finds_the_same(bench: Workbench, memory: Mem
     assert (lean - whole).abs().mean() < 1e-3 * whole.abs().mean()
 
 
-def test_a_lora_is_trained_to_the_same_and_a_bad_model_beside_the_good_one_is_computed_again_with_its_lora(
-        bench: Workbench, memory: Memory):
+def test_training_and_autoguidance_survive_full_memory( bench: Workbench, memory: Memory):
+    """A LoRA is trained to the same weights, and a bad model with shared weights is computed again under its LoRA."""
     scene = bench.scene(EPS)
     lean = ksampler(bench, replace(scene, model=train_lora(bench, scene, "lean", steps=6)[0]))
     steered = ksampler(bench, bench.guide(autoguided(bench, scene, with_lora_at(scene, 1.0)), **THROUGH))

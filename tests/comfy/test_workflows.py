@@ -72,7 +72,8 @@ def test_each_workflow_has_a_thumbnail_and_a_line_in_the_readme():
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
-def test_no_node_of_a_shipped_workflow_covers_another_or_its_preview(name: str):
+def test_no_node_of_a_workflow_covers_another(name: str):
+    """No node covers another one or the preview that it shows while it works."""
     boxes = {each["id"]: box_of(each) for each in page_of(name)["nodes"]}
     for (one, a), (other, b) in combinations(boxes.items(), 2):
         apart = a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
@@ -102,7 +103,7 @@ def test_a_shipped_workflow_runs_and_shows_pictures(server: Server, name: str):
             for picture in server.pictures(outputs[key])} & {720, 840}, "a plot is 720 pixels wide, the toy 840"
 
 
-def test_the_shipped_workflows_weigh_all_guiders_alike_and_keep_their_seeds(server: Server):
+def test_workflows_normalize_terms_and_fix_their_seeds(server: Server):
     info = server.get("/object_info")
     for name in WORKFLOW_NAMES:
         terms = [each["inputs"] for each in workflow(name, info).values() if each["class_type"] == "PPAPGuidanceTerm"]
@@ -149,7 +150,8 @@ def test_the_controlnet_places_and_guidance_colours(server: Server):
     assert alike(both) > alike(guidance) + 0.1
 
 
-def test_the_workflows_show_every_node_but_those_that_a_fresh_install_has_no_use_for(server: Server):
+def test_the_workflows_show_every_useful_node(server: Server):
+    """All but those that a fresh install has no use for."""
     info = server.get("/object_info")
     shown = {each["class_type"] for name in WORKFLOW_NAMES for each in workflow(name, info).values()}
     need_files, for_larger_images = {"PPAPDownloadGuider", "PPAPLoadExperts", "PPAPAimAtText"}, {"PPAPCutOuts"}
@@ -157,7 +159,8 @@ def test_the_workflows_show_every_node_but_those_that_a_fresh_install_has_no_use
     assert shown & NODES == NODES - need_files - for_larger_images - as_stock_loaders
 
 
-def test_a_workflow_from_before_a_node_grew_runs_with_neutral_values(server: Server):
+def test_an_older_workflow_gets_neutral_values(server: Server):
+    """A file from before a node grew lacks the values of its new inputs."""
     page = page_of("quickstart")
     for each in page["nodes"]:
         if each["type"] in ("PPAPLoadGuider", "PPAPDistilExperts"):
@@ -176,7 +179,8 @@ def test_the_same_graph_queued_twice_does_no_work_twice(server: Server):
     assert set(cached["nodes"]) == set(GUIDED)
 
 
-def test_a_long_job_reports_progress_and_previews_and_cancel_loses_nothing(server: Server):
+def test_a_cancelled_job_loses_nothing(server: Server):
+    """It reports progress with previews, stops within a second, and goes on where it was stopped."""
     graph = distilling("stopped", steps=60)
     states = server.folder / "output" / "ppap_distillation"
     shutil.rmtree(states, ignore_errors=True)

@@ -48,7 +48,8 @@ def test_several_worse_predictions_are_the_published_sum():
 
 @pytest.mark.parametrize("settings", [Autoguidance(1.0), Autoguidance(3.0, Schedule(NoiseInterval(0.5, 1.5))),
                                       Autoguidance(3.0, Schedule(ramp=lambda sigma: 0.0))])
-def test_a_neutral_value_changes_no_bit_and_does_not_ask_the_bad_model(settings):
+def test_a_neutral_value_changes_no_bit_nor_asks_the_model(settings):
+    """The bad model is not run."""
     good, _ = models()
     x = randn(3, *SHAPE, dtype=torch.float64)
     assert torch.equal(autoguided(good, never, settings)(x, level(1.5, x)), good(x, level(1.5, x)))
@@ -79,7 +80,8 @@ def test_guidance_by_a_network_shifts_the_combined_prediction():
 # The toy
 
 @pytest.mark.slow
-def test_the_density_of_a_tree_integrates_to_one_and_its_points_lie_in_it():
+def test_the_density_of_a_tree_integrates_to_one():
+    """The density integrates to one, and the points drawn from a tree lie in it."""
     grid = torch.linspace(-1.5, 2.5, 800)
     points = torch.cartesian_prod(grid, grid)
     mass = sum(float(toy2d.WANTED.log_density(part).exp().sum()) for part in points.split(50_000)) * (4 / 799) ** 2
@@ -104,7 +106,8 @@ def found() -> dict[str, toy2d.Panel]:
 
 
 @pytest.mark.slow
-def test_autoguidance_removes_outliers_and_keeps_the_branches_where_classifier_free_guidance_loses_them(found):
+def test_autoguidance_removes_outliers_and_keeps_branches(found):
+    """Classifier-free guidance loses branches."""
     none, free, _, auto = found.values()
     assert auto.outliers < 0.6 * none.outliers and free.outliers > none.outliers
     assert auto.overlap > free.overlap + 0.1

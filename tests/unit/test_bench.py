@@ -159,7 +159,7 @@ def test_an_unknown_row_is_refused_before_anything_is_done(tables, tmp_path):
     assert not (tmp_path / "bench").exists()
 
 
-def test_a_file_that_is_not_there_is_one_sentence_and_no_traceback(tmp_path, capsys):
+def test_a_missing_file_is_one_sentence_and_no_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(["inspect", str(tmp_path / "none.safetensors")])
     assert error.value.code == 1 and "there is no file" in capsys.readouterr().err
@@ -169,7 +169,7 @@ BUNDLED = sorted((module.Path(module.__file__).parent / "rows").glob("*.json"))
 
 
 @pytest.mark.parametrize("file", BUNDLED, ids=lambda file: file.stem)
-def test_a_bundled_table_can_be_read_and_names_only_what_there_is(file, monkeypatch):
+def test_a_bundled_table_names_only_what_exists(file, monkeypatch):
     monkeypatch.setattr(module, "TABLES", file.parent)
     table = read_table(file.stem)
     names = [row.row for row in table.rows]
@@ -195,14 +195,15 @@ def test_another_option_does_not_rename_a_training():
 
 # Ways to sample
 
-def test_the_noise_for_a_scene_is_not_of_the_generator_that_draws_it():
+def test_noise_and_scene_have_different_generators():
     world, seen = load_world(), []
     recorded = replace(world, denoiser=lambda x, sigma: seen.append(x) or 0 * x)
     sampler(recorded, Row("unguided", "nothing"), world.guider, {}, 1)([7], draw([7]))
     assert not torch.allclose(seen[0][0] / 80, torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(7)), atol=1e-3)
 
 
-def test_told_with_weight_one_is_the_told_model_alone_and_more_goes_away_from_the_untold():
+def test_a_cfg_weight_of_one_is_the_conditional_model():
+    """A weight above one goes away from the unconditional prediction."""
     world, given = load_world(), torch.zeros(2, 16)
     given[0, 3] = given[1, 5] = 1
     x, sigma = 2 * randn(2, 3, 32, 32), torch.full((2,), 2.0)
@@ -250,7 +251,7 @@ def test_other_siblings_are_trained_once(tmp_path, monkeypatch):
     assert all(torch.equal(*each) for each in zip(once.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-def test_a_fine_tune_and_weaker_versions_of_it_are_made_in_one_training(tmp_path, monkeypatch):
+def test_one_training_makes_a_fine_tune_and_weaker_ones(tmp_path, monkeypatch):
     """Those of less strength are beside the same file; without it they are the model that was tuned, bit for bit."""
     small = {TUNED: (4, 12, 12, 1.0), "early": (4, 12, 3, 1.0), "half": (4, 12, 12, 0.5), "none": (4, 12, 12, 0.0)}
     monkeypatch.setattr(siblings, "MADE", small)
@@ -266,7 +267,7 @@ def test_a_fine_tune_and_weaker_versions_of_it_are_made_in_one_training(tmp_path
     assert not torch.equal(found["early"], found[TUNED])
 
 
-def test_a_way_of_the_table_of_priors_is_a_search_from_the_noise_of_the_scene():
+def test_a_method_of_priors_searches_from_the_scene_s_noise():
     world, scenes = load_world(), draw(range(2))
     row = Row("prior", "prior", settings={"steps": 3})
     found = sampler(world, row, world.guider, {"weight": 1.0, "balanced": True}, 16)([0, 1], scenes)
@@ -311,7 +312,7 @@ def test_an_expert_keeps_to_its_own_rank_while_it_learns(finished, tmp_path):
     assert cost["trainable_share"] == pytest.approx(2 / 3 * guider.net.trainable_share())
 
 
-def test_guided_trajectories_end_at_images_of_what_the_guider_was_aimed_at(finished, tmp_path):
+def test_guided_trajectories_end_at_the_target(finished, tmp_path):
     world = load_world()
     store = generate_store(world, tmp_path / "samples_4_64", 64, 4, lambda line: None, 0.5)
     assert [file.name for file in tmp_path.iterdir()] == ["samples_4_64_guided_0.5"]
@@ -330,7 +331,8 @@ def test_a_warm_expert_starts_as_its_neighbour(finished, tmp_path):
     assert len(SampleStore(store, json.loads((store / "manifest.json").read_text()))) == 64
 
 
-def test_the_original_carries_weights_and_moments_from_one_interval_to_the_next(finished, tmp_path, monkeypatch):
+def test_the_reference_carries_weights_and_moments_on(finished, tmp_path, monkeypatch):
+    """Training carries weights and optimizer moments from one interval to the next."""
     world = load_world()
     (tmp_path / "samples_4_64").symlink_to(finished[0] / "samples_4_64")
     starts, moments, adamw = [], [], torch.optim.AdamW
@@ -348,7 +350,8 @@ def test_the_original_carries_weights_and_moments_from_one_interval_to_the_next(
         assert all(torch.equal(*each) for each in zip(starts[index], guider.net.weights(index - 1).values(), strict=True))
 
 
-def test_the_original_sends_its_edges_to_the_lower_expert_at_four_of_its_25_steps():
+def test_the_reference_sends_four_edges_to_lower_experts():
+    """An edge of the reference goes to the lower expert at four of its 25 steps."""
     guider = load_world().guider
     bank = ExpertBank(base_network(guider), original.schedule(), LoraSpec(2))
     asked, mended = [], []
@@ -361,7 +364,7 @@ def test_the_original_sends_its_edges_to_the_lower_expert_at_four_of_its_25_step
     assert sum(a != b for a, b in zip(asked, mended, strict=True)) == 4 and asked == sorted(asked, reverse=True)
 
 
-def test_the_levels_of_the_original_are_those_of_its_noise_schedule():
+def test_the_reference_has_the_levels_of_its_schedule():
     sigmas = original.ddim_sigmas(25)
     share = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     assert len(sigmas) == 26 and sigmas[-1] == 0
@@ -370,7 +373,7 @@ def test_the_levels_of_the_original_are_those_of_its_noise_schedule():
 
 # Changes of a guider
 
-def test_softplus_takes_the_place_of_every_relu_and_of_nothing_else():
+def test_softplus_replaces_every_relu_and_nothing_else():
     guider, picture = load_guider("class"), draw(range(4)).image
     with torch.no_grad():
         plain, soft, sharp = (each.predict(picture, clean(picture)) for each in
@@ -397,7 +400,8 @@ def different_experts() -> Guider:
     return with_experts(guider, bank)
 
 
-def test_blended_experts_meet_on_the_edge_and_are_themselves_away_from_it():
+def test_blended_experts_meet_on_the_edge_only():
+    """Blended experts meet on the edge, and away from it each is itself."""
     guider, picture = different_experts(), images(2)
     blended = ABLATIONS["blended"](guider)
     with torch.no_grad():
@@ -420,7 +424,7 @@ def test_averaging_is_the_mean_over_the_same_noise_each_time():
         assert torch.allclose(averaged.predict(picture, clean(picture)), plain, atol=1e-5)
 
 
-def test_the_bundled_denoiser_lets_gradients_through_only_where_they_are_asked_for():
+def test_the_denoiser_passes_gradients_only_on_demand():
     world = replace(load_world(), denoiser=load_denoiser())
     x, sigma = randn(1, 3, 32, 32), torch.ones(1)
     assert not world.denoise(x, sigma).requires_grad and world.denoise(x.requires_grad_(True), sigma).requires_grad
@@ -428,7 +432,8 @@ def test_the_bundled_denoiser_lets_gradients_through_only_where_they_are_asked_f
 
 # Rules
 
-def test_each_rule_is_obeyed_better_under_the_prior_than_without_guidance(monkeypatch):
+def test_each_rule_is_obeyed_better_under_the_prior(monkeypatch):
+    """The judge obeys each rule better under the prior than without guidance."""
     monkeypatch.setattr(rules_bench, "TARGETS", {"symmetry left-right": None, "brightness": 0.75})
     config = rules_bench.RulesBench(images=4, scenes=256, prior=PriorConfig(steps=40))
     rows = rules_bench.rules_bench(config, lambda line: None)

@@ -21,7 +21,7 @@ def small():
         yield
 
 
-def test_the_demo_shows_and_counts_every_way_and_keeps_the_experts(small, tmp_path):
+def test_the_demo_counts_every_method_and_keeps_experts(small, tmp_path):
     lines = []
     demo(tmp_path, lines.append)
     results = json.loads((tmp_path / "results.json").read_text())

@@ -86,7 +86,8 @@ def stop_after(steps: int):
 # The loss
 
 @pytest.mark.parametrize("task, view", TASK_VIEWS)
-def test_the_loss_compares_the_expert_on_the_noisy_image_with_the_plain_network_on_the_clean_one(task, view):
+def test_the_loss_compares_expert_on_noise_with_teacher(task, view):
+    """The expert sees the noisy image, the plain network the clean one."""
     guider = small_guider(task)
     bank = make_bank(guider, view)
     disturb(bank, 1)
@@ -157,7 +158,8 @@ def test_any_seed_that_comfyui_gives_can_be_distilled_with(store, seed):
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 9])
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_training_that_was_stopped_and_gone_on_with_gives_the_same_bits_as_one_without_a_stop(store, tmp_path, stop, view):
+def test_a_resumed_distillation_gives_the_same_bits(store, tmp_path, stop, view):
+    """As one that was never stopped."""
     guider = small_guider()
     straight, stopped, resumed = (make_bank(guider, view) for _ in range(3))
     losses = distill_expert(guider, straight, 1, store, CONFIG)
@@ -185,7 +187,7 @@ def test_the_learning_rate_falls_along_a_cosine_to_zero(store):
     assert all(0.3 * rate < move < 2 * rate for move, rate in zip(moves, rates, strict=True))
 
 
-def test_a_training_that_the_machine_ended_goes_on_from_the_last_saved_step(store, tmp_path, monkeypatch):
+def test_a_killed_training_resumes_from_the_last_save(store, tmp_path, monkeypatch):
     guider, state = small_guider(), tmp_path / "state.safetensors"
     straight, resumed = make_bank(guider), make_bank(guider)
     losses = distill_expert(guider, straight, 1, store, CONFIG)
@@ -207,7 +209,8 @@ def test_a_finished_training_is_loaded_and_not_gone_on_with(store, tmp_path):
     assert same(first.weights(0), second.weights(0))
 
 
-def test_an_expert_starts_as_its_neighbour_ended_and_goes_on_from_there_after_a_stop(store, tmp_path):
+def test_an_expert_starts_as_its_neighbour_ended(store, tmp_path):
+    """A warm start, also where the training is stopped and resumed."""
     guider, still = small_guider(), make_bank(small_guider())
     first = distill_expert(guider, still, 0, store, CONFIG)
     still.load(1, still.weights(0))
@@ -224,7 +227,7 @@ def test_an_expert_starts_as_its_neighbour_ended_and_goes_on_from_there_after_a_
     assert all(same(again.weights(index), bank.weights(index)) for index in range(3))
 
 
-def test_experts_that_start_for_themselves_do_not_depend_on_one_another(store):
+def test_experts_without_a_warm_start_are_independent(store):
     guider = small_guider()
     alone, after = make_bank(guider), make_bank(guider)
     expected = distill_expert(guider, alone, 2, store, CONFIG)
@@ -233,7 +236,8 @@ def test_experts_that_start_for_themselves_do_not_depend_on_one_another(store):
     assert same(make_bank(guider).weights(1), alone.weights(1))
 
 
-def test_looking_through_the_experts_in_the_middle_of_a_training_does_not_change_it(store):
+def test_asking_the_experts_does_not_change_a_training(store):
+    """A preview in the middle of a training uses the network in training."""
     guider = small_guider()
     quiet, watched = make_bank(guider), make_bank(guider)
     losses = distill_expert(guider, quiet, 1, store, CONFIG)
@@ -244,7 +248,8 @@ def test_looking_through_the_experts_in_the_middle_of_a_training_does_not_change
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_distillation_changes_no_weight_and_no_statistic_of_the_plain_network(store, view):
+def test_distillation_leaves_the_plain_network_alone(store, view):
+    """Neither its weights nor its statistics change."""
     guider = small_guider()
     kept, image = snapshot(guider.net), images()
     expected = guider.predict(image, clean(image))
@@ -258,7 +263,8 @@ def test_distillation_changes_no_weight_and_no_statistic_of_the_plain_network(st
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_distillation_works_under_inference_mode_and_gives_the_same_experts(store, view):
+def test_distillation_works_under_inference_mode(store, view):
+    """Distillation gives the same experts under inference mode."""
     guider = small_guider()
     outside, inside = make_bank(guider, view), make_bank(guider, view)
     losses = distill_expert(guider, outside, 1, store, CONFIG)
@@ -269,7 +275,7 @@ def test_distillation_works_under_inference_mode_and_gives_the_same_experts(stor
     assert same(inside.weights(1), outside.weights(1))
 
 
-def test_every_step_is_reported_and_every_expert_has_its_own_state(store, tmp_path):
+def test_each_step_is_reported_each_expert_has_a_state(store, tmp_path):
     guider, seen = small_guider(), []
     bank = make_bank(guider)
     losses = distill(guider, bank, store, replace(CONFIG, steps=4), tmp_path / "states",
@@ -298,7 +304,7 @@ def tiny(tmp_path_factory) -> tuple[SampleStore, SampleStore]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_the_plain_network(tiny, view):
+def test_a_short_distillation_brings_an_expert_nearer(tiny, view):
     """The bundled guider on the way to images that the training has not seen."""
     guider, (store, held_out) = replace(load_guider("class"), view=view), tiny
     bank = ExpertBank(base_network(guider), ExpertSchedule((0.05, 5.0, 80.0)), LoraSpec(rank=4), view)
@@ -310,7 +316,8 @@ def test_a_short_distillation_brings_an_expert_nearer_to_the_clean_answer_than_t
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_the_disagreement_of_the_plain_network_grows_from_about_nothing_with_the_noise(tmp_path, view):
+def test_the_teacher_distance_grows_with_the_noise(tmp_path, view):
+    """The plain network's distance from its clean output grows from about nothing."""
     store, guider = SampleStore(tmp_path, {"seed": 0}), small_guider(view=view)
     ends = images(SHARD_SIZE)
     store.fill(SHARD_SIZE, lambda seeds: (ends, made_up_trajectories(ends, levels=(3.0, 0.1, 1e-3))))
@@ -321,7 +328,7 @@ def test_the_disagreement_of_the_plain_network_grows_from_about_nothing_with_the
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("edges", [(0.05, 10.0), (0.1, 0.4, 1.0, 10.0), EDGES])
-def test_the_disagreement_has_one_value_for_each_interval_also_where_experts_change_within_it(store, view, edges):
+def test_the_teacher_distance_has_a_value_per_interval(store, view, edges):
     """The mean over images, each asked for by itself."""
     guider, schedule = small_guider(), ExpertSchedule(edges)
     bank = make_bank(guider, view)
@@ -351,7 +358,8 @@ class NanAfter(torch.nn.Module):
         return self.net(image) * (1 if self.left >= 0 else math.nan)
 
 
-def test_a_network_that_breaks_in_distillation_is_told_and_the_steps_before_are_kept(store, tmp_path):
+def test_a_broken_network_is_reported_and_steps_are_kept(store, tmp_path):
+    """A network that breaks is reported, and the steps before the fault are kept."""
     net = NanAfter(10**6)
     guider = replace(small_guider(), net=IgnoreSigma(net))
     expected = make_bank(guider)
@@ -372,7 +380,8 @@ def test_a_network_that_breaks_in_distillation_is_told_and_the_steps_before_are_
     ("seed", "config"), ("steps", "config"), ("rank", "lora"), ("view", "view"), ("edges", "edges"), ("guider", "guider"),
     ("weights", "fingerprint"), ("expert", "index"), ("images", "images"), ("store", "store"),
 ])
-def test_the_state_of_another_distillation_is_refused_and_left_alone(store, tmp_path, change, word):
+def test_a_foreign_state_is_refused_and_left_alone(store, tmp_path, change, word):
+    """The state of another distillation."""
     guider, state = small_guider(), tmp_path / "state.safetensors"
     distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state))
     kept = state.read_bytes()
@@ -417,7 +426,8 @@ def test_a_truncated_state_is_refused(store, tmp_path):
         distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), RunOptions(state_file=state))
 
 
-def test_a_full_disk_in_a_training_is_told_and_the_last_state_stays_whole(store, tmp_path):
+def test_a_full_disk_leaves_the_last_state_whole(store, tmp_path):
+    """A full disk is reported in words and leaves the last state whole."""
     guider, state = small_guider(), tmp_path / "state.safetensors"
     straight, resumed = make_bank(guider), make_bank(guider)
     losses = distill_expert(guider, straight, 1, store, CONFIG)

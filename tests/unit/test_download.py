@@ -26,7 +26,8 @@ def fetch(hub: Hub, folder: Path, report=lambda done, total: None) -> Path:
 
 # What is fetched
 
-def test_weights_and_what_says_what_they_are_are_fetched_and_nothing_that_can_hold_code(hub, tmp_path):
+def test_only_weights_and_their_descriptions_are_fetched(hub, tmp_path):
+    """Files that can hold code are never fetched."""
     folder = tmp_path / "guiders" / folder_name(REPO)
     assert fetch(hub, folder) == folder
     assert contents(folder) == {name: FILES[name] for name in TAKEN}
@@ -44,7 +45,7 @@ PLAIN, SHARDS = ["config.json", "model.safetensors"], [f"model-0000{i}-of-00002.
     (["config.json", "other.safetensors", "spiece.model", "preprocessor_config.json", "special_tokens_map.json"],
      ["config.json", "preprocessor_config.json", "special_tokens_map.json", "spiece.model", "other.safetensors"]),
     ([*PLAIN, "../evil.safetensors", "a\\b.safetensors", "config.json.py", "tokenizer.py", "x.bin"], PLAIN)])
-def test_of_a_repository_only_the_known_kinds_at_its_root_are_wanted(names, taken):
+def test_only_known_files_at_the_root_are_wanted(names, taken):
     assert files_to_fetch(REPO, names) == taken
 
 
@@ -52,7 +53,8 @@ def test_of_a_repository_only_the_known_kinds_at_its_root_are_wanted(names, take
     ({"config.json": CONFIG, "pytorch_model.bin": b"code"}, ["no weights in safetensors", "another network"]),
     ({"config.json": CONFIG, "onnx/model.safetensors": b"x"}, ["no weights in safetensors"]),
     ({"model.safetensors": b"x"}, ["no config.json"]), ({}, ["no weights in safetensors"])])
-def test_a_repository_without_weights_or_config_is_refused_and_nothing_is_fetched(hub, tmp_path, names, words):
+def test_a_repository_without_weights_or_config_is_refused(hub, tmp_path, names, words):
+    """The repository is refused, and nothing is fetched."""
     hub.files = names
     with says(ValueError, REPO, *words):
         fetch(hub, tmp_path / "net")
@@ -100,14 +102,16 @@ def test_a_download_that_was_stopped_goes_on_where_it_stopped(hub, tmp_path, sto
     assert hub.served == sum(len(FILES[name]) for name in TAKEN), "no byte comes twice"
 
 
-def test_a_folder_that_is_there_is_left_alone_and_the_hub_is_not_asked(hub, tmp_path):
+def test_an_existing_folder_is_left_alone(hub, tmp_path):
+    """The folder stays as it is, and the hub is not asked."""
     (tmp_path / "net").mkdir()
     assert fetch(hub, tmp_path / "net") == tmp_path / "net"
     assert not hub.asked and not contents(tmp_path)
 
 
 @pytest.mark.parametrize("begun", [b"", FILES["model.safetensors"][:700], b"older" + FILES["model.safetensors"]])
-def test_from_a_server_that_knows_no_ranges_a_file_comes_whole_or_is_begun_anew(hub, tmp_path, begun):
+def test_a_server_without_ranges_sends_files_whole(hub, tmp_path, begun):
+    """A file that was begun is begun anew."""
     hub.ranges = False
     part = tmp_path / f".{folder_name(REPO)}"
     part.mkdir()
@@ -120,7 +124,8 @@ def test_from_a_server_that_knows_no_ranges_a_file_comes_whole_or_is_begun_anew(
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_what_is_damaged_on_its_way_is_thrown_away_and_fetched_again(hub, tmp_path, name):
+def test_a_damaged_download_is_fetched_again(hub, tmp_path, name):
+    """The damaged file is thrown away."""
     hub.damaged = name
     with says(ValueError, name, REPO, "again"):
         fetch(hub, tmp_path / "net")

@@ -31,14 +31,16 @@ def answers(bank: ExpertBank) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_new_bank_answers_as_the_plain_network_bit_for_bit_with_every_expert(dense):
+def test_a_new_bank_equals_the_plain_network_bit_for_bit(dense):
+    """Every expert of a new bank gives the plain network's output bit for bit."""
     base = fixed_weights(SmallNet(dense=dense)).eval()
     with torch.no_grad():
         plain = base(PICTURE)
     assert all(torch.equal(answer, plain) for answer in answers(make_bank(base)))
 
 
-def test_a_trained_expert_leaves_the_others_and_the_plain_network_as_they_were():
+def test_training_an_expert_leaves_all_others_alone():
+    """Neither the other experts nor the plain network change."""
     base = fixed_weights(SmallNet()).eval()
     bank = make_bank(base)
     kept, plain = snapshot(base), base(PICTURE)
@@ -87,7 +89,7 @@ def test_the_expert_of_the_interval_answers_also_on_an_edge(sigma, index):
     assert bank.active == index
 
 
-def test_a_batch_within_one_interval_may_hold_several_noise_levels():
+def test_a_batch_may_hold_several_levels_of_an_interval():
     bank = make_bank()
     with torch.no_grad():
         assert torch.equal(bank(PICTURE, torch.tensor([0.5, 1.0, 1.9])), answers(bank)[1])
@@ -115,7 +117,7 @@ def requires_grad(net: nn.Module) -> list[str]:
     return [name for name, parameter in net.named_parameters() if parameter.requires_grad]
 
 
-def test_no_weight_requires_grad_but_those_of_the_expert_in_training():
+def test_only_the_expert_in_training_requires_grad():
     bank = make_bank()
     assert not requires_grad(bank)
     with bank.trainable(1) as parameters:
@@ -134,7 +136,7 @@ def test_no_weight_requires_grad_after_an_exception_in_training():
     assert not requires_grad(bank)
 
 
-def test_looking_through_other_experts_in_training_does_not_end_it():
+def test_asking_other_experts_does_not_end_a_training():
     """A preview in the middle of a training asks experts of other noise levels."""
     bank = make_bank()
     with bank.trainable(1):
@@ -156,7 +158,8 @@ def test_an_expert_in_training_gets_a_gradient_and_the_base_none():
 
 
 @pytest.mark.parametrize("told_to_train", [False, True])
-def test_batch_norms_keep_their_statistics_whatever_is_asked_of_a_bank(told_to_train):
+def test_batch_norms_keep_their_statistics(told_to_train):
+    """Batch norms keep their statistics whatever a bank is asked."""
     base = fixed_weights(SmallNet()).train()
     bank = make_bank(base)
     kept = snapshot(base)
@@ -168,7 +171,7 @@ def test_batch_norms_keep_their_statistics_whatever_is_asked_of_a_bank(told_to_t
     assert not any(module.training for module in bank.modules())
 
 
-def test_the_base_shares_its_weights_and_its_modules_stay_without_adapters():
+def test_the_base_shares_weights_and_gets_no_adapters():
     base = fixed_weights(SmallNet()).eval()
     names = [name for name, _ in base.named_modules()]
     bank = make_bank(base)
@@ -189,7 +192,7 @@ def test_two_banks_on_one_network_do_not_know_of_each_other():
 
 # Numbers of experts and seeds
 
-def test_a_bank_of_many_experts_tells_the_second_from_the_twelfth():
+def test_a_bank_tells_the_second_expert_from_the_twelfth():
     bank = ExpertBank(fixed_weights(SmallNet()).eval(), ExpertSchedule.log_spaced(12, 0.1, 10.0), LoraSpec(rank=1))
     kept = {index: {name: value.clone() for name, value in bank.weights(index).items()} for index in range(12)}
     assert len({len(weights) for weights in kept.values()}) == 1
@@ -197,7 +200,7 @@ def test_a_bank_of_many_experts_tells_the_second_from_the_twelfth():
     assert [index for index in range(12) if not same(bank.weights(index), kept[index])] == [1]
 
 
-def test_the_start_of_an_expert_depends_on_the_seed_and_its_number_only():
+def test_an_expert_s_start_depends_on_seed_and_number_only():
     torch.manual_seed(1)
     first = make_bank(seed=5)
     torch.manual_seed(2)
@@ -224,7 +227,8 @@ def test_any_seed_that_comfyui_gives_makes_a_bank(seed):
 
 # Weights of one expert
 
-def test_weights_taken_from_one_expert_make_another_bank_give_the_same_answer():
+def test_weights_move_an_expert_to_another_bank():
+    """The other bank then gives the same output."""
     first, second = make_bank(), make_bank(seed=7)
     disturb(first, 1)
     second.load(1, first.weights(1))
@@ -245,7 +249,8 @@ def wrong_weights(weights: dict, how: str) -> dict:
     ("unexpected", ["unexpected", "another.lora_A.weight"]),
     ("shape", ["mix.lora_B.weight", "(1, 2)", "expected"]),
 ])
-def test_weights_that_do_not_fit_are_refused_and_the_expert_stays_whole(how, words):
+def test_unfitting_weights_leave_the_expert_whole(how, words):
+    """They are refused."""
     bank = make_bank()
     disturb(bank, 1)
     kept = {name: value.clone() for name, value in bank.weights(1).items()}
@@ -263,13 +268,14 @@ def test_weights_of_another_rank_are_refused():
 
 # Where adapters go
 
-def test_adapters_go_to_every_layer_but_the_head_and_grouped_convolutions():
+def test_adapters_skip_the_head_and_grouped_convolutions():
+    """Adapters go to every layer but the head and grouped convolutions."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4, 6),
                         nn.ReLU(), nn.Linear(6, 2))
     assert default_targets(net) == ("0", "2", "4")
 
 
-def test_a_layer_whose_name_contains_another_is_not_adapted_with_it():
+def test_a_layer_named_like_another_is_not_adapted():
     bank = ExpertBank(fixed_weights(SmallNet()).eval(), SCHEDULE, LoraSpec(rank=2, targets=("mix",)))
     assert {name.split(".lora_")[0] for name in bank.weights(0)} == {"mix"}
     net = nn.Sequential()
@@ -293,7 +299,7 @@ def test_an_unknown_view_is_refused():
 # Guiders and memory
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_guider_with_new_experts_has_the_energy_of_the_plain_one_and_their_view(task):
+def test_new_experts_keep_the_energy_and_set_the_view(task):
     guider = small_guider(task, "denoised")
     bank = ExpertBank(base_network(guider), SCHEDULE, LoraSpec(rank=2), view="noisy")
     expert = with_experts(guider, bank)
@@ -310,7 +316,8 @@ def test_experts_are_made_from_a_plain_guider_only():
         base_network(replace(guider, net=lambda image, sigma: image))
 
 
-def test_the_fingerprint_tells_networks_apart_by_every_weight_and_statistic():
+def test_the_fingerprint_covers_weights_and_statistics():
+    """A change of any weight or statistic changes the fingerprint."""
     net = fixed_weights(SmallNet())
     first = fingerprint_network(net)
     assert len(first) == 16 and fingerprint_network(copy.deepcopy(net)) == fingerprint_network(fixed_weights(SmallNet())) == first
@@ -322,14 +329,16 @@ def test_the_fingerprint_tells_networks_apart_by_every_weight_and_statistic():
     assert fingerprint_network(copy.deepcopy(net).bfloat16()) != first
 
 
-def test_the_fingerprint_of_given_numbers_is_this_one_so_that_files_of_today_fit_tomorrow():
+def test_the_fingerprint_of_given_numbers_stays():
+    """The hash is written down here, so that files of today fit tomorrow."""
     net = nn.Linear(3, 2)
     net.load_state_dict({"weight": torch.arange(6.0).reshape(2, 3) / 8, "bias": torch.tensor([0.5, -1.0])})
     assert fingerprint_network(net) == "08f314c3943a705e"
 
 
 @pytest.mark.parametrize("rank", [4, 8])
-def test_ten_experts_of_a_resnet_50_take_at_most_a_quarter_more_memory_than_the_plain_network(rank):
+def test_ten_experts_take_at_most_a_quarter_more_memory(rank):
+    """Ten experts of a ResNet-50 take at most a quarter more memory than the plain network."""
     timm = pytest.importorskip("timm")
     net = timm.create_model("resnet50", pretrained=False).eval()
     bank = ExpertBank(net, ExpertSchedule.log_spaced(10, 0.02, 80.0), LoraSpec(rank))
@@ -340,7 +349,7 @@ def test_ten_experts_of_a_resnet_50_take_at_most_a_quarter_more_memory_than_the_
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_merged_expert_answers_as_the_adapter_beside_the_weight(dense, monkeypatch):
+def test_a_merged_expert_equals_the_adapter_beside_weights(dense, monkeypatch):
     base = fixed_weights(SmallNet(dense=dense)).eval()
     merged = make_bank(base)
     monkeypatch.setattr("ppap_core.experts.adapters.SPARE_SHARE", 0.0)

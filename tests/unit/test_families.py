@@ -68,7 +68,7 @@ def numeric_slope(guider: Guider, image: Tensor, direction: Tensor, step: float)
 
 
 @EVERY
-def test_the_gradient_of_the_energy_reaches_the_image_and_is_the_finite_difference(name: str, guider: Guider):
+def test_the_gradient_is_the_finite_difference_of_the_energy(name: str, guider: Guider):
     image, direction = photographs(), photographs(seed=1).double()
     single = gradient_of(guider, image)
     assert single.isfinite().all() and bool((single.flatten(1).abs().amax(1) > 0).all())
@@ -84,7 +84,8 @@ def test_the_gradient_of_the_energy_reaches_the_image_and_is_the_finite_differen
 
 @pytest.mark.slow
 @EVERY
-def test_three_experts_start_as_the_plain_network_learn_alone_and_come_back_from_a_file(name: str, guider: Guider, tmp_path):
+def test_experts_start_plain_learn_alone_and_are_saved(name: str, guider: Guider, tmp_path):
+    """Three experts start as the plain network, each learns alone, and all come back from a file."""
     net, image = base_network(guider), photographs()
     bank = ExpertBank(net, SCHEDULE, LoraSpec(rank=2, alpha=2.0), view="noisy")
     experts = with_experts(guider, bank)
@@ -156,7 +157,8 @@ def prepared_by_the_library(folder: Path, image: Tensor) -> tuple[Tensor, bool]:
 
 
 @EVERY
-def test_preprocessing_agrees_with_the_library_s_own_on_photographs(name: str, guider: Guider, written):
+def test_preprocessing_agrees_with_the_library_s_own(name: str, guider: Guider, written):
+    """Photographs are prepared as the library prepares them."""
     for image in real_photographs(square=name == "EoMT"):
         theirs, exact = prepared_by_the_library(written[name], image)
         difference = (guider.preprocess(image[None] * 2 - 1) - theirs).abs()
@@ -199,7 +201,7 @@ def spoil(folder: Path, how: str) -> None:
     ("more layers", ValueError, ["missing", "copy"]),
     ("no preprocessing", FileNotFoundError, ["preprocessor_config.json"]),
 ])
-def test_a_folder_that_is_not_a_whole_guider_is_refused_in_one_sentence(tmp_path, how: str, kind, words):
+def test_an_incomplete_folder_is_refused_in_one_sentence(tmp_path, how: str, kind, words):
     FAMILIES["image classifier (ViT)"].write(tmp_path)
     spoil(tmp_path, how)
     with says(kind, *words):
@@ -235,7 +237,8 @@ def test_a_missing_tokenizer_is_told_in_one_sentence(tmp_path, name: str):
         load_guider(tmp_path).read_text("a star")
 
 
-def test_a_missing_list_of_class_names_is_told_and_numbers_go_on_working(tmp_path, caplog):
+def test_without_class_names_numbers_go_on_working(tmp_path, caplog):
+    """The log says that the names are missing, and numbers still choose a class."""
     FAMILIES["image classifier (ViT)"].write(tmp_path)
     config = tmp_path / "config.json"
     said = json.loads(config.read_text())
@@ -257,7 +260,8 @@ def the_library_s_model(folder: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP", "SigLIP 2 (NaFlex)", "CLIPSeg"])
-def test_texts_are_read_as_the_library_reads_them_and_only_by_the_text_half(name: str, guider: Guider, written):
+def test_texts_are_read_as_the_library_reads_them(name: str, guider: Guider, written):
+    """Texts are tokenized as the library does it and read by the text half alone."""
     import transformers
 
     folder, text = written[name], "a blue star"
@@ -287,7 +291,7 @@ def test_images_are_read_as_the_library_reads_them(name: str, guider: Guider, wr
 
 
 @pytest.mark.parametrize("name", ["Mask2Former", "OneFormer", "EoMT"])
-def test_classes_times_masks_are_the_library_s_own_semantic_answer(name: str, guider: Guider):
+def test_semantic_logits_are_the_library_s_own(name: str, guider: Guider):
     import transformers
 
     image = photographs(64, 64)
@@ -306,7 +310,7 @@ def test_classes_times_masks_are_the_library_s_own_semantic_answer(name: str, gu
         assert (torch.stack(maps) == mine).float().mean() > 0.9
 
 
-def test_a_class_that_is_hardly_there_yet_has_a_gradient_in_float16():
+def test_a_faint_class_has_a_gradient_in_float16():
     scale = torch.full((1, 1), 1.0)
 
     def model(pixel_values: Tensor) -> SimpleNamespace:
@@ -323,7 +327,8 @@ def test_a_class_that_is_hardly_there_yet_has_a_gradient_in_float16():
 
 
 @pytest.mark.parametrize("name", ["DINOv2", "timm ViT, structure"])
-def test_structure_does_not_see_a_change_of_all_tokens_alike_but_where_things_are(name: str, guider: Guider):
+def test_structure_sees_places_not_common_changes(name: str, guider: Guider):
+    """A change of all tokens alike is not seen; where things are is."""
     image = photographs(42, 42)
     own = guider.aim(image_target(guider, image))
     assert own.energy(image, clean(image)).abs().max() < 1e-6

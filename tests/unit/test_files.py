@@ -53,7 +53,8 @@ def test_tensors_made_under_inference_mode_are_saved(tmp_path):
     assert torch.equal(load_tensors(tmp_path / "x.safetensors")[0]["a"], randn(3))
 
 
-def test_saving_again_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
+def test_saving_again_replaces_the_file_only(tmp_path):
+    """The old file is replaced, and nothing is left beside it."""
     for value in (1.0, 2.0):
         save_tensors(tmp_path / "x.safetensors", {"a": torch.full((3,), value)}, {"value": value})
     assert load_tensors(tmp_path / "x.safetensors")[1] == {"value": 2.0}
@@ -74,7 +75,8 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_a_full_disk_is_told_in_words_and_leaves_the_old_file_untouched(tmp_path, write):
+def test_a_full_disk_leaves_the_old_file_untouched(tmp_path, write):
+    """A full disk is reported in words and leaves the old file untouched."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
     with full_disk(), says(OSError, "could not write x.safetensors", "Free some disk space"):
@@ -158,7 +160,8 @@ def test_a_spoiled_file_is_refused_by_name(tmp_path, how, load):
         load(tmp_path / "my experts.safetensors")
 
 
-def test_any_safetensors_file_can_be_read_without_our_description(tmp_path):
+def test_any_safetensors_file_can_be_read(tmp_path):
+    """A file without our description can be read too."""
     save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors", metadata={"format": "pt"})
     tensors, metadata = read_safetensors(tmp_path / "x.safetensors")
     assert same(tensors, {"a": torch.ones(3)}) and metadata == {"format": "pt"}
@@ -181,7 +184,7 @@ def test_names_go_under_a_prefix_and_out_again():
     assert without_prefix("expert_1", both) == TENSORS
 
 
-def test_an_optimiser_put_back_goes_on_as_if_it_had_never_stopped():
+def test_a_restored_optimizer_goes_on_as_if_never_stopped():
     def step(parameter, optimizer, seed):
         parameter.grad = randn(4, 3, seed=seed)
         optimizer.step()
@@ -237,7 +240,8 @@ def test_a_bank_comes_back_with_every_bit_and_every_answer(tmp_path, task, view)
         assert torch.equal(*answers) and not torch.equal(answers[0], guider.energy(image, level(sigma, image)))
 
 
-def test_the_file_of_a_bank_holds_adapters_only_and_says_what_they_belong_to(tmp_path):
+def test_the_file_of_a_bank_holds_adapters_only(tmp_path):
+    """The file holds adapters only and says which network they belong to."""
     guider = small_guider()
     bank = make_bank(guider)
     bank.training_info = {"steps": 5, "losses": [[1.0], [2.0]]}
@@ -285,7 +289,8 @@ def test_a_bank_of_another_guider_is_refused_with_both_values(tmp_path, change, 
         load_bank(tmp_path / "x.safetensors", other_guider(change))
 
 
-def test_a_bank_belongs_to_the_network_whatever_its_folder_is_called(tmp_path):
+def test_a_bank_fits_its_network_in_any_folder(tmp_path):
+    """A bank belongs to its network, whatever the folder is called."""
     guider = small_guider()
     bank = make_bank(guider)
     save_bank(tmp_path / "x.safetensors", bank, guider)

@@ -73,7 +73,7 @@ def test_more_training_and_a_higher_rank_make_a_better_sibling():
 
 
 @pytest.mark.parametrize("stop", [0, 9, 10, 37])
-def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(stop, tmp_path):
+def test_a_resumed_training_equals_one_without_a_stop(stop, tmp_path):
     expected, losses = tuned(Net())
     state = tmp_path / "state.safetensors"
 

@@ -47,7 +47,8 @@ def test_fresh_noise_is_the_one_of_the_paper(pixels):
     assert abs(share.mean() - 0.5) < 0.03 and abs(share.std() - 12**-0.5) < 0.02
 
 
-def test_half_of_the_images_under_fresh_noise_are_mirrored_and_nothing_else_is_done_to_them(pixels):
+def test_half_of_the_images_under_fresh_noise_are_mirrored(pixels):
+    """Half of the images are mirrored, and nothing else is done to them."""
     mirrored, stored = 0, from_uint8(pixels.images)
     for step in range(40):
         for image in fresh_pairs(pixels, SCHEDULE, 0, BatchSpec(step, 8, 0), to_vp).images:
@@ -89,7 +90,8 @@ def test_the_model_is_asked_where_the_bank_is(pixels):
 
 
 @pytest.mark.parametrize("experts", [1, 5, 7, 10])
-def test_the_papers_split_gives_every_expert_an_equal_share_of_the_timesteps(experts):
+def test_the_paper_s_split_has_equal_shares_of_timesteps(experts):
+    """Every expert has an equal share of the timesteps."""
     schedule = ppap_reference.schedule(experts)
     shares = [0] * experts
     for sigma in ppap_reference.SIGMAS.tolist():

@@ -43,7 +43,8 @@ def test_what_is_told_is_what_is_kept(view, task, compute):
 
 
 @pytest.mark.parametrize("name", ["timm ResNet", "timm VGG, style", "CLIP", "Depth Anything", "SegFormer", "CLIPSeg"])
-def test_networks_of_the_libraries_are_told_and_compute_in_half_precision(name, tmp_path):
+def test_memory_of_library_networks_in_half_precision(name, tmp_path):
+    """The bytes are predicted for networks of the libraries too, and these compute in half precision."""
     FAMILIES[name].write(tmp_path)
     guider = aimed(load_guider(tmp_path, FAMILIES[name].output), FAMILIES[name])
     for compute in (None, torch.bfloat16):
@@ -57,7 +58,7 @@ def test_networks_of_the_libraries_are_told_and_compute_in_half_precision(name, 
         torch.testing.assert_close(energy, full[0], rtol=0.05, atol=0.02)
 
 
-def test_parts_of_the_image_that_are_judged_beside_the_whole_count():
+def test_cut_outs_count_beside_the_whole_image():
     guider = small_guider()
     one, three = (gradient_bytes(replace(guider, cutouts=count), (B, 3, H, W)) for count in (0, 2))
     assert three > 2.5 * one

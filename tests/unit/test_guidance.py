@@ -66,7 +66,8 @@ def gradient_at(guider: Guider, x: Tensor, sigma: Tensor, denoised: Tensor,
 
 @pytest.mark.parametrize("sigma", LEVELS)
 @pytest.mark.parametrize("label", [0, 1, 3])
-def test_weight_one_on_an_exact_denoiser_and_classifier_gives_the_exact_conditional_denoiser(sigma, label):
+def test_weight_one_gives_the_exact_conditional_denoiser(sigma, label):
+    """An exact denoiser and an exact classifier give the exact conditional denoiser."""
     world, x = mixture(), state(sigma)
     denoise = guided(world, [Term(world.guider().aim(torch.tensor([label])))])
     expected = world.denoise_class(x, level(sigma, x), label)
@@ -93,7 +94,7 @@ def test_a_whole_guided_sampling_is_the_sampling_of_the_class(sampler):
     assert (sampler(world, x, sigmas) - expected).abs().max() > 0.1
 
 
-def test_the_shift_of_a_flow_model_is_the_same_step_along_its_own_state():
+def test_the_shift_of_a_flow_model_is_the_same_step():
     """t^2 / (1 - t) times the gradient in the flow's state is sigma^2 times the gradient in the VE state."""
     world, t = mixture(), torch.full((B,), 0.6, dtype=torch.float64)
     flow = 0.4 * state(0.0) + 0.6 * randn(B, *SHAPE, dtype=torch.float64)
@@ -109,7 +110,7 @@ def test_the_shift_of_a_flow_model_is_the_same_step_along_its_own_state():
 
 @pytest.mark.parametrize("sigma", LEVELS)
 @pytest.mark.usefixtures("linear")
-def test_the_denoised_view_is_exact_for_a_gaussian_prior_and_an_energy_linear_in_the_image(sigma):
+def test_the_denoised_view_is_exact_for_gaussians(sigma):
     """With prior N(0, s^2) and E = <a, image> the posterior mean moves by -Cov(image | x) a = -r^2 a."""
     spread = 0.7
     def denoise(x, sigma):
@@ -134,7 +135,7 @@ def linear(monkeypatch):
 
 @pytest.mark.parametrize("sigma", LEVELS)
 @pytest.mark.usefixtures("linear")
-def test_a_gradient_through_the_model_is_exact_for_any_gaussian_prior_and_an_energy_linear_in_the_image(sigma):
+def test_gradients_through_the_model_are_exact_for_gaussians(sigma):
     """With prior N(0, S) the posterior mean moves by -Cov(image | x) a, and sigma^2 dD/dx is that covariance."""
     draws = randn(3 * 5 * 7, 20, seed=7, dtype=torch.float64)
     covariance = draws @ draws.T / 20 + 0.01 * torch.eye(3 * 5 * 7, dtype=torch.float64)
@@ -171,7 +172,8 @@ def wavy(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_gradient_through_the_model_is_the_finite_difference_of_the_energy_of_the_prediction(task):
+def test_gradients_through_the_model_are_finite_differences(task):
+    """The gradient through the model is a finite difference of the energy of its prediction."""
     guider = small_guider(task, "denoised", dtype=torch.float64)
     x, sigma, _ = situation(dtype=torch.float64)
     shift = guidance_shift([Term(guider, backprop_through_model=True)], predict(wavy, x, sigma, with_vjp=True)).delta
@@ -219,7 +221,8 @@ def test_each_image_goes_through_the_model_for_itself():
         torch.testing.assert_close(denoise(x[i:i + 1], sigma[i:i + 1])[0], together[i], rtol=1e-4, atol=1e-6)
 
 
-def test_going_through_the_model_works_under_inference_mode_and_leaves_no_gradient():
+def test_gradients_through_the_model_in_inference_mode():
+    """They leave no gradient behind."""
     term, (x, sigma, _) = Term(small_guider(), 0.5, normalized=True, backprop_through_model=True), situation()
     expected = guided(wavy, [term])(x, sigma)
     assert not expected.requires_grad
@@ -236,7 +239,8 @@ def test_a_model_that_cannot_be_gone_through_is_said_in_words():
         guide([Term(small_guider(), backprop_through_model=True)], x, sigma, denoised)
 
 
-def test_a_guider_of_the_noisy_view_does_not_look_at_the_prediction_and_the_other_not_at_the_state():
+def test_each_view_sees_its_own_image_only():
+    """The noisy view does not see the prediction, nor the denoised view the noisy state."""
     x, sigma, denoised = situation()
     for view in VIEWS:
         terms = [Term(small_guider(view=view))]
@@ -265,7 +269,8 @@ def test_guidance_lowers_the_energy(view):
     {"mask": torch.zeros(1, 1, H, W)},
     {"schedule": Schedule(ramp=lambda sigma: 0.0)},
 ])
-def test_a_term_that_is_switched_off_changes_no_bit_and_its_network_is_not_run(term):
+def test_an_idle_term_changes_no_bit(term):
+    """A term that is switched off changes no bit, and its network is not run."""
     def fail(image, sigma):
         raise AssertionError("the network was run")
     x, sigma, denoised = situation()
@@ -387,7 +392,7 @@ def test_a_term_works_inside_its_half_open_window_only(sigma, on):
 
 
 @pytest.mark.parametrize("sigma, factor", [(10.0, 3.0), (1.0, 2.0), (0.1, 1.0), (100.0, 3.0), (0.001, 1.0), (10**0.5, 2.5)])
-def test_a_ramp_goes_from_first_at_high_noise_to_last_at_low_noise(sigma, factor):
+def test_a_ramp_starts_at_high_noise_and_ends_at_low_noise(sigma, factor):
     assert Ramp(NoiseInterval(0.1, 10.0), 3.0, 1.0)(sigma) == pytest.approx(factor, rel=1e-12)
 
 
@@ -400,7 +405,7 @@ def test_a_ramp_multiplies_the_weight():
 
 @pytest.mark.parametrize("window", [EVERYWHERE, NoiseInterval(0.0, 1.0), NoiseInterval(1.0, math.inf),
                                     NoiseInterval(2.0, 2.0)])
-def test_a_ramp_over_a_window_without_two_positive_ends_is_refused(window):
+def test_a_ramp_needs_two_positive_ends_of_its_window(window):
     with says(ValueError, "ramp", window.lo, window.hi):
         Ramp(window, 0.0, 1.0)(0.5)
 
@@ -423,7 +428,7 @@ def test_guidance_works_under_inference_mode(view, task):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_guidance_by_experts_works_under_inference_mode_and_across_intervals(view):
+def test_experts_guide_in_inference_mode_across_intervals(view):
     plain = small_guider(view=view)
     bank = ExpertBank(base_network(plain), ExpertSchedule((0.1, 1.0, 10.0)), LoraSpec(rank=2), view)
     terms = [Term(with_experts(plain, bank))]
@@ -434,7 +439,8 @@ def test_guidance_by_experts_works_under_inference_mode_and_across_intervals(vie
             assert torch.equal(shift + 0, guide([Term(plain)], x, levels, denoised).delta)
 
 
-def test_guidance_leaves_no_gradient_and_changes_none_of_its_inputs():
+def test_guidance_changes_none_of_its_inputs():
+    """Guidance changes none of its inputs and leaves no gradient behind."""
     guider = small_guider()
     x, sigma, denoised = situation()
     kept = x.clone(), sigma.clone(), denoised.clone()
@@ -484,7 +490,8 @@ def test_full_precision_changes_no_bit(view, compute):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("compute", HALF)
-def test_a_network_computes_in_half_precision_and_its_energy_and_gradient_are_full(compute, task):
+def test_half_precision_stays_inside_the_network(compute, task):
+    """Energy and gradient are in full precision."""
     guider = small_guider(task)
     watched = replace(guider, net=Watch(guider.net))
     energy, gradient = gradient_at(guider, *situation())
@@ -503,7 +510,8 @@ def test_small_gradients_do_not_vanish_in_float16():
     assert alike(gradient_at(guider, *situation(), torch.float16)[1], gradient) > 0.99
 
 
-def test_the_large_energy_of_a_large_image_does_not_overflow_in_float16():
+def test_the_energy_of_a_large_image_stays_in_float16():
+    """It does not overflow."""
     image = randn(1, 3, 200, 180).tanh()
     for task in ("number", "features"):
         guider = small_guider(task)
@@ -512,7 +520,8 @@ def test_the_large_energy_of_a_large_image_does_not_overflow_in_float16():
         assert half.isfinite().all() and alike(half, gradient) > 0.99
 
 
-def test_the_large_energy_of_what_a_small_latent_shows_does_not_overflow_in_float16():
+def test_the_energy_of_a_decoded_latent_stays_in_float16():
+    """A small latent shows a large image; its energy does not overflow."""
     def decode(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(latent, scale_factor=8, mode="bilinear")
     latent, guider = randn(1, 3, 48, 56).tanh(), replace(small_guider("number"), decode=decode)
@@ -531,7 +540,7 @@ def test_what_has_no_weights_stays_precise(rule, compute):
     assert torch.equal(half, full)
 
 
-def test_experts_that_were_chosen_in_half_precision_are_the_same_afterwards():
+def test_half_precision_leaves_the_experts_as_they_were():
     guider, x = small_guider(), images()
     gradients = []
     for compute in (None, torch.bfloat16):
@@ -579,7 +588,8 @@ def cramped(guider, room: int, **more):
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("room", "asked"), [(4, [5, 3, 2]), (2, [5, 3, 2, 2, 1]), (1, [5, 3, 2, 1, 1, 1, 1, 1])])
-def test_a_batch_that_does_not_fit_into_memory_is_guided_in_parts_as_in_one(room, asked, task, view):
+def test_a_batch_is_guided_in_parts_where_memory_is_short(room, asked, task, view):
+    """Parts of a batch are guided as the whole batch would be."""
     guider = small_guider(task, view)
     each = [guider.target, guider.target.flip(-1) + (task == "class")]
     guider = guider.aim(torch.cat([each[i % 2] for i in range(5)]))
@@ -623,7 +633,7 @@ def test_other_devices_say_it_in_their_own_words():
                                rtol=1e-4, atol=1e-7)
 
 
-def test_another_fault_of_a_network_is_not_taken_for_a_lack_of_memory():
+def test_other_faults_are_not_taken_for_a_lack_of_memory():
     small = cramped(small_guider(), 2, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         guide([Term(small)], *situation())
@@ -631,7 +641,8 @@ def test_another_fault_of_a_network_is_not_taken_for_a_lack_of_memory():
 
 
 @pytest.mark.parametrize("name", ["target", "prompt"])
-def test_a_target_for_half_a_batch_is_refused_whatever_fits_into_memory(name):
+def test_a_target_for_half_a_batch_is_refused(name):
+    """A target for half a batch is refused, whatever part of the batch fits into memory."""
     guider = replace(small_guider("embedding"), **{name: randn(2, 6)})
     with says(ValueError, "small/embedding", name, "2 images", "4 are sampled"):
         guide([Term(cramped(guider, 2))], *situation(count=4))
@@ -662,7 +673,8 @@ class Faulty(torch.nn.Module):
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("bad", [[1], [0, 2]])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_image_on_which_a_network_fails_is_left_unguided_and_the_others_are_guided_as_ever(view, bad, value, caplog):
+def test_a_failing_image_is_unguided_the_others_are_not(view, bad, value, caplog):
+    """An image whose gradient is not finite."""
     guider = small_guider(view=view)
     faulty = replace(guider, net=IgnoreSigma(Faulty(base_network(guider), bad, value)))
     x, sigma, denoised = situation()
@@ -701,7 +713,7 @@ def test_a_target_for_another_batch_is_refused():
         guide([Term(small_guider().aim(torch.tensor([0, 1])))], *situation())
 
 
-def test_a_guider_without_a_target_is_refused_when_guidance_begins():
+def test_a_guider_without_a_target_is_refused_at_once():
     with says(ValueError, "small/class", "no target"):
         guide([Term(replace(small_guider(), target=None))], *situation())
 
@@ -727,7 +739,8 @@ def test_a_balanced_shift_is_a_share_of_what_is_uncertain(view, sigma):
     torch.testing.assert_close(shift.square().flatten(1).mean(1).sqrt(), torch.full((B,), 0.3 * uncertain))
 
 
-def test_a_balanced_term_goes_the_way_of_the_raw_one_whatever_the_scale_of_the_energy():
+def test_a_normalized_term_keeps_the_raw_direction():
+    """A normalized term has the direction of the raw one at every scale of the energy."""
     raw = balanced_shift(Term(small_guider("depth")))
     balanced = balanced_shift(Term(small_guider("depth"), normalized=True))
     cosine = torch.nn.functional.cosine_similarity(raw.flatten(1), balanced.flatten(1))
@@ -744,7 +757,7 @@ def test_balance_is_each_sample_s_own():
     torch.testing.assert_close(together[:1], alone)
 
 
-def test_a_balanced_shift_is_as_strong_inside_a_small_mask_as_without_one():
+def test_a_normalized_shift_is_as_strong_in_a_small_mask():
     mask = torch.zeros(1, 1, H, W)
     mask[..., 3:9, 5:16] = 1
     shift = balanced_shift(Term(small_guider(), 0.2, mask=mask, normalized=True))
@@ -753,7 +766,8 @@ def test_a_balanced_shift_is_as_strong_inside_a_small_mask_as_without_one():
     assert not (shift * (1 - mask)).any()
 
 
-def test_a_balanced_term_leaves_alone_what_has_met_its_target_to_rounding():
+def test_a_normalized_term_rests_where_the_target_is_met():
+    """A normalized term does nothing where the target is met to rounding."""
     met = torch.tensor([[False], [True], [False]])  # the second image of the batch
     guider = rule_guider("contrast").aim(torch.tensor([[0.9], [0.0], [0.9]]))
 
@@ -765,7 +779,7 @@ def test_a_balanced_term_leaves_alone_what_has_met_its_target_to_rounding():
     assert not shift[1].any() and shift[0].any() and shift[2].any()
 
 
-def test_where_there_is_nothing_to_do_a_balanced_term_does_nothing():
+def test_a_normalized_term_without_gradient_does_nothing():
     flat = rule_guider("contrast").aim(torch.tensor([[0.0]]))
     x, sigma, _ = situation()
     found = guide([Term(flat, normalized=True)], x, sigma, torch.zeros_like(x))

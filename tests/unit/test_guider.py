@@ -16,7 +16,7 @@ from ppap_core.guiders.tasks import TASKS, resize_map
 DENSE = {name for name, task in TASKS.items() if task.dense}
 
 
-def test_an_off_the_shelf_network_ignores_the_noise_level_and_is_frozen():
+def test_a_plain_network_is_frozen_and_ignores_noise_levels():
     net = SmallNet().train()
     ignore = IgnoreSigma(net)
     image = randn(3, 3, 12, 16)
@@ -25,7 +25,7 @@ def test_an_off_the_shelf_network_ignores_the_noise_level_and_is_frozen():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_energy_and_score_compare_the_output_for_the_preprocessed_image(task):
+def test_energy_and_score_see_the_preprocessed_image(task):
     guider, image = small_guider(task), images()
     output = guider.net.net(guider.preprocess(image))
     loss = TASKS[task].loss(output, TARGETS[task])
@@ -34,7 +34,7 @@ def test_energy_and_score_compare_the_output_for_the_preprocessed_image(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_energy_of_an_image_does_not_depend_on_the_rest_of_the_batch(task):
+def test_an_energy_does_not_depend_on_the_rest_of_the_batch(task):
     guider, image = small_guider(task), images()
     whole = guider.energy(image, clean(image))
     for i in range(3):
@@ -73,7 +73,8 @@ def test_a_target_map_of_another_size_than_the_output_is_resized(task, height, w
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_a_guider_reads_in_an_image_is_the_target_that_this_image_meets_best(task):
+def test_an_image_meets_its_own_target_best(task):
+    """The target that a guider reads in it."""
     guider, image = small_guider(task), images()
     aimed = guider.aim(image_target(guider, image))
     own = aimed.energy(image, clean(image))
@@ -119,14 +120,15 @@ def test_a_prompt_is_for_all_images_or_one_for_each():
     assert not torch.equal(asked(prompts[:1]).energy(image, clean(image)), asked(prompts[1:2]).energy(image, clean(image)))
 
 
-def test_a_guider_without_a_prompt_asks_its_network_about_the_image_only():
+def test_without_a_prompt_the_network_sees_the_image_only():
     def net(*inputs: Tensor) -> Tensor:
         assert len(inputs) == 2
         return inputs[0].mean(dim=(2, 3))
     replace(small_guider(), net=net, target=torch.tensor([1])).energy(images(), torch.zeros(3))
 
 
-def test_targets_and_prompts_made_in_inference_mode_take_part_in_gradients():
+def test_targets_made_in_inference_mode_pass_gradients():
+    """Targets and prompts made in inference mode take part in gradients."""
     with torch.inference_mode():
         prompt, target = randn(1, 6, seed=3), torch.rand(1, 1, 6, 8)
     image = images().requires_grad_()
@@ -146,7 +148,8 @@ def test_no_parts_change_no_bit(task):
 
 
 @pytest.mark.parametrize("task", sorted(set(TASKS) - DENSE))
-def test_with_parts_the_energy_is_the_mean_over_the_image_and_its_parts(task):
+def test_with_cut_outs_the_energy_is_the_mean_of_all_parts(task):
+    """The whole image is one of them."""
     guider, image = small_guider(task), images()
     parts = [image, *cut_outs(image, 5, 1.5)]
     expected = sum(TASKS[task].loss(guider.predict(part, clean(part)), guider.target) for part in parts) / 6
@@ -156,7 +159,8 @@ def test_with_parts_the_energy_is_the_mean_over_the_image_and_its_parts(task):
 
 @pytest.mark.parametrize("cutouts", [1, 4])
 @pytest.mark.parametrize("task", ["class", "embedding", "number"])
-def test_energies_with_parts_are_reproducible_and_those_of_single_images(task, cutouts):
+def test_energies_with_cut_outs_repeat_for_single_images(task, cutouts):
+    """Images one by one have the energies that they have in a batch."""
     guider, image = replace(small_guider(task), cutouts=cutouts), images()
     energy = guider.energy(image, level(1.5, image))
     assert torch.equal(guider.energy(image, level(1.5, image)), energy)

@@ -62,13 +62,13 @@ def test_a_label_map_comes_back_from_its_points(maps):
     assert torch.allclose(presence(as_points(maps)), one_hot(maps).float(), atol=1e-6)
 
 
-def test_points_of_label_maps_have_the_spread_that_the_denoiser_is_made_for(maps):
+def test_label_maps_have_the_denoiser_s_data_scale(maps):
     assert math.isclose(as_points(maps).square().mean().sqrt(), PIXEL_SIGMA_DATA, rel_tol=0.1)
 
 
 # Clusters and what they tell
 
-def test_a_picture_of_flat_colours_is_cut_exactly_where_they_meet(maps):
+def test_flat_colours_are_cut_exactly_where_they_meet(maps):
     colours = torch.tensor([[0.9, -0.2, 0.1], [-0.5, -0.6, 0.3]])
     pictures = colours[(maps > 0).long()].movedim(-1, 1)
     found = colour_clusters(pictures, 2)
@@ -77,13 +77,14 @@ def test_a_picture_of_flat_colours_is_cut_exactly_where_they_meet(maps):
     assert torch.equal(colour_clusters(pictures[5:6], 2), found[5:6])
 
 
-def test_with_more_clusters_than_colours_some_are_empty_and_none_is_mixed(maps):
+def test_surplus_clusters_are_empty_and_none_is_mixed(maps):
     pictures = torch.tensor([[0.9] * 3, [-0.5] * 3])[(maps > 0).long()].movedim(-1, 1)
     told = mutual_information(one_hot((maps > 0).long(), 2), colour_clusters(pictures, 4))
     assert torch.allclose(told, entropy(joint(one_hot((maps > 0).long(), 2), maps * 0)))
 
 
-def test_a_partition_tells_all_of_itself_and_nothing_of_one_that_is_independent():
+def test_mutual_information_of_partitions():
+    """A partition tells all of itself and nothing of an independent one."""
     rows, columns = torch.meshgrid(torch.arange(8) // 2, torch.arange(12) // 4, indexing="ij")
     rows, columns = rows[None], columns[None]
     assert math.isclose(mutual_information(one_hot(rows, 4), rows).item(), math.log(4), rel_tol=1e-9)
@@ -94,7 +95,7 @@ def test_a_partition_tells_all_of_itself_and_nothing_of_one_that_is_independent(
     assert math.isclose(unexplained(one_hot(rows, 4), columns).item(), 96 * math.log(3), rel_tol=1e-9)
 
 
-def test_what_labels_leave_unexplained_is_the_likelihood_of_the_clusters_at_its_best():
+def test_unexplained_is_the_best_likelihood_of_clusters():
     """-log p(clusters | labels) with the shares of the clusters within each label as probabilities."""
     labels, clusters = (torch.randint(k, (1, 9, 7), generator=torch.Generator().manual_seed(k)) for k in (3, 4))
     shares = joint(one_hot(labels, 3), clusters)
@@ -102,7 +103,7 @@ def test_what_labels_leave_unexplained_is_the_likelihood_of_the_clusters_at_its_
     assert math.isclose(unexplained(one_hot(labels, 3), clusters).item(), -given[0, labels, clusters].log().sum().item())
 
 
-def test_the_share_of_the_wall_is_right_where_it_is_that_of_label_maps_on_the_average():
+def test_the_mean_share_of_the_wall_has_no_penalty():
     labels = torch.zeros(1, 10, 10, dtype=torch.long)
     labels[0].view(-1)[:16] = 3
     assert share_mismatch(one_hot(labels)).item() < 1e-9
@@ -152,7 +153,7 @@ def test_each_map_is_judged_by_the_clusters_of_its_own_picture():
 
 # The prior of label maps
 
-def test_the_prior_takes_noise_from_label_maps_that_it_has_not_seen(prior, maps):
+def test_the_prior_denoises_unseen_label_maps(prior, maps):
     for sigma, floor in ((0.5, 0.99), (2.0, 0.97)):
         points = as_points(maps) + sigma * seeded_noise(range(len(maps)), (len(LABELS), 32, 32))
         found = label_map(prior(points, torch.full((len(maps),), sigma)))
@@ -165,7 +166,7 @@ def test_most_label_maps_are_the_most_probable_by_their_own_name(prior, maps):
     assert (every.argmin(1) + 1 == few.flatten(1).max(1).values).float().mean() >= 0.8
 
 
-def test_the_measures_are_one_for_exact_maps_and_know_what_is_wrong(maps):
+def test_the_measures_are_one_for_exact_maps_only(maps):
     assert set(measures(maps, maps).values()) == {1.0}
     other = measures(renamed(maps, 0), maps)
     assert other["object and wall"] == 1.0
@@ -189,7 +190,7 @@ def test_a_map_is_found_without_labelled_pictures(prior):
     assert found.dtype == torch.long
 
 
-def test_of_several_maps_of_a_picture_the_most_probable_one_is_kept(prior, maps):
+def test_the_most_probable_map_of_a_picture_is_kept(prior, maps):
     exact = maps[:2]
     clusters = (exact > 0).long()
     wrong = torch.randint(9, exact.shape, generator=torch.Generator().manual_seed(0))

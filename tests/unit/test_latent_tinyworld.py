@@ -18,7 +18,8 @@ from ppap_core.tinyworld.scenes import CLASSES, draw
 
 
 @pytest.mark.slow
-def test_the_autoencoder_gives_back_scenes_and_its_latents_have_the_colours_of_their_kind():
+def test_the_autoencoder_restores_scenes():
+    """Scenes come back, and their latents have the colours of their format."""
     scenes = draw(range(500, 516), latent.SIZE)
     with torch.no_grad():
         found = latent.load_autoencoder()
@@ -55,7 +56,7 @@ def test_the_latent_models_take_images_of_other_sizes(task, sides):
         assert net(x, *args).shape == x.shape
 
 
-def test_a_fresh_controlnet_controls_nothing_and_a_trained_one_does():
+def test_a_fresh_controlnet_does_nothing_a_trained_one_does():
     flow, given = latent.load_flow(), condition(torch.tensor([0, 5]))
     x, t, hint = randn(2, 16, 6, 10), torch.tensor([0.5, 0.9]), randn(2, 16, 6, 10, seed=4)
     with torch.no_grad():
@@ -73,7 +74,8 @@ def test_the_names_of_diffusers_lead_there_and_back():
     assert same(from_diffusers(renamed, tensors), tensors)
 
 
-def test_labels_are_read_from_names_and_refused_with_those_there_are():
+def test_labels_are_read_from_names():
+    """A wrong name is refused with those there are."""
     assert latent.class_labels("star, ring").tolist() == [CLASSES.index("star"), CLASSES.index("ring")]
     assert latent.class_labels(" ").tolist() == [-1]
     assert latent.class_labels("heart,").tolist() == [CLASSES.index("heart"), -1]

@@ -34,7 +34,8 @@ def write_folder(folder, architecture: str = "resnet10t", **config) -> torch.nn.
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_network_that_timm_saved_is_loaded_with_its_weights_preprocessing_and_classes(tmp_path, architecture):
+def test_a_saved_timm_network_is_loaded_whole(tmp_path, architecture):
+    """A network that timm saved is loaded with its weights, preprocessing and classes."""
     net = write_folder(tmp_path / "my net", architecture)
     guider = load_guider(tmp_path / "my net")
     data = timm.data.resolve_data_config({}, model=net)
@@ -46,7 +47,8 @@ def test_a_network_that_timm_saved_is_loaded_with_its_weights_preprocessing_and_
     assert not any(parameter.requires_grad for parameter in guider.net.parameters()) and not guider.net.net.training
 
 
-def test_a_loaded_network_answers_as_the_one_that_was_saved_on_images_prepared_by_timm(tmp_path):
+def test_a_loaded_network_answers_as_the_saved_one(tmp_path):
+    """Images prepared by timm give the saved network's output."""
     net = write_folder(tmp_path / "net", "vit_tiny_patch16_224")
     guider = load_guider(tmp_path / "net")
     image = images()
@@ -58,7 +60,8 @@ def test_a_loaded_network_answers_as_the_one_that_was_saved_on_images_prepared_b
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_experts_of_a_loaded_network_start_as_it_and_leave_grouped_convolutions_alone(tmp_path, architecture):
+def test_experts_of_a_loaded_network_start_as_it(tmp_path, architecture):
+    """Experts start as the loaded network and leave grouped convolutions alone."""
     write_folder(tmp_path / "net", architecture)
     guider = load_guider(tmp_path / "net")
     net = base_network(guider)
@@ -91,7 +94,7 @@ def test_a_network_of_imagenet_knows_its_classes_by_name(tmp_path):
         class_target(guider, "goldfsh")
 
 
-def test_every_class_of_imagenet_can_be_chosen_by_one_of_its_names(tmp_path):
+def test_every_imagenet_class_can_be_chosen_by_name(tmp_path):
     """Names that two classes share, or that hold a comma, must not hide a class."""
     net = timm.create_model("resnet10t", pretrained=False)
     timm.models._hub.save_for_hf(net, tmp_path / "net", safe_serialization=True)

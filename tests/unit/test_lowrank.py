@@ -39,7 +39,8 @@ def test_a_change_beside_the_weight_is_the_change_in_the_weight():
     assert not torch.allclose(found, network()(x))
 
 
-def test_afterwards_the_network_is_what_it_was_bit_for_bit_also_after_a_fault():
+def test_the_network_is_restored_bit_for_bit():
+    """The network is what it was bit for bit, also after a fault."""
     net, x = network(), randn(2, 3, 8, 6, dtype=torch.float64)
     with pytest.raises(KeyError), with_adapters(net, CHANGES):
         raise KeyError

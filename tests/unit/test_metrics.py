@@ -35,7 +35,8 @@ def test_statistics_in_parts_are_the_statistics_of_all():
     torch.testing.assert_close(parts.covariance, stats(features).covariance)
 
 
-def test_a_set_is_at_distance_zero_from_itself_and_the_distance_has_no_direction():
+def test_the_frechet_distance_is_zero_and_symmetric():
+    """A set is at distance zero from itself."""
     a, b = stats(randn(50, 6)), stats(randn(60, 6, seed=1) @ randn(6, 6, seed=2))
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9) and frechet_distance(a, b) > 1
@@ -46,7 +47,7 @@ def test_a_shifted_set_is_as_far_as_the_square_of_the_shift():
     assert frechet_distance(stats(features), stats(features + shift)) == pytest.approx(14.0, rel=1e-9)
 
 
-def test_two_gaussians_with_the_same_axes_are_at_the_distance_of_their_closed_form():
+def test_the_distance_of_gaussians_with_shared_axes():
     """|mu_a - mu_b|^2 + sum (s_a - s_b)^2."""
     a, b = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64), torch.tensor([3.0, 0.1, 0.5], dtype=torch.float64)
     first = standardised(50, 3) * a + 1
@@ -57,7 +58,8 @@ def test_two_gaussians_with_the_same_axes_are_at_the_distance_of_their_closed_fo
     assert frechet_distance(stats(first @ turn), stats(second @ turn)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_gaussians_with_other_axes_are_at_the_distance_of_the_general_formula():
+def test_the_distance_of_gaussians_with_other_axes():
+    """The general formula."""
     a = torch.cov(randn(4, 30, seed=1, dtype=torch.float64))
     b = torch.cov(randn(4, 30, seed=2, dtype=torch.float64) * 2)
     first = standardised(50, 4) @ torch.linalg.cholesky(a).T
@@ -86,7 +88,7 @@ def test_a_set_lies_among_itself_and_not_among_one_far_away():
     assert precision_recall(a, b + 100) == (0, 0)
 
 
-def test_images_of_one_kind_among_many_are_believable_and_not_varied():
+def test_images_of_one_kind_have_precision_and_no_recall():
     """Of four clusters far from one another one is found: all that is found is real, a quarter of the real is found."""
     near = randn(4 * 40, 5) * 0.1
     real = near + 50 * torch.eye(5)[torch.arange(4).repeat_interleave(40)]
@@ -95,7 +97,7 @@ def test_images_of_one_kind_among_many_are_believable_and_not_varied():
 
 
 @pytest.mark.parametrize("k, inside", [(1, 2), (2, 4), (3, 6)])
-def test_a_point_is_among_a_set_up_to_the_distance_of_the_kth_neighbour_of_a_member(k, inside):
+def test_a_point_counts_up_to_the_kth_neighbour_s_distance(k, inside):
     """On a line: the k-th neighbour of the member at 0 is the one at -k, and nothing else reaches beyond k."""
     cloud = torch.cat([-torch.arange(20.0), torch.full((5,), 1e6)])[:, None]
     points = torch.tensor([[0.5], [1.0], [1.001], [2.0], [2.001], [3.0], [3.001]])
@@ -103,7 +105,8 @@ def test_a_point_is_among_a_set_up_to_the_distance_of_the_kth_neighbour_of_a_mem
     assert precision_recall(-19 - points, cloud, k)[0] == pytest.approx(inside / 7)
 
 
-def test_precision_and_recall_change_places_with_their_sets_and_are_what_a_loop_over_all_pairs_says():
+def test_precision_and_recall_equal_a_loop_over_all_pairs():
+    """Precision and recall agree with a loop over all pairs, and change places with their sets."""
     found, real = randn(30, 4) * 1.5, randn(45, 4, seed=1) + 0.5
 
     def share(points, cloud):
@@ -121,7 +124,7 @@ def test_the_size_of_the_blocks_does_not_matter(monkeypatch):
     assert len(values) == 1 and 0 < values.pop() < 1
 
 
-def test_precision_and_recall_do_not_depend_on_where_the_features_lie():
+def test_precision_and_recall_ignore_a_common_offset():
     """Features of real networks are all positive, far from zero compared with what tells them apart."""
     found, real = randn(60, 6), randn(70, 6, seed=1)
     away = [(part.double() + 3000).float() for part in (found, real)]

@@ -42,14 +42,14 @@ def test_every_noise_level_belongs_to_exactly_one_expert(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_noise_level_on_an_edge_goes_to_the_expert_that_was_trained_on_it(schedule):
+def test_a_level_on_an_edge_goes_to_the_expert_trained_on_it(schedule):
     for k in range(1, len(schedule)):
         assert schedule.index(schedule.edges[k]) == k
         assert schedule.index(math.nextafter(schedule.edges[k], 0)) == k - 1
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_noise_levels_beyond_both_ends_go_to_the_first_and_the_last_expert(schedule):
+def test_levels_beyond_the_ends_go_to_the_outer_experts(schedule):
     assert [schedule.index(sigma) for sigma in (0.0, schedule.edges[0] / 2)] == [0, 0]
     assert [schedule.index(sigma) for sigma in (schedule.edges[-1], 1e9, math.inf)] == [len(schedule) - 1] * 3
 
@@ -74,7 +74,7 @@ def test_edges_that_do_not_ascend_are_refused(edges):
 
 @pytest.mark.parametrize("lo, hi", [(0.02, 80.0), (0.7, 0.9), (0.7, 0.7 + 3e-7), (0.1, 0.1 + 1e-7), (1.0, 1.0 + 5e-7),
                                     (3.1, 3.1 + 2e-6)])
-def test_noise_levels_drawn_for_an_expert_belong_to_it_even_after_rounding_to_float32(lo, hi):
+def test_drawn_noise_levels_stay_inside_their_interval(lo, hi):
     """In a narrow interval rounding is not rare; in a wide one it would break one training in many."""
     schedule = ExpertSchedule((lo / 2, lo, hi, hi * 2))
     drawn = schedule[1].sample(2000, torch.Generator().manual_seed(0))
@@ -96,12 +96,13 @@ def test_drawn_noise_levels_depend_on_the_generator_only():
 
 
 @pytest.mark.parametrize("interval", [EVERYWHERE, NoiseInterval(0.0, 1.0), NoiseInterval(1.0, math.inf)])
-def test_no_noise_level_is_drawn_from_an_interval_without_two_positive_ends(interval):
+def test_drawing_noise_levels_needs_two_positive_ends(interval):
     with says(ValueError, "cannot draw"):
         interval.sample(3, torch.Generator())
 
 
-def test_log_spaced_intervals_have_equal_ratios_and_the_exact_ends():
+def test_log_spaced_intervals_have_equal_ratios():
+    """Intervals have equal ratios and the exact ends."""
     edges = ExpertSchedule.log_spaced(5, 0.02, 80.0).edges
     assert edges[0] == 0.02 and edges[-1] == 80.0
     assert [high / low for low, high in zip(edges, edges[1:], strict=False)] == pytest.approx([4000**0.2] * 5, rel=1e-12)
@@ -116,7 +117,7 @@ def test_a_number_of_experts_that_is_impossible_is_refused(make):
 
 
 @pytest.mark.parametrize("steps, experts", [(16, 5), (25, 5), (11, 11), (7, 2), (3, 1)])
-def test_equal_shares_are_of_the_steps_whatever_their_spacing_and_order(steps, experts):
+def test_equal_shares_ignore_spacing_and_order_of_steps(steps, experts):
     sigmas = (torch.linspace(0, 1, steps, dtype=torch.float64) ** 3 * 80 + 0.02).tolist()
     schedule = ExpertSchedule.equal_shares(experts, sigmas[0], 90.0, [*reversed(sigmas), *sigmas, 0.001, 100.0])
     shares = [0] * experts

@@ -38,7 +38,7 @@ def pixels_of(image: torch.Tensor, index: int) -> torch.Tensor:
     return ((image[0] - shade[:, None, None]).abs().amax(0) < 0.01).nonzero()
 
 
-def test_a_plot_has_height_and_width_as_asked_and_draws_each_line_in_its_colour():
+def test_a_plot_has_its_size_and_a_colour_for_each_line():
     plot = line_plot({"up": [(0, 0), (1, 1)], "down": [(0, 1), (1, 0)]}, "title", "x", "y", size=(300, 500))
     assert is_picture(plot, 300, 500)
     for index in (0, 1):
@@ -48,7 +48,8 @@ def test_a_plot_has_height_and_width_as_asked_and_draws_each_line_in_its_colour(
         assert len(line) > 100 and (rising < -0.9 if index == 0 else rising > 0.9)  # rows count downwards
 
 
-def test_the_names_of_many_lines_stand_beside_the_plot_and_hide_none_of_it():
+def test_the_names_of_many_lines_stand_beside_the_plot():
+    """Many names stand beside the plot and hide none of it."""
     def plot(count: int) -> torch.Tensor:
         return line_plot({f"line {index}": [(0, index), (1, index)] for index in range(count)}, "", "x", "y")
     few, many = (pixels_of(plot(count), 0)[:, 1] for count in (4, 5))
@@ -121,7 +122,8 @@ def test_depth_is_drawn_with_the_nearest_white_whatever_its_unit():
 
 
 @pytest.mark.parametrize("count", [2, 9, 21, 150])
-def test_labels_drawn_in_colours_are_read_back_even_from_a_picture_of_8_bits(count):
+def test_labels_drawn_in_colours_are_read_back(count):
+    """Labels come back even from a picture of 8 bits."""
     labels = torch.randint(count, (3, 20, 28), generator=torch.Generator().manual_seed(0))
     picture = label_picture(labels)
     assert picture.shape == (3, 3, 20, 28)
@@ -182,7 +184,7 @@ def test_a_mask_guider_that_was_not_asked_sees_nothing():
         visualize(replace(small_guider("mask"), read_text=lambda text: randn(1, 4)), images())
 
 
-def test_the_colours_of_an_image_are_stripes_as_wide_as_their_shares():
+def test_the_colours_of_an_image_are_stripes_by_share():
     shades = torch.tensor([[1.0, 0.2, 0.2], [-0.8, -0.6, -1.0], [0.0, -0.2, 0.1], [-0.8, -0.6, -1.0]])
     image = shades.T[None, :, None].expand(1, 3, 20, 4).repeat_interleave(7, dim=3)
     stripes = visualize(rule_guider("colours"), image)
@@ -197,7 +199,7 @@ def test_a_layout_is_shown_in_its_cells():
     assert torch.equal(visualize(guider, image), cells.repeat_interleave(32, dim=2).repeat_interleave(32, dim=3))
 
 
-def test_the_closer_an_image_is_to_the_target_the_longer_is_its_bar():
+def test_the_bar_grows_as_an_image_nears_its_target():
     guider, image = small_guider("embedding"), images(1)
     def filled(guider) -> int:
         return int(((visualize(guider, image)[0] * 127.5 + 127.5).round() == torch.tensor([170, 200, 245])[:, None, None])

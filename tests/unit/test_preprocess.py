@@ -29,7 +29,7 @@ def ours(preprocess: Preprocess, image: Tensor) -> Tensor:
 
 # The arithmetic
 
-def test_preprocessing_gives_each_channel_the_mean_and_spread_of_the_network():
+def test_preprocessing_normalizes_each_channel():
     image = images()
     out = Preprocess((H, W), MEAN, STD)(image)
     for channel in range(3):
@@ -45,7 +45,8 @@ def test_an_image_of_the_right_size_is_not_resampled():
 
 @pytest.mark.parametrize("size", [(12, 16), (H, 16), (30, W), (41, 57)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_preprocessing_gives_height_and_width_in_this_order_and_smooths_when_it_shrinks(size, interpolation):
+def test_preprocessing_orders_sizes_and_smooths(size, interpolation):
+    """Height comes before width, and shrinking smooths."""
     image = images()
     out = Preprocess(size, interpolation=interpolation)(image)
     assert out.shape == (3, 3, *size)
@@ -135,7 +136,7 @@ def test_the_gradient_is_the_finite_difference(preprocess):
 
 
 @pytest.mark.parametrize("preprocess", KINDS.values(), ids=KINDS)
-def test_the_description_is_json_and_makes_the_same_preprocessing_again(preprocess):
+def test_the_description_is_json_and_restores_everything(preprocess):
     about = json.loads(json.dumps(preprocess.to_dict()))
     again = Preprocess(**{name: tuple(value) if isinstance(value, list) else value for name, value in about.items()})
     assert again == preprocess and about == preprocess.to_dict()
@@ -257,7 +258,8 @@ def test_an_image_is_read_as_transformers_reads_it(tmp_path, kind, settings):
 
 @pytest.mark.parametrize("settings", [{"do_split_image": True, "size": {"shortest_edge": 96, "longest_edge": None}},
                                       {"do_pad": True, "size": {"shortest_edge": 96, "longest_edge": 96}}])
-def test_a_square_image_is_read_as_eomt_reads_it_and_others_are_made_square(tmp_path, settings):
+def test_a_square_image_is_read_as_eomt_reads_it(tmp_path, settings):
+    """Square images are read as EoMT reads them; others are made square."""
     processor, config = make_processor(tmp_path, "Eomt", settings)
     agree(processor, config, photograph("astronaut"))
     assert ours(processor_preprocess(config), photograph("chelsea")).shape == (1, 3, 96, 96)
@@ -318,7 +320,7 @@ def without(*names: str, **changed) -> dict:
 @pytest.mark.parametrize("config", [
     without("image_mean"), without("image_std"), without(image_mean=[0.5]), without(image_std=0.5),
     without(image_mean=None)])
-def test_a_file_that_normalises_without_a_mean_or_spread_is_refused(config):
+def test_normalizing_without_a_mean_or_spread_is_refused(config):
     with says(ValueError, "preprocessor_config.json", "image_", "three numbers", "do_normalize"):
         processor_preprocess(config)
 
@@ -326,12 +328,13 @@ def test_a_file_that_normalises_without_a_mean_or_spread_is_refused(config):
 @pytest.mark.parametrize("config", [
     without(do_normalize=False), without("image_mean", do_normalize=False), without("image_mean", "do_normalize"),
     without(do_normalize=None), without("do_normalize", do_flip_channel_order=False)])
-def test_a_file_that_does_not_normalise_leaves_the_numbers_from_0_to_1(config):
+def test_without_normalizing_numbers_go_from_0_to_1(config):
     image = images()
     torch.testing.assert_close(processor_preprocess(config)(image), (image + 1) / 2, rtol=0, atol=1e-7)
 
 
-def test_a_file_that_does_not_say_whether_it_normalises_does_so_when_it_has_a_mean():
+def test_a_file_with_a_mean_normalizes():
+    """A file that does not say whether it normalizes does so if it has a mean."""
     assert processor_preprocess(without("do_normalize")) == processor_preprocess(NORMAL) == Preprocess((20, 28))
 
 
@@ -341,14 +344,15 @@ def test_a_file_with_a_size_that_says_nothing_is_refused(size):
         processor_preprocess(without(size=size))
 
 
-def test_a_lanczos_filter_is_read_as_bicubic_and_an_unknown_one_as_bilinear():
+def test_a_lanczos_filter_is_bicubic_an_unknown_one_bilinear():
     assert [processor_preprocess(without(resample=number)).interpolation for number in (0, 1, 2, 3, 4)] == [
         "nearest-exact", "bicubic", "bilinear", "bicubic", "bilinear"]
 
 
 # Parts of an image
 
-def test_parts_are_squares_inside_the_image_between_two_fifths_and_all_of_its_shorter_side():
+def test_cut_outs_are_squares_inside_the_image():
+    """Their sides are between two fifths and all of the shorter side."""
     where = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"))[None].expand(3, -1, -1, -1)
     edges = set()
     for seed in range(50):
@@ -373,7 +377,7 @@ def test_parts_are_in_places_that_depend_on_the_seed_only():
     assert cut_outs(image, 0, 1.5) == []
 
 
-def test_parts_reach_pixels_that_a_crop_of_the_middle_does_not_see():
+def test_cut_outs_reach_pixels_beyond_a_centre_crop():
     preprocess = Preprocess((12, 10**6), fit="shortest", crop=(12, 12))
     image = images().requires_grad_()
     preprocess(image).sum().backward()

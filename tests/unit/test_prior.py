@@ -95,7 +95,7 @@ def test_without_terms_every_start_ends_at_some_mode(mixture, opposite_noise):
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 7.0])
-def test_both_ways_have_the_gradient_of_log_p_where_images_are_gaussian(sigma):
+def test_the_prior_gradient_is_that_of_log_p_for_gaussians(sigma):
     """-log p of x is (image - mean) / (spread^2 + sigma^2) in the mean over the noise, which opposite draws are."""
     image, noise = randn(2, 3, 5, 4, dtype=torch.float64), randn(2, 3, 5, 4, seed=1, dtype=torch.float64)
     wanted = image / (0.25 + sigma**2)  # of `gaussian_denoise`: mean 0, spread 0.5
@@ -127,7 +127,8 @@ def test_terms_that_are_not_there_change_nothing(mixture):
     assert not torch.equal(found(mixture, [Term(guider)], start), free)
 
 
-def test_a_balanced_term_pulls_weight_times_as_hard_as_the_prior_whatever_its_energy():
+def test_a_normalized_term_pulls_weight_times_the_prior():
+    """A normalized term pulls weight times as hard as the prior, whatever its energy."""
     image, noise, sigma = randn(3, 3, 20, 28), randn(3, 3, 20, 28, seed=4), torch.full((3,), 0.7)
     mask = torch.zeros(1, 1, 20, 28)
     mask[..., :9] = 1
@@ -165,7 +166,7 @@ def test_half_of_a_mask_steers_half_of_the_image():
     assert (half[..., :4] > free[..., :4]).float().mean() > 0.9
 
 
-def test_what_is_moved_may_be_anything_that_an_image_is_drawn_from(mixture, opposite_noise):
+def test_any_parameters_of_an_image_may_be_optimized(mixture, opposite_noise):
     start, term = starts(3), Term(mixture.guider().aim(torch.tensor([2])))
     plain = found(mixture, [term], start)
     assert torch.equal(found(mixture, [term], start, render=lambda point: point), plain)
@@ -230,7 +231,7 @@ def test_it_works_in_inference_mode_and_leaves_the_start_alone():
 
 # Noise levels, the end, particles
 
-def test_noise_levels_fall_from_one_end_to_the_other_and_swing_between(monkeypatch: pytest.MonkeyPatch):
+def test_noise_levels_fall_and_swing_between_their_ends(monkeypatch: pytest.MonkeyPatch):
     swinging = sigma_schedule(PriorConfig(steps=40))
     monkeypatch.setattr(prior, "WAVE", 0.0)
     falling = sigma_schedule(PriorConfig(steps=40))
@@ -245,7 +246,8 @@ def test_noise_levels_fall_from_one_end_to_the_other_and_swing_between(monkeypat
     assert sigma_schedule(PriorConfig(steps=1)) == [10.0]
 
 
-def test_the_clean_up_samples_from_where_the_noise_was_added_and_is_nothing_at_zero(mixture):
+def test_renoising_samples_from_its_noise_level(mixture):
+    """Renoising samples from the level of the added noise, and does nothing at zero."""
     image = starts(3)
     assert renoise_and_sample(mixture, image, 0.0, 0.02, 8, [1, 2, 3]) is image
     tidy = renoise_and_sample(mixture, image, 4.0, 0.02, 16, [1, 2, 3])
@@ -261,7 +263,8 @@ def test_of_several_particles_the_one_of_least_energy_is_kept():
     assert torch.equal(best_of(images, energies, 1), images)
 
 
-def test_particles_of_an_image_have_its_target_its_mask_and_an_energy_of_their_own(mixture):
+def test_particles_share_target_and_mask_of_their_image(mixture):
+    """Each particle has an energy of its own."""
     targets, masks = torch.tensor([1, 2]), randn(2, 1, *SHAPE[1:], seed=2).sigmoid()
     term = repeat_term(Term(mixture.guider().aim(targets), 0.5, mask=masks), 3)
     assert term.guider.target.tolist() == [1, 2, 1, 2, 1, 2]
@@ -293,7 +296,8 @@ def test_a_wrong_number_of_seeds_for_a_whole_search_is_refused():
         optimize_images(PriorObjective(lambda x, sigma: x), torch.zeros(2, 1, 1, 2), PriorConfig(2, particles=2), [1, 2, 3])
 
 
-def test_a_model_without_a_way_back_is_refused_only_where_one_is_asked_for():
+def test_a_model_without_gradients_is_refused_on_demand():
+    """Gradients of the model are needed only where the search goes through it."""
     closed = torch.no_grad()(gaussian_denoise)
     start = randn(1, 3, 5, 4)
     assert found(closed, [], start).shape == start.shape

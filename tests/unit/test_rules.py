@@ -92,7 +92,7 @@ def test_the_gradient_is_the_finite_difference(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_energy_of_an_image_does_not_depend_on_the_rest_of_the_batch(name):
+def test_an_energy_does_not_depend_on_the_rest_of_the_batch(name):
     guider, image = aimed(name), images()
     whole = energy(guider, image)
     for i in range(3):
@@ -108,7 +108,7 @@ def test_flat_images_have_a_finite_gradient(name, value):
 
 
 @pytest.mark.parametrize("name", sorted(set(RULES) - {"sharpness", "smoothness"}))
-def test_the_gradient_of_a_pixel_does_not_depend_on_the_size_of_the_image(name):
+def test_the_gradient_of_a_pixel_ignores_the_image_size(name):
     """So that a weight found on small images is right on large ones. Two rules are about neighbouring pixels: not those."""
     guider = rule_guider(name)
     found = []
@@ -124,7 +124,8 @@ def test_the_gradient_of_a_pixel_does_not_depend_on_the_size_of_the_image(name):
     assert float((small - large).norm() / small.norm()) < 0.2
 
 
-def test_sharpness_and_smoothness_want_less_of_a_smooth_picture_the_larger_it_is():
+def test_sharpness_and_smoothness_want_less_of_large_images():
+    """A smooth picture has less to sharpen or smooth the larger it is."""
     for name in ("sharpness", "smoothness"):
         guider = rule_guider(name).aim(torch.zeros(1, 1))
         small, large = (gradient(guider, smooth(*size)).square().mean().sqrt() for size in ((68, 92), (136, 184)))
@@ -151,24 +152,25 @@ def test_to_brighten_an_image_tints_nothing():
 
 
 @pytest.mark.parametrize("image, expected", [(flat(0.3), 0), (halves(), 0.5), (halves() / 2 + 0.5, 0.25)])
-def test_contrast_is_0_for_flat_images_and_a_half_for_half_black_and_half_white(image, expected):
+def test_contrast_of_flat_and_black_and_white_images(image, expected):
+    """0 for flat images, a half for half black and half white."""
     torch.testing.assert_close(rules.contrast(image), torch.tensor([[float(expected)]]), rtol=0, atol=1e-5)
 
 
-def test_contrast_does_not_depend_on_brightness_nor_saturation_on_grey():
+def test_contrast_ignores_brightness_saturation_ignores_grey():
     image = images() * 0.4
     torch.testing.assert_close(rules.contrast(image + 0.3), rules.contrast(image))
     torch.testing.assert_close(rules.saturation(image + 0.3 * images()[:, :1]), rules.saturation(image))
 
 
-def test_saturation_is_0_without_colour_and_largest_for_pure_colours():
+def test_saturation_is_0_for_grey_and_largest_for_pure_hues():
     assert rules.saturation(images()[:, :1].expand(-1, 3, -1, -1)).max() < 1e-5
     red, dull = (scale * torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, H, W) for scale in (1, 0.25))
     torch.testing.assert_close(rules.saturation(red), torch.tensor([[(8 / 9) ** 0.5]]))
     torch.testing.assert_close(rules.saturation(dull), rules.saturation(red) / 4)
 
 
-def test_sharpness_falls_with_every_blur_and_is_0_for_a_flat_image():
+def test_sharpness_falls_with_blur_and_is_0_for_flat_images():
     image = images()
     found = [rules.sharpness(image)]
     for _ in range(4):
@@ -194,7 +196,8 @@ def test_colours_do_not_depend_on_their_places():
     assert not torch.allclose(rules.layout(shuffled), rules.layout(image), atol=0.1)
 
 
-def test_a_palette_is_met_by_its_own_stripes_in_any_order_and_by_no_other_colours():
+def test_a_palette_is_met_by_its_own_stripes_only():
+    """A palette is met by its own stripes in any order, and by no other colours."""
     words = "#1d3557, #e63946:2, #f1faee"
     guider = rule_guider("colours")
     guider = guider.aim(image_target(guider, palette(words)))
@@ -204,7 +207,7 @@ def test_a_palette_is_met_by_its_own_stripes_in_any_order_and_by_no_other_colour
     assert energy(guider, palette("#1d3557, #e63946, #f1faee", size=48)) * scale > 0.01
 
 
-def test_the_distance_of_colours_is_that_of_wasserstein_for_grey_images():
+def test_the_distance_of_grey_images_is_wasserstein():
     """Of two one-dimensional distributions: the mean squared difference of their sorted values."""
     a, b = (torch.rand(1, 1, 8, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     fine_a, fine_b = (rules.colors(x.expand(-1, 3, -1, -1), shares=128)[0, 3] / 3**0.5 for x in (a, b))
@@ -257,13 +260,14 @@ def test_a_symmetric_image_has_no_energy_and_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", SYMMETRIES)
-def test_half_a_step_along_the_gradient_of_symmetry_makes_an_image_symmetric(name):
+def test_half_a_gradient_step_makes_an_image_symmetric(name):
     image = images()
     step = image - gradient(aimed(name), image) / 2
     torch.testing.assert_close(step, (image + image.flip(SYMMETRIES[name])) / 2)
 
 
-def test_a_periodic_image_tiles_without_a_seam_and_a_ramp_does_not():
+def test_a_periodic_image_tiles_and_a_ramp_does_not():
+    """A periodic image tiles without a seam."""
     y, x = torch.meshgrid(2 * math.pi * torch.arange(60) / 60, 2 * math.pi * torch.arange(84) / 84, indexing="ij")
     periodic = torch.stack([torch.sin(x + y), torch.cos(2 * x), torch.sin(y + 1)])[None]
     ramp = torch.linspace(-1, 1, 84).expand(1, 3, 60, 84)

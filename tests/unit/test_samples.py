@@ -51,7 +51,7 @@ def test_every_byte_value_survives_the_way_to_an_image_and_back():
     assert to_uint8(torch.tensor([-9.0, -1.0, 0.999, 1.0, 9.0])).tolist() == [0, 0, 255, 255, 255]
 
 
-def test_a_store_is_filled_by_whole_shards_with_the_images_of_its_seeds(tmp_path):
+def test_a_store_holds_whole_shards_of_its_seeds(tmp_path):
     store, asked = SampleStore(tmp_path / "a", MANIFEST), []
     store.fill(SHARD_SIZE + 1, lambda seeds: asked.extend(seeds) or generate(seeds))
     assert len(store) == 2 * SHARD_SIZE and asked == list(range(11, 11 + 2 * SHARD_SIZE))
@@ -64,7 +64,8 @@ def test_a_store_is_filled_by_whole_shards_with_the_images_of_its_seeds(tmp_path
         torch.testing.assert_close(getattr(store, name), part, rtol=0, atol=2e-3)
 
 
-def test_an_image_and_its_trajectory_depend_on_its_seed_and_not_on_the_size_of_the_batch():
+def test_a_trajectory_depends_on_its_seed_only():
+    """A trajectory depends on its seed and not on the size of the batch."""
     together, paths = generate(list(range(5)))
     for seed in range(5):
         alone, path = generate([seed])
@@ -189,7 +190,7 @@ def test_batches_reach_every_image(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [2**32 - 1, 2**63, 2**64 - 1])
-def test_any_seed_that_comfyui_gives_fills_a_store_and_draws_batches(tmp_path, seed):
+def test_any_64_bit_seed_fills_a_store_and_draws_batches(tmp_path, seed):
     store = SampleStore(tmp_path, MANIFEST | {"seed": seed})
     store.fill(SHARD_SIZE, generate)
     assert not torch.equal(store.random_images(BatchSpec(0, 4, seed)), store.random_images(BatchSpec(0, 4, seed - 1)))
@@ -209,7 +210,8 @@ def test_stored_images_are_the_ones_generated_up_to_rounding(tmp_path):
 
 
 @pytest.mark.parametrize("images, paths", [(1, 0), (0, 1), (-1, 0), (0, -1)])
-def test_a_generator_that_does_not_make_one_image_and_one_trajectory_of_each_seed_is_refused(tmp_path, images, paths):
+def test_a_generator_must_keep_to_its_seeds(tmp_path, images, paths):
+    """A generator must make one image and one trajectory for each seed."""
     def wrong(seeds):
         made, way = generate(seeds + [0])
         return made[:SHARD_SIZE + images], Trajectories(*(part[:SHARD_SIZE + paths] for part in way))
@@ -275,7 +277,8 @@ def test_short_trajectories_are_kept_whole_and_more_than_once(calls, expected):
     assert recorded(range(50), calls, 6).tolist() == [expected] * 50
 
 
-def test_a_recorder_forgets_what_it_gave_and_refuses_a_model_that_was_not_asked():
+def test_a_recorder_is_emptied_and_refuses_silent_models():
+    """It forgets what it gave, and refuses a model that was not asked."""
     recorder, x = TrajectoryRecorder(), randn(3, *SHAPE)
     with says(ValueError, "not asked", "step"):
         recorder.trajectories(range(3))
@@ -353,7 +356,7 @@ def test_pairs_are_steps_and_the_images_that_these_led_to(tmp_path, view):
 
 
 @pytest.mark.parametrize("edges", [SCHEDULE.edges, (0.5, 1.0), (0.001, 0.7, 200.0)])
-def test_every_step_is_of_the_expert_that_answers_for_it_in_guidance(tmp_path, edges):
+def test_every_step_belongs_to_the_expert_that_guides_there(tmp_path, edges):
     """Those below the first edge are the first expert's, those above the last edge the last one's."""
     sigmas, schedule = spread_sigmas(), ExpertSchedule(edges)
     store, responsible = numbered(tmp_path, sigmas), [[schedule.index(float(sigma)) for sigma in row] for row in sigmas]
@@ -376,7 +379,8 @@ def test_pairs_are_a_function_of_seed_expert_and_step(tmp_path):
     assert torch.equal(first.images, other_view.images) and torch.equal(first.inputs, -other_view.inputs)
 
 
-def test_experts_with_equally_many_steps_do_not_learn_from_the_same_images_at_once(tmp_path):
+def test_experts_do_not_learn_from_the_same_images_at_once(tmp_path):
+    """Not even experts with equally many steps learn from the same images at once."""
     store = numbered(tmp_path, torch.tensor([5.0, 0.4]).repeat(64, 1))
     first, second = (places(trajectory_pairs(store, ExpertSchedule((0.1, 1.0, 10.0)), index, BatchSpec(0, 9, 0), "noisy"))[0]
                      for index in (0, 1))

@@ -21,7 +21,7 @@ def exact(x: torch.Tensor, sigma_max: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 18])
-def test_karras_noise_levels_fall_from_the_highest_to_the_lowest_and_then_to_zero(steps):
+def test_karras_noise_levels_fall_to_the_lowest_then_zero(steps):
     sigmas = karras_sigmas(steps, 0.02, 80.0)
     assert sigmas.shape == (steps + 1,) and sigmas[-1] == 0 and bool((sigmas.diff() < 0).all())
     assert sigmas[0].item() == pytest.approx(80.0, rel=1e-6)
@@ -29,7 +29,7 @@ def test_karras_noise_levels_fall_from_the_highest_to_the_lowest_and_then_to_zer
         assert sigmas[-2].item() == pytest.approx(0.02, rel=1e-6)
 
 
-def test_karras_noise_levels_are_evenly_spaced_after_the_seventh_root():
+def test_karras_noise_levels_are_even_in_the_seventh_root():
     gaps = (karras_sigmas(10, 0.02, 80.0)[:-1].double() ** (1 / 7)).diff()
     torch.testing.assert_close(gaps, gaps.mean().expand(9), rtol=1e-5, atol=0)
 

@@ -59,7 +59,8 @@ def test_operations_are_those_counted_by_hand():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_guidance_goes_through_the_guider_and_the_other_way_through_the_denoiser_too(device: str):
+def test_which_networks_each_method_goes_through(device: str):
+    """Guidance the guider; the other method the denoiser too."""
     parts, (denoiser, guider) = by_hand(device)
     denoise, _, x, sigma = parts
     assert operations(lambda: plain_step(denoise, x, sigma)) == denoiser
@@ -91,7 +92,8 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch):
     assert "linear colours | out of memory |" in table([column])
 
 
-def test_without_a_gpu_operations_are_counted_and_a_reduced_size_is_measured(columns):
+def test_without_a_gpu_a_reduced_size_is_measured(columns):
+    """Without a GPU, operations are counted and a reduced size is measured."""
     assert [(column["pixels"], column["measure"]) for column in columns] \
         == [(256, "operations"), (512, "operations"), (64, "operations"), (64, "seconds")]
     for column in columns[:3]:
@@ -106,7 +108,8 @@ def test_without_a_gpu_operations_are_counted_and_a_reduced_size_is_measured(col
     assert lines[-1].split(" | ")[1:3] == ["1.10", "1.05"] and "not measured" in lines[6]
 
 
-def test_back_through_the_denoiser_costs_at_least_a_second_plain_step(columns):
+def test_going_through_the_denoiser_costs_a_second_step(columns):
+    """Going back through the denoiser costs at least a second plain step."""
     for column in columns[:2]:
         assert column["ratios"]["through"] - (column["ratios"]["colours"] - 1) >= 2
 

@@ -81,7 +81,7 @@ def test_a_name_that_holds_a_plus_or_a_colon_itself_is_found(name):
     ("tabby +", ["''", "red fox"]),
     (":2", ["''", "red fox"]),
 ])
-def test_an_unknown_class_or_weight_is_refused_with_what_was_expected(words, hints):
+def test_an_unknown_class_or_weight_is_refused(words, hints):
     with says(ValueError, *hints):
         class_target(small_guider(), words)
 
@@ -92,7 +92,7 @@ def test_a_class_for_a_guider_without_classes_is_refused(task):
         class_target(small_guider(task), "tabby")
 
 
-def test_the_number_of_a_class_is_found_by_its_name_whatever_the_case():
+def test_a_class_is_found_by_its_name_in_any_case():
     assert [label_index(small_guider(), name) for name in ("RED FOX", "grey fox", "4")] == [0, 1, 4]
 
 
@@ -102,13 +102,13 @@ def knows_texts(task: str):
     return replace(small_guider(task), read_text=lambda text: torch.full((1, 6), float(len(text))) * torch.arange(1, 7))
 
 
-def test_a_guider_is_aimed_at_what_a_text_says_one_line_for_each_image():
+def test_each_line_of_a_text_is_the_target_of_one_image():
     aimed = aim_at_text(knows_texts("embedding"), " a fox \n\n a goldfish\n")
     assert torch.equal(aimed.target, torch.tensor([[5.0], [10.0]]) * torch.arange(1, 7)) and aimed.prompt is None
     assert aim_at_text(knows_texts("embedding"), "a fox").target.shape == (1, 6)
 
 
-def test_a_mask_guider_is_asked_for_what_a_text_says_and_keeps_its_target():
+def test_a_mask_guider_takes_a_text_and_keeps_its_target():
     guider = knows_texts("mask")
     aimed = aim_at_text(guider, "a fox")
     assert torch.equal(aimed.prompt, 5.0 * torch.arange(1, 7)[None]) and aimed.target is guider.target
@@ -136,7 +136,8 @@ def test_a_picture_is_met_best_by_itself(task):
     assert bool((own <= others + 1e-4).all())
 
 
-def test_a_mask_guider_must_be_asked_before_it_reads_a_picture_or_a_mask():
+def test_a_mask_guider_needs_a_text_first():
+    """A text comes before a picture or a mask."""
     for aim in (lambda guider: image_target(guider, images()), lambda guider: mask_target(guider, torch.ones(1, H, W), "")):
         with says(ValueError, "small/mask", "not asked yet", "aim it at a text"):
             aim(replace(small_guider("mask"), read_text=lambda text: randn(1, 4)))
@@ -174,7 +175,7 @@ def test_maps_are_drawn_in_the_frame_of_the_whole_image(task):
     torch.testing.assert_close(target, whole[..., 2:14])
 
 
-def test_a_drawn_segmentation_is_read_by_the_colours_of_its_labels():
+def test_a_drawn_segmentation_is_read_by_its_colours():
     labels = randn(3, 12, 16).gt(0).long()
     assert torch.equal(map_target(small_guider("segmentation"), label_picture(labels)), labels)
     large = label_picture(labels.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2))
@@ -220,7 +221,8 @@ def test_an_empty_mask_is_refused(mask):
         mask_target(small_guider("segmentation"), mask, "thing")
 
 
-def test_a_mask_for_an_unknown_class_or_another_guider_is_refused():
+def test_a_mask_for_an_unknown_class_is_refused():
+    """A mask for an unknown class or for another kind of guider is refused."""
     with says(ValueError, "'think'", "thing"):
         mask_target(small_guider("segmentation"), torch.ones(1, H, W), "think")
     for task in sorted(set(TASKS) - {"segmentation", "mask"}):

@@ -36,7 +36,7 @@ def test_every_comparison_gives_one_finite_number_for_each_image(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_comparison_of_one_image_does_not_depend_on_the_rest_of_the_batch(task):
+def test_comparisons_do_not_depend_on_the_rest_of_the_batch(task):
     output, other, target = randn(*SHAPES[task]), randn(*SHAPES[task], seed=1), target_of(task)
     for i in range(3):
         one = slice(i, i + 1)
@@ -60,13 +60,13 @@ def test_the_distance_to_oneself_is_zero_and_to_another_is_more(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_networks_of_half_precision_are_compared_in_full_precision(task):
+def test_half_precision_is_compared_in_full_precision(task):
     output, other = randn(*SHAPES[task]).bfloat16(), randn(*SHAPES[task], seed=1).bfloat16()
     assert TASKS[task].loss(output, target_of(task)).dtype == torch.float32
     torch.testing.assert_close(TASKS[task].distance(output, other), TASKS[task].distance(output.float(), other.float()))
 
 
-def test_the_energy_of_a_class_is_minus_the_log_of_its_probability():
+def test_the_energy_of_a_class_is_minus_its_log_probability():
     logits, target = randn(3, 5), target_of("class")
     p = logits.exp() / logits.exp().sum(1, keepdim=True)
     expected = torch.stack([p[i, k] for i, k in enumerate(target.tolist())])
@@ -74,13 +74,15 @@ def test_the_energy_of_a_class_is_minus_the_log_of_its_probability():
     torch.testing.assert_close(TASKS["class"].score(logits, target), expected)
 
 
-def test_distillation_of_classes_is_the_divergence_of_the_student_from_the_teacher():
+def test_classes_are_distilled_by_the_divergence():
+    """The loss is the divergence of the student from the teacher."""
     student, teacher = randn(3, 5), randn(3, 5, seed=1)
     p, q = teacher.softmax(1), student.softmax(1)
     torch.testing.assert_close(TASKS["class"].distance(student, teacher), (p * (p / q).log()).sum(1))
 
 
-def test_distillation_of_segmentations_is_the_mean_divergence_of_the_pixels():
+def test_segmentations_are_distilled_by_mean_divergence():
+    """The loss is the mean divergence of the pixels."""
     student, teacher = randn(3, 4, 6, 9), randn(3, 4, 6, 9, seed=1)
     pixels = [TASKS["class"].distance(student[:, :, i, j], teacher[:, :, i, j]) for i in range(6) for j in range(9)]
     torch.testing.assert_close(TASKS["segmentation"].distance(student, teacher), torch.stack(pixels).mean(0))
@@ -102,7 +104,7 @@ def test_the_energy_of_depth_is_one_minus_its_correlation():
     assert torch.equal(TASKS["depth"].score(-target, target), torch.zeros(3))
 
 
-def test_distillation_of_depth_does_not_depend_on_scale_and_shift_either():
+def test_distilling_depth_ignores_scale_and_shift():
     student, teacher = randn(3, 1, 6, 9), randn(3, 1, 6, 9, seed=1)
     distance = TASKS["depth"].distance
     torch.testing.assert_close(distance(1000 * student + 3, teacher), distance(student, teacher), rtol=1e-3, atol=0)
@@ -134,7 +136,7 @@ def test_a_map_of_ignored_pixels_only_gives_no_gradient():
     assert torch.equal(energy.detach(), torch.zeros(3)) and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_the_score_of_a_segmentation_is_the_share_of_right_pixels():
+def test_the_score_of_a_segmentation_is_its_pixel_accuracy():
     target = target_of("segmentation")
     logits = torch.nn.functional.one_hot(target, 4).permute(0, 3, 1, 2).float()
     logits[1, :, :2] = torch.tensor([9.0, 0.0, 0.0, 0.0])[:, None, None]  # label 0 is in no target: 2 of 6 rows wrong
@@ -149,7 +151,7 @@ def test_scores_are_between_0_and_1(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_energies_have_a_finite_gradient_which_is_the_finite_difference(task):
+def test_energies_have_the_gradient_of_finite_differences(task):
     output = randn(*SHAPES[task], dtype=torch.float64).requires_grad_()
     target = target_of(task)
     target = target.double() if target.is_floating_point() else target
@@ -169,20 +171,22 @@ def test_a_weight_of_one_class_is_that_class(classes):
         torch.testing.assert_close(compare(logits, weights), compare(logits, index))
 
 
-def test_the_energy_of_several_classes_is_the_weighted_sum_of_their_energies():
+def test_the_energy_of_several_classes_is_a_weighted_sum():
     logits, weights = randn(3, 5), torch.tensor([[1.0, 0.0, 0.5, 0.0, -0.25]])
     expected = sum(weight * TASKS["class"].loss(logits, torch.tensor([k])) for k, weight in enumerate(weights[0].tolist()))
     torch.testing.assert_close(TASKS["class"].loss(logits, weights), expected)
 
 
-def test_a_negative_weight_lowers_the_energy_as_the_class_becomes_less_likely():
+def test_a_negative_weight_rewards_less_likely_classes():
+    """The energy falls as the class becomes less likely."""
     logits = randn(3, 5).requires_grad_()
     TASKS["class"].loss(logits, torch.tensor([[1.0, -1.0, 0.0, 0.0, 0.0]])).sum().backward()
     step = (logits - 0.1 * logits.grad).detach()
     assert bool((step[:, 1] < logits[:, 1]).all()) and bool((step[:, 0] > logits[:, 0]).all())
 
 
-def test_the_score_of_several_classes_is_the_weighted_geometric_mean_of_their_probabilities():
+def test_the_score_of_several_classes_is_a_geometric_mean():
+    """The score is the geometric mean of the classes' probabilities by their weights."""
     logits = randn(3, 5)
     p = logits.softmax(1)
     score = TASKS["class"].score(logits, torch.tensor([[3.0, 0.0, 1.0, 0.0, 0.0]]))
@@ -191,7 +195,7 @@ def test_the_score_of_several_classes_is_the_weighted_geometric_mean_of_their_pr
 
 # Masks
 
-def test_the_energy_of_a_mask_is_the_mean_cross_entropy_of_its_pixels():
+def test_the_energy_of_a_mask_is_the_mean_cross_entropy():
     logits, target = randn(3, 1, 6, 9), target_of("mask")
     p = logits.double().sigmoid()
     each = -(target * p.log() + (1 - target) * (1 - p).log())
@@ -199,7 +203,8 @@ def test_the_energy_of_a_mask_is_the_mean_cross_entropy_of_its_pixels():
     torch.testing.assert_close(TASKS["mask"].score(logits, target), 1 - (p - target).abs().mean((1, 2, 3)).float())
 
 
-def test_distillation_of_masks_is_the_mean_divergence_of_the_two_outcomes():
+def test_masks_are_distilled_by_the_mean_divergence():
+    """The loss is the mean divergence of the two outcomes."""
     student, teacher = randn(3, 1, 6, 9), randn(3, 1, 6, 9, seed=1)
     both = [torch.cat([logits, torch.zeros_like(logits)], dim=1) for logits in (student, teacher)]
     torch.testing.assert_close(TASKS["mask"].distance(student, teacher), TASKS["segmentation"].distance(*both))
@@ -220,7 +225,7 @@ def test_embeddings_are_compared_by_their_direction(scale):
 # Numbers and features
 
 @pytest.mark.parametrize("task", SQUARES)
-def test_numbers_and_features_are_compared_by_half_their_mean_squared_difference(task):
+def test_numbers_and_features_are_compared_by_half_the_mse(task):
     output, target = randn(*SHAPES[task]), target_of(task)
     torch.testing.assert_close(TASKS[task].loss(output, target), ((output - target) ** 2).flatten(1).mean(1) / 2)
     assert TASKS[task].sum_over_pixels and torch.equal(TASKS[task].score(target, target), torch.ones(3))
@@ -236,7 +241,7 @@ def test_distillation_of_features_does_not_depend_on_their_range(task):
     assert bool(distance(student, torch.zeros_like(teacher)).isfinite().all())
 
 
-def test_only_numbers_and_features_count_once_for_each_value_of_the_image():
+def test_only_numbers_and_features_are_summed_over_pixels():
     assert {task for task in TASKS if TASKS[task].sum_over_pixels} == set(SQUARES)
 
 

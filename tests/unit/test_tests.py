@@ -6,10 +6,18 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 MODULES = sorted(TESTS.glob("*/test_*.py"))
+LONGEST_NAME = 60
 
 
 def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
+def test_names_are_short(file: Path):
+    names = [node.name for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    assert not [name for name in names if len(name) > LONGEST_NAME], "say the sentence in the docstring"
+    assert len(names) == len(set(names)), "one test hides another"
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)

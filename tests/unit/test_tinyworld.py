@@ -51,7 +51,8 @@ def test_a_scene_depends_on_its_seed_only():
     assert not torch.equal(together.image[0], together.image[1])
 
 
-def test_the_segmentation_of_a_scene_is_its_label_inside_the_object_and_zero_outside():
+def test_a_scene_s_segmentation_is_its_label_in_the_object():
+    """The segmentation is the label inside the object and zero outside."""
     scenes = draw(range(200))
     for label, segmentation in zip(scenes.label.tolist(), scenes.segmentation, strict=True):
         assert segmentation.unique().tolist() == [0, 1 + label]
@@ -63,7 +64,7 @@ def test_all_classes_are_about_equally_frequent():
     assert len(CLASSES) == 8 and counts.min() > 140 and counts.max() < 260  # 200 each
 
 
-def test_the_class_can_be_chosen_and_changes_nothing_but_the_object():
+def test_a_chosen_class_changes_nothing_but_the_object():
     for label in range(len(CLASSES)):
         assert draw(range(3), label=label).label.tolist() == [label] * 3
     disk, ring = draw(range(20), label=0), draw(range(20), label=CLASSES.index("ring"))
@@ -104,7 +105,7 @@ def test_the_object_is_nearer_than_the_wall_and_the_wall_is_flat():
     assert int(flat.sum()) > 10_000 and bend[flat].abs().max() < 1e-6
 
 
-def test_the_same_scene_at_three_times_the_size_has_the_same_truth_at_the_same_places():
+def test_a_scene_is_the_same_at_three_times_the_size():
     small, large = draw(range(50), (20, 28)), draw(range(50), (60, 84))
     assert torch.equal(small.label, large.label)
     agree = small.segmentation == large.segmentation[:, 1::3, 1::3]  # pixel centres coincide
@@ -129,7 +130,7 @@ def test_every_shape_is_drawn_in_its_place():
 
 # The exact mixture
 
-def test_the_exact_denoiser_is_the_mean_of_the_posterior_of_a_sample():
+def test_the_exact_denoiser_is_the_posterior_mean():
     """Against a Monte Carlo average over the prior, weighted by the likelihood of what is seen."""
     world = GaussianMixture(0.5 * randn(3, 1, 1, 2, dtype=torch.float64), 0.3)
     x, sigma = torch.tensor([[[[0.4, -0.2]]]], dtype=torch.float64), torch.tensor([0.6], dtype=torch.float64)
@@ -139,14 +140,15 @@ def test_the_exact_denoiser_is_the_mean_of_the_posterior_of_a_sample():
 
 
 @pytest.mark.parametrize("sigma, near", [(1e-3, "x"), (1e3, "mean")])
-def test_the_exact_denoiser_trusts_what_it_sees_without_noise_and_the_prior_in_pure_noise(sigma, near):
+def test_the_exact_denoiser_at_both_ends_of_noise(sigma, near):
+    """It trusts the image without noise and the prior in pure noise."""
     world = GaussianMixture.of_shape((3, 5, 7))
     x = world.means[:2] + 0.1
     expected = x if near == "x" else world.means.mean(0).expand_as(x)
     torch.testing.assert_close(world(x, level(sigma, x)), expected, rtol=0, atol=2e-2)
 
 
-def test_the_class_probabilities_of_the_mixture_do_not_depend_on_the_rest_of_the_batch():
+def test_class_probabilities_ignore_the_rest_of_the_batch():
     world = GaussianMixture.of_shape((3, 5, 7))
     x = randn(3, 3, 5, 7, dtype=torch.float64)
     sigma = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
@@ -170,7 +172,7 @@ def test_a_tiny_network_answers_for_each_image_or_for_each_pixel(make, dense):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_tiny_transformer_answers_for_each_image_or_for_each_pixel(dense):
+def test_a_tiny_transformer_predicts_by_image_or_by_pixel(dense):
     torch.manual_seed(0)
     net, image = TinyTransformer(5, dense).eval(), draw(range(3), SIZE).image
     with torch.no_grad():
@@ -179,14 +181,15 @@ def test_a_tiny_transformer_answers_for_each_image_or_for_each_pixel(dense):
         torch.testing.assert_close(net(image[1:2]), out[1:2], rtol=1e-4, atol=1e-5)
 
 
-def test_a_new_denoiser_returns_the_share_of_its_input_that_a_gaussian_prior_gives():
+def test_a_new_denoiser_is_that_of_a_gaussian_prior():
     """Its last layer starts at zero, and the preconditioning does the rest."""
     x, sigma = randn(3, 3, 20, 28), torch.tensor([0.02, 1.0, 80.0])
     expected = x * expand(PIXEL_SIGMA_DATA**2 / (PIXEL_SIGMA_DATA**2 + sigma**2), x)
     torch.testing.assert_close(TinyDenoiser(width=8, blocks=1)(x, sigma), expected)
 
 
-def test_augmentation_is_what_its_generator_says_and_keeps_the_shape():
+def test_augmentation_follows_its_generator():
+    """Augmentation follows its generator and keeps the shape."""
     image = draw(range(3), (20, 28)).image
     first, second, third = (augment(image, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert first.shape == image.shape and torch.equal(first, second) and not torch.equal(first, third)
@@ -252,7 +255,7 @@ def test_a_bundled_classifier_bears_noise_that_no_eye_sees(load):
 
 
 @pytest.mark.parametrize("sigma, ceiling", [(0.1, 0.03), (0.5, 0.13), (2.0, 0.33)])
-def test_the_bundled_denoiser_removes_noise_better_than_a_gaussian_prior(sigma, ceiling):
+def test_the_bundled_denoiser_beats_a_gaussian_prior(sigma, ceiling):
     """Root mean square error, in units of the data; the Gaussian prior leaves sigma * 0.5 / sqrt(sigma^2 + 0.25)."""
     image = draw(range(500, 564)).image
     x = image + sigma * randn(*image.shape)
@@ -265,14 +268,14 @@ def rms(values: torch.Tensor) -> float:
     return values.square().mean().sqrt().item()
 
 
-def test_a_condition_is_a_one_in_the_place_of_the_class_or_nothing():
+def test_a_condition_is_one_hot_or_zero():
     found = condition(torch.tensor([3, -1, 0]))
     assert found.shape == (3, CONDITIONS) and found.dtype == torch.float32
     assert found.nonzero().tolist() == [[0, 3], [2, 0]] and found.sum() == 2
 
 
 @pytest.mark.parametrize("sigma, apart", [(0.1, 0.01), (0.5, 0.02), (2.0, 0.05), (10.0, 0.05)])
-def test_the_conditional_denoiser_that_is_told_nothing_is_about_the_unconditional_one(sigma, apart):
+def test_without_a_class_it_is_the_unconditional_denoiser(sigma, apart):
     """It was trained on from there. Measured: 0.0045, 0.011, 0.024, 0.020 apart, and errors within 1.3 % of each other."""
     scenes = draw(range(500, 564))
     x, nothing = scenes.image + sigma * randn(*scenes.image.shape), condition(torch.full((64,), -1))
@@ -283,7 +286,8 @@ def test_the_conditional_denoiser_that_is_told_nothing_is_about_the_unconditiona
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0, 4.0])
-def test_the_conditional_denoiser_is_better_when_told_the_class_and_worse_when_told_another(sigma):
+def test_the_right_class_helps_and_another_one_harms(sigma):
+    """The conditional denoiser."""
     scenes = draw(range(500, 564))
     x, net = scenes.image + sigma * randn(*scenes.image.shape), load_conditional_denoiser()
     told, untold, wrong = (condition(label) for label in (scenes.label, torch.full((64,), -1), (scenes.label + 3) % 8))
@@ -311,7 +315,7 @@ def test_guider_and_judges_are_of_three_architectures():
 
 # Judging
 
-def test_scores_are_those_of_scenes_that_meet_what_was_wanted_and_of_scenes_that_do_not():
+def test_scores_tell_wanted_scenes_from_others():
     scenes, others = draw(range(500, 532)), draw(range(600, 632))
     for task, right, wrong in (("class", (0.95, 1), (0, 0.4)), ("depth", (0, 0.05), (0.1, 1)),
                                ("segmentation", (0.9, 1), (0.2, 0.75))):
@@ -330,7 +334,7 @@ def test_a_reference_is_the_features_of_the_first_scenes():
     torch.testing.assert_close(real.stats.mean, features(judge, whole.image).double().mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_everything_that_is_measured_of_images_is_in_range_and_tells_good_ones_from_bad_ones():
+def test_measures_are_in_range_and_tell_good_from_bad():
     judge, guider, asked = load_judge("class"), load_guider("class"), []
     real = reference(judge, 100, SIZE, torch.device("cpu"))
 

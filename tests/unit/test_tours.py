@@ -33,7 +33,7 @@ def test_a_whole_tour_is_drawn_as_its_picture():
     assert torch.allclose(drawer([places])(whole_edges(tour))[0], picture(places, tour), atol=1e-6)
 
 
-def test_a_point_that_is_sure_of_a_tour_is_drawn_as_its_picture_too():
+def test_a_certain_tour_is_drawn_as_its_picture():
     places, tour = cities(3, 11), random_tour(11, 5)
     sure = renderer([places], 0.01)(whole_edges(tour))  # each city halves itself between its two neighbours
     assert torch.allclose(sure[0], picture(places, tour), atol=1e-4)
@@ -71,7 +71,7 @@ def test_the_gradient_of_the_picture_equals_finite_differences():
         assert math.isclose(slope, (where.grad * way).sum().item(), rel_tol=1e-2, abs_tol=1e-2)
 
 
-def test_edges_are_as_strong_from_both_ends_and_none_leads_from_a_city_to_itself():
+def test_edges_are_symmetric_and_none_is_a_loop():
     edges = adjacency(randn(2, 9, 9), 0.3)
     assert torch.equal(edges, edges.mT)
     assert edges.diagonal(dim1=1, dim2=2).abs().max() == 0
@@ -107,7 +107,8 @@ def test_inserted_edges_are_those_of_a_tour_that_is_asked_for():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_two_opt_never_lengthens_and_leaves_no_turn_that_would_shorten(seed):
+def test_two_opt_ends_at_a_local_minimum(seed):
+    """It never lengthens a tour."""
     places, tour = cities(seed, 15), random_tour(15, seed)
     improved = two_opt(places, tour)
     assert visits_all(improved, 15)
@@ -161,7 +162,7 @@ def test_a_search_does_not_depend_on_the_others():
     assert torch.allclose(together[1:2], alone, atol=1e-3)
 
 
-def test_the_prior_of_pictures_finds_tours_that_are_much_shorter_than_chance():
+def test_the_prior_finds_much_shorter_tours_than_chance():
     places = [cities(seed, 15) for seed in range(6)]
     edges = find_edges(load_tour_prior(), places, list(range(6)), QUICK)
     ratios = [length(each, insert_edges(wanted)) / length(each, two_opt(each, greedy_tour(each)))

@@ -169,7 +169,8 @@ def test_every_method_of_the_table_is_held_against_its_paper():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_the_published_algorithm_on_the_other_scale_of_noise(name):
+def test_a_method_is_the_published_algorithm(name):
+    """Each method is the published algorithm on the other scale of noise."""
     x, _ = start()
     bars = [1 / (1 + sigma**2) for sigma in LEVELS]
     ratios = [a / b for a, b in zip(bars[:-1], bars[1:], strict=True)]
@@ -181,7 +182,7 @@ def test_a_method_is_the_published_algorithm_on_the_other_scale_of_noise(name):
     assert (out - sample_euler(mixture(), *start())).abs().amax((1, 2, 3)).min() > 1e-2, "guidance had something to do"
 
 
-def test_the_smoothed_energy_of_a_linear_log_likelihood_has_the_gradient_of_the_plain_one():
+def test_smoothing_keeps_the_gradient_of_linear_energies():
     """log mean_k exp(l(z) + l(xi_k)) differs from l(z) by what does not depend on z."""
     world = mixture()
     flat = replace(judge(world), net=lambda image, sigma: image.flatten(1)[:, :4], task="number", target=torch.zeros(1, 4))
@@ -208,7 +209,8 @@ def test_the_rule_of_dps_divides_by_the_smoothed_energy():
 # What holds for all of them
 
 @pytest.mark.parametrize("name", METHODS)
-def test_without_strength_it_is_the_plain_sampler_bit_for_bit_and_never_asks_the_guider(name):
+def test_without_strength_it_is_the_plain_sampler(name):
+    """The samples are the plain sampler's bit for bit, and the guider is never asked."""
     def refuse(image: Tensor, sigma: Tensor) -> Tensor:
         raise AssertionError("asked")
     passes = []
@@ -229,7 +231,7 @@ def test_an_image_does_not_depend_on_the_batch_it_is_in(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_another_seed_changes_the_samples_where_there_is_noise_and_only_there(name):
+def test_a_seed_matters_only_where_there_is_noise(name):
     method = SETTINGS[name]
     other = run(method, seeds=[SEEDS[0], 8, SEEDS[2]])
     changed = [not torch.equal(a, b) for a, b in zip(other, run(method), strict=True)]
@@ -256,7 +258,8 @@ def test_guidance_brings_more_images_of_the_wanted_class(name):
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.7])
-def test_the_gradient_through_the_denoiser_is_the_finite_difference(spread):
+def test_gradients_through_the_denoiser_are_differences(spread):
+    """The gradient through the denoiser is a finite difference of the energy."""
     world, sigma, (x, _), step = mixture(), 1.5, start([1.5]), 1e-5
     method = TrainingFree(rho=0.3, rho_rule="forward", spread=spread, samples=4)
     out = run(method, [sigma, 0.0], x=x)
@@ -272,7 +275,8 @@ def test_the_gradient_through_the_denoiser_is_the_finite_difference(spread):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
-def test_an_image_whose_gradient_is_not_finite_is_left_unguided_and_the_others_are_not(name, fault, caplog):
+def test_an_image_without_a_finite_gradient_is_unguided(name, fault, caplog):
+    """An image whose gradient is not finite is left unguided; the others are guided."""
     world, method = mixture(), replace(SETTINGS[name], recurrences=1)
     broken = torch.tensor([[1.0], [fault], [1.0]], dtype=torch.float64)
     faulty = replace(judge(world), net=lambda image, sigma: world.log_likelihood(image, sigma) * broken)
@@ -292,7 +296,7 @@ def test_the_last_step_to_an_image_is_finite_and_guided(name):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("logit", [0.0, 12.0, 16.0, 17.0, 60.0, 87.0, 200.0])
-def test_a_network_that_is_sure_of_the_target_in_single_precision_does_no_harm_and_is_no_fault(name, logit, caplog):
+def test_a_network_sure_of_its_target_does_no_harm(name, logit, caplog):
     """-log p is then 0 or a rounding, and its gradient nothing, a rounding or so small that its square is nothing."""
     def net(image: Tensor, sigma: Tensor) -> Tensor:
         tail = 1e-3 * image.flatten(1).sum(1)
@@ -309,7 +313,7 @@ def test_a_network_that_is_sure_of_the_target_in_single_precision_does_no_harm_a
 # Cost
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_passes_through_the_denoiser_are_those_of_the_steps_and_their_repetitions(name):
+def test_the_denoiser_runs_once_for_each_repeated_step(name):
     passes = []
     def counted(x: Tensor, sigma: Tensor) -> Tensor:
         passes.append(float(sigma[0]))
@@ -346,7 +350,7 @@ def test_of_latents_the_guider_judges_the_image_that_it_sees(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_works_under_inference_mode_and_changes_nothing_it_is_given(name):
+def test_it_works_in_inference_mode_and_keeps_its_inputs(name):
     torch.manual_seed(0)
     expected = run(SETTINGS[name])
     before = torch.get_rng_state()
@@ -383,7 +387,8 @@ def test_a_denoiser_that_lets_no_gradient_through_is_refused(name):
         run(SETTINGS[name], denoise=torch.no_grad()(mixture().__call__))
 
 
-def test_methods_without_rho_take_a_denoiser_that_lets_no_gradient_through():
+def test_methods_without_rho_need_no_gradients():
+    """They take a denoiser that passes none."""
     out = run(SETTINGS["mpgd"], denoise=torch.no_grad()(mixture().__call__))
     assert torch.equal(out, run(SETTINGS["mpgd"]))
 

@@ -140,7 +140,8 @@ def test_a_store_keeps_what_was_diffused_beside_the_images(tmp_path: Path):
 
 
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
-def test_stem_and_adapter_learn_together_and_a_resumed_run_is_the_same(tmp_path: Path, view: str):
+def test_stem_and_adapter_learn_together(tmp_path: Path, view: str):
+    """A resumed run is the same."""
     store, guider = latent_store(tmp_path / "store"), small_guider()
     config = DistillConfig(steps=6, batch=8, lr=3e-3)
     straight, stopped = bank_of(view), bank_of(view)
@@ -162,7 +163,7 @@ def test_stem_and_adapter_learn_together_and_a_resumed_run_is_the_same(tmp_path:
     assert same(straight.weights(1), stopped.weights(1))
 
 
-def test_a_bank_of_latents_is_saved_with_its_stems_and_their_space(tmp_path: Path):
+def test_a_bank_of_latents_is_saved_with_stems_and_space(tmp_path: Path):
     guider, bank, x = small_guider(), bank_of(shuffle=2), latents(2)
     train_a_little(bank, 1)
     save_bank(tmp_path / "bank.safetensors", bank, guider)
@@ -201,7 +202,7 @@ def test_the_memory_of_seeing_is_counted():
     assert gradient_bytes(by_stem, shape) > gradient_bytes(by_colours, shape) > 0
 
 
-def test_what_a_decoder_says_in_half_precision_is_resized_in_full():
+def test_a_decoded_half_image_is_resized_in_full_precision():
     """An antialiased resize knows no halves on a CPU, and what comes after it is as coarse as they are elsewhere."""
     decoder = torch.nn.Conv2d(C, 3, 3, padding=1)
     torch.nn.init.normal_(decoder.weight, std=0.2, generator=torch.Generator().manual_seed(0))

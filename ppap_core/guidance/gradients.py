@@ -85,15 +85,15 @@ def slice_guider(guider: Guider, part: slice, batch_size: int) -> Guider:
 
     batch_size: number of images of the whole batch. ValueError for a target or prompt of another number of images.
     """
-    sliced = {}
-    for name in ("target", "prompt"):
-        value = getattr(guider, name)
+    for name, value in (("target", guider.target), ("prompt", guider.prompt)):
         if value is not None and len(value) not in (1, batch_size):
             raise ValueError(f"the {name} of {guider.name} is for {len(value)} images but {batch_size} are sampled: give "
                              f"one {name} for all, or one for each")
-        if value is not None and len(value) > 1:
-            sliced[name] = value[part]
-    return replace(guider, **sliced)
+    return replace(guider, target=_slice(guider.target, part), prompt=_slice(guider.prompt, part))
+
+
+def _slice(value: Tensor | None, part: slice) -> Tensor | None:
+    return value if value is None or len(value) == 1 else value[part]
 
 
 def _gradient_if_it_fits(guider: Guider, point: Tensor, sigma: Tensor,

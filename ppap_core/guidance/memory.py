@@ -2,6 +2,8 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,21 +46,20 @@ def _unchanged(tensor: Tensor) -> Tensor:
 def _fake_guider(guider: Guider, mode: FakeTensorMode, without: tuple[object, ...]) -> tuple[Guider, list[Tensor]]:
     """The guider with networks of fake weights, and these weights."""
     net, weights = _to_fake(guider.net, mode, without)
-    decode = guider.decode
-    if isinstance(decode, nn.Module):
-        decode, more = _to_fake(decode, mode, without)
-        weights += more
-    elif getattr(decode, "__self__", None) is guider.net:  # a method of the network, such as a bank's stem
-        decode = getattr(net, decode.__name__)
-    return replace(guider, net=net, decode=decode), weights
+    if isinstance(guider.decode, MethodType) and guider.decode.__self__ is guider.net:  # such as a bank's stems
+        return replace(guider, net=net, decode=getattr(net, guider.decode.__name__)), weights
+    decode, more = _to_fake(guider.decode, mode, without)
+    return replace(guider, net=net, decode=decode), weights + more
 
 
-def _to_fake(net: nn.Module, mode: FakeTensorMode, without: tuple[object, ...]) -> tuple[nn.Module, list[Tensor]]:
-    """A copy of a network with fake weights, which have a shape but no values, and these weights."""
+def _to_fake(net: Any, mode: FakeTensorMode, without: tuple[object, ...]) -> tuple[Any, list[Tensor]]:
+    """A copy of a network with fake weights, which have a shape but no values, and these weights; functions have none."""
+    if not isinstance(net, nn.Module):
+        return net, []
     tensors = [*net.parameters(), *net.buffers()]
     with mode:
         empty = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
     weights = [nn.Parameter(fake, requires_grad=False) if isinstance(real, nn.Parameter) else fake
                for real, fake in zip(tensors, empty, strict=True)]
     replaced = {id(real): fake for real, fake in zip(tensors, weights, strict=True)}
-    return copy.deepcopy(net, replaced | {id(part): None for part in without}), weights
+    return copy.deepcopy(net, {**replaced, **{id(part): None for part in without}}), weights

@@ -5,7 +5,7 @@ guiders take it for their targets. The point may be anything that an image can b
 """
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ class PriorObjective:
 
 
 class PriorGradient(NamedTuple):
-    """Error of the predicted noise (B,), energy of the terms (B,), and the gradient of their sum in the image."""
+    """Error of the predicted noise (B,), energy of the terms (B,), and the gradient in the image (B, C, H, W)."""
 
     error: Tensor
     energy: Tensor
@@ -109,27 +109,22 @@ def run_prior(objective: PriorObjective, start: Tensor, config: PriorConfig, see
     return search.point.detach(), losses
 
 
-@dataclass
 class _Search:
-    objective: PriorObjective
-    start: Tensor
-    config: PriorConfig
-    seeds: Sequence[int]
-    render: Render | None
-    point: Tensor = field(init=False)
+    """The points of one search, and the loss of each step."""
 
-    def __post_init__(self):
-        self.sigmas = sigma_schedule(self.config)
+    def __init__(self, objective: PriorObjective, start: Tensor, config: PriorConfig, seeds: Sequence[int],
+                 render: Render | None):
+        self.objective, self.seeds, self.render, self.sigmas = objective, seeds, render, sigma_schedule(config)
+        self.backprop_through_model = config.backprop_through_model
         with torch.inference_mode(False):
-            self.point = self.start.detach().clone().requires_grad_(True)
+            self.point = start.detach().clone().requires_grad_(True)
 
     def loss(self, step: int) -> Tensor:
-        """[noise error, energy] as means over the batch; the gradient is that of `prior_gradient`."""
+        """[noise error, energy] as means over the batch; its gradient in the image is that of `prior_gradient`, scaled."""
         image = self.render(self.point) if self.render else self.point
         sigma = image.new_full((len(image),), self.sigmas[step])
         noise = torch.stack([torch.randn(image.shape[1:], generator=seeded(seed, step)) for seed in self.seeds]).to(image)
-        error, energy, gradient = prior_gradient(self.objective, image.detach(), noise, sigma,
-                                                 self.config.backprop_through_model)
+        error, energy, gradient = prior_gradient(self.objective, image.detach(), noise, sigma, self.backprop_through_model)
         surrogate = (_gradient_scale(self.sigmas[step], self.objective.sigma_data) * gradient * image).sum()
         return torch.stack([error.mean() + (surrogate - surrogate.detach()), energy.mean()])
 
@@ -146,7 +141,7 @@ def _require_seeds(seeds: Sequence[int], start: Tensor) -> None:
 
 def prior_gradient(objective: PriorObjective, image: Tensor, noise: Tensor, sigma: Tensor,
                    backprop_through_model: bool = False) -> PriorGradient:
-    """One draw of the objective's gradient in the image.
+    """Gradient of -log p(image) plus the weighted energies, estimated from one draw of noise; see `run_prior`.
 
     image, noise (B, C, H, W); sigma (B,), one value. backprop_through_model: whether gradients go back through the model.
     """
@@ -217,8 +212,9 @@ def renoise_and_sample(denoise: Denoiser, image: Tensor, sigma: float, sigma_min
 
 def repeat_term(term: Term, particles: int) -> Term:
     """The term for a batch that is repeated `particles` times: its values for single images are repeated; 1: as it is."""
-    repeated = {name: _repeat(getattr(term.guider, name), particles) for name in ("target", "prompt")}
-    return replace(term, guider=replace(term.guider, **repeated), mask=_repeat(term.mask, particles))
+    guider = term.guider
+    guider = replace(guider, target=_repeat(guider.target, particles), prompt=_repeat(guider.prompt, particles))
+    return replace(term, guider=guider, mask=_repeat(term.mask, particles))
 
 
 def _repeat(value: Tensor | None, particles: int) -> Tensor | None:

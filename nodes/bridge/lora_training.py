@@ -66,9 +66,9 @@ class LoraTraining:
 
     def _run_options(self, gradient_pass: GradientPass) -> RunOptions:
         run_id = {**fingerprint_model(self.model, self.positive), "data": digest(self.images)}
-        state_name = digest([run_id, self.name, vars(self.config)])
+        state_name = digest([run_id, self.name, self.config])
         return RunOptions(run_id, paths.output_folder("ppap_training", f"{state_name}.state.safetensors"),
-                          on_step=self._on_step, run_step=gradient_pass.run)
+                          save_every=50, on_step=self._on_step, run_step=gradient_pass.run)
 
     def _on_step(self, step: int, loss: float, adapters: Adapters) -> None:
         self.losses.append(loss)

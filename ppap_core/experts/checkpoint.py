@@ -41,8 +41,8 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     tensors, header = load_tensors(path)
     for key, expected in _requirements(guider, fingerprint_network(base_network(guider))).items():
         if header.get(key) != expected:
-            raise ValueError(f"{Path(path).name} does not fit: its {key} is {header.get(key)!r}, expected {expected!r}; load "
-                             "the guider that these experts were distilled for, or distill new ones")
+            raise ValueError(f"{Path(path).name} does not fit: its {key} is {header.get(key)!r}, expected {expected!r}; "
+                             "load the guider that these experts were distilled for, or distill new ones")
     try:
         schedule = ExpertSchedule(tuple(map(float, header["edges"])))
         lora = LoraSpec(int(header["rank"]), float(header["alpha"]), tuple(map(str, header["targets"])))

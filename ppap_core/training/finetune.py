@@ -1,7 +1,6 @@
-"""Low-rank fine-tuning of a diffusion model on images: with few steps and a low rank it makes a bad sibling, with more of
-both a good one."""
+"""LoRA fine-tuning of a diffusion model on images: few steps and a low rank make a bad sibling, more of both a good one."""
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +16,32 @@ Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class FineTune:
-    """The training of one sibling."""
+    """The training of one LoRA."""
 
-    steps: int = 400
+    steps: int = 400   # optimiser steps
     rank: int = 4
-    batch: int = 4
-    lr: float = 1e-3
+    batch: int = 4     # images in a step
+    lr: float = 1e-3   # first learning rate of AdamW; falls to zero along a cosine
     seed: int = 0
-    save_every: int = 50
+
+    def fingerprint_fields(self) -> dict[str, object]:
+        """Fields for `digest`, with the constant by which version 0.1.0 recognises saved work."""
+        return {**vars(self), "save_every": 50}
 
 
 def fresh_changes(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdate]:
-    """For every layer that can have one a change that is nothing yet; as LoRA starts, up is zero and down is random."""
-    changes = {}
+    """A trainable update for every layer that supports one, by name, as LoRA starts: down random, up zero.
+
+    seed: of the random numbers. ValueError if the network has no such layer.
+    """
+    changes: dict[str, LoraUpdate] = {}
     for name, layer in net.named_modules():
         if supports_lora(layer):
-            weight = layer.weight
+            weight: Tensor = layer.weight
             down = torch.empty(rank, *weight.shape[1:])
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=seeded(seed, len(changes)))
             up = torch.zeros(weight.shape[0], rank)
-            changes[name] = LoraUpdate(*(each.to(weight.device).requires_grad_(True) for each in (up, down)))
+            changes[name] = LoraUpdate(up.to(weight.device).requires_grad_(), down.to(weight.device).requires_grad_())
     if not changes:
         raise ValueError(f"{type(net).__name__} has no Linear or Conv2d layer that could be fine-tuned")
     return changes
@@ -44,30 +49,31 @@ def fresh_changes(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdate]
 
 def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune, sigma_data: float = 1.0,
               options: RunOptions = RunOptions()) -> tuple[dict[str, LoraUpdate], list[float]]:
-    """Low-rank changes of `net`, the network inside `predict`, that make it better on images (n, C, H, W), and the losses.
+    """Train low-rank updates of a network on images and return them with the loss of every step.
 
-    The loss is EDM's (Karras et al. 2022, eq. 8), which is that of noise prediction at low noise and of velocity at high.
-    The weights of the network stay as they are. options: run_id is completed by the settings and the shape of the images;
-    on_step gets the changes as they are after the step.
+    The loss is EDM's (Karras et al. 2022, eq. 8): that of noise prediction at low noise, of velocity at high noise.
+
+    net: the network inside `predict`; its weights stay as they are. images: (n, C, H, W). sigma_data: their std.
+    options: run_id is completed by the settings and the shape of the images; on_step gets the updates by layer.
+    ValueError if the network has no layer that could be updated.
     """
     with torch.inference_mode(False):
         changes = fresh_changes(net, config.rank, config.seed)
         images = images.clone()
+        adapters = {name: [change] for name, change in changes.items()}
 
         def loss(step: int) -> Tensor:
             generator = seeded(config.seed, step, 1)
             chosen = images[torch.randint(len(images), (config.batch,), generator=generator)]
             noise = torch.randn(chosen.shape, generator=generator).to(chosen)
             share = torch.rand(config.batch, generator=generator)
-            with with_adapters(net, {name: [change] for name, change in changes.items()}):
+            with with_adapters(net, adapters):
                 denoised, sigma = predict(chosen, noise, share)
             weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
             return (expand(weight, chosen) * (denoised - chosen).square()).mean()
 
         parameters = {f"{name}.{part}": getattr(change, part) for name, change in changes.items() for part in ("up", "down")}
-        run_id = {"config": {key: value for key, value in asdict(config).items() if key != "save_every"},
-                  "images": list(images.shape)}
-        options = replace(options.identified(run_id).reporting(changes), save_every=config.save_every)
+        options = options.identified({"config": dict(vars(config)), "images": list(images.shape)}).reporting(changes)
         losses = optimize(parameters, loss, config.steps, config.lr, "the fine-tuning", options)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
@@ -75,11 +81,11 @@ def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune
 
 
 def as_lora(changes: dict[str, LoraUpdate], prefix: str) -> dict[str, Tensor]:
-    """The changes under the names of a LoRA file, copied: prefix, then the layer's name."""
-    found = {}
+    """Copies of the updates under the names of a LoRA file: prefix, the layer's name, lora_up, lora_down and alpha."""
+    tensors = {}
     for name, change in changes.items():
         up = change.up.detach().clone().cpu()
-        found[f"{prefix}{name}.lora_up.weight"] = up.reshape(*up.shape, *(1,) * (change.down.ndim - 2))
-        found[f"{prefix}{name}.lora_down.weight"] = change.down.detach().clone().cpu()
-        found[f"{prefix}{name}.alpha"] = torch.tensor(float(up.shape[1]))
-    return found
+        tensors[f"{prefix}{name}.lora_up.weight"] = up.reshape(*up.shape, *(1,) * (change.down.ndim - 2))
+        tensors[f"{prefix}{name}.lora_down.weight"] = change.down.detach().clone().cpu()
+        tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(up.shape[1]))
+    return tensors

@@ -1,8 +1,9 @@
-"""Low-rank changes of a network's layers that work beside the weights and leave them as they are."""
-from collections.abc import Iterator, Sequence
+"""Low-rank updates of a network's layers that work beside the weights and leave them as they are."""
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,15 +11,15 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """scale * up @ down, to be added to a layer's weight (out, in) or (out, in, k, k): up (out, r), down (r, in[, k, k])."""
+    """scale * up @ down, added to a layer's weight (out, in) or (out, in, k, k) (Hu et al. 2021)."""
 
-    up: Tensor
-    down: Tensor
-    scale: float = 1.0
-    rows: tuple[int, int] | None = None  # first and count, where a layer's weight holds several that were once separate
+    up: Tensor                           # (out, r)
+    down: Tensor                         # (r, in) or (r, in, k, k)
+    scale: float = 1.0                   # 0 changes nothing
+    rows: tuple[int, int] | None = None  # (first, count) of the rows updated, where a weight joins several; None: all
 
-    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """What it adds to the output of the layer, for its own rows."""
+    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+        """The update of a layer's output for an input x, in the updated rows."""
         up, down = self.up.to(x), self.down.to(x)
         if down.ndim == 2:
             return self.scale * F.linear(F.linear(x, down), up)
@@ -26,18 +27,22 @@ class LoraUpdate:
         return self.scale * F.conv2d(low, up[:, :, None, None])
 
 
-Adapters = dict[str, Sequence[LoraUpdate]]  # by the name of a layer
+Adapters = Mapping[str, Sequence[LoraUpdate]]
+"""Updates by the name of a layer."""
 
 
 @contextmanager
-def with_adapters(net: nn.Module, changes: Adapters) -> Iterator[None]:
-    """In here the layers of a network behave as if their weights had these changes. ValueError for what is no such layer."""
-    layers = dict(net.named_modules())
-    for name in changes:
+def with_adapters(net: nn.Module, adapters: Adapters) -> Iterator[None]:
+    """Context manager: add low-rank updates to the layers of a network by forward hooks.
+
+    ValueError for a name of no layer, and for a layer that cannot be updated.
+    """
+    layers: dict[str, Any] = dict(net.named_modules())
+    for name in adapters:
         if not supports_lora(layers.get(name)):
             raise ValueError("a low-rank change is for Linear layers and for Conv2d layers that are ungrouped and padded by "
                              f"zeros, and {name} is {layers.get(name, 'no layer of the network')}")
-    hooks = [layers[name].register_forward_hook(partial(_add, parts)) for name, parts in changes.items()]
+    hooks = [layers[name].register_forward_hook(partial(_add, updates)) for name, updates in adapters.items()]
     try:
         yield
     finally:
@@ -45,15 +50,22 @@ def with_adapters(net: nn.Module, changes: Adapters) -> Iterator[None]:
             hook.remove()
 
 
-def supports_lora(layer: nn.Module | None) -> bool:
-    """Whether a layer can have a low-rank change."""
-    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
-    return isinstance(layer, nn.Linear) or plain
+def supports_lora(layer: Any) -> bool:
+    """Whether a layer can have a low-rank update: a linear layer, or an ungrouped 2D convolution padded by zeros.
+
+    Judged by what the layer has and not by its class: quantised and streamed layers are of their loaders' own classes.
+    """
+    ndim = getattr(getattr(layer, "weight", None), "ndim", 0)
+    if ndim == 2:
+        return hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    return (ndim == 4 and hasattr(layer, "stride") and not getattr(layer, "transposed", True)
+            and layer.groups == 1 and layer.padding_mode == "zeros")
 
 
-def _add(parts: Sequence[LoraUpdate], layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    across = -1 if isinstance(layer, nn.Linear) else 1
-    output = output.clone()  # a layer may hand out what others still need
-    for part in parts:
-        output.narrow(across, *(part.rows or (0, output.shape[across]))).add_(part(layer, inputs[0]))
+def _add(updates: Sequence[LoraUpdate], layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    output = output.clone()  # a layer may return a tensor that others still need
+    for update in updates:
+        channels = -1 if update.down.ndim == 2 else 1
+        rows = update.rows or (0, output.shape[channels])
+        output.narrow(channels, *rows).add_(update(layer, inputs[0]))
     return output

@@ -12,7 +12,7 @@ from ppap_core.training.finetune import FineTune, as_lora, fine_tune, fresh_chan
 from ppap_core.training.loop import RunOptions
 from ppap_core.training.lora import LoraUpdate, with_adapters
 
-CONFIG = FineTune(steps=60, rank=2, batch=3, lr=0.02, save_every=10)
+CONFIG = FineTune(steps=60, rank=2, batch=3, lr=0.02)
 
 
 class Net(nn.Module):

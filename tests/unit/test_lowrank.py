@@ -4,7 +4,7 @@ import torch
 from helpers import randn, says
 from torch import nn
 
-from ppap_core.training.lora import LoraUpdate, with_adapters
+from ppap_core.training.lora import LoraUpdate, supports_lora, with_adapters
 
 
 def network() -> nn.Sequential:
@@ -60,3 +60,28 @@ def test_gradients_pass_a_change():
 def test_what_is_no_layer_is_said_in_words(name, words):
     with says(ValueError, words, name), with_adapters(network(), {name: [change(4, 6)]}):
         raise AssertionError
+
+
+class ForeignLinear(nn.Module):
+    """A linear layer of another library, which shares no class with torch's."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.weight, self.bias, self.in_features, self.out_features = layer.weight, layer.bias, 6, 9
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_a_layer_is_judged_by_what_it_has_and_not_by_its_class():
+    net, foreign, x = network(), network(), randn(2, 3, 8, 6, dtype=torch.float64)
+    foreign[3] = ForeignLinear(foreign[3])
+    with with_adapters(net, CHANGES), with_adapters(foreign, CHANGES):
+        assert torch.equal(net(x), foreign(x))
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(3, 4), nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3),
+                                   nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv1d(4, 4, 3), nn.ReLU(), None],
+                         ids=str)
+def test_other_layers_support_no_change(layer):
+    assert not supports_lora(layer)

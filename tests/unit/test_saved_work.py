@@ -29,7 +29,7 @@ LEVELS = (0.3, 1.7, 30.0)  # one for each of two experts, and one above both
 SHAPE = (3, 4, 12)
 MANIFEST = {"model": "tiny world", "shape": SHAPE, "cfg": 1.0, "steps": 4, "sampler": "heun", "seed": 11}
 DISTILLATION = DistillConfig(steps=7, batch=3, lr=1e-2, seed=4, temperature=0.5, warm_start=True)
-FINE_TUNING = FineTune(steps=9, rank=1, batch=2, lr=0.01, seed=3, save_every=4)
+FINE_TUNING = FineTune(steps=9, rank=1, batch=2, lr=0.01, seed=3)
 PRIOR = PriorConfig(steps=11, learning_rate=0.5)
 TUNED = ("diffusion_model.net.stem.lora_down.weight", "diffusion_model.net.head.lora_up.weight")  # two of them are compared
 

@@ -1,5 +1,6 @@
 """LoRA adapters inside a network, one per expert, switched in place. The only file that uses peft."""
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,8 @@ def inject_adapters(net: nn.Module, spec: LoraSpec, count: int) -> None:
                           "with a plain guider works without it") from error
     names = "|".join(re.escape(name) for name in spec.targets)
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=f"({names})")  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws from the global generator
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several adapters are the point
         for index in range(count):
             inject_adapter_in_model(config, net, adapter_name=_name(index))
 

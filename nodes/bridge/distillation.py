@@ -1,6 +1,7 @@
 """Distillation of experts: a MODEL generates images, and a guider's experts learn from the steps that led to them."""
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import comfy.sample
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import ExpertBank, base_network
+from ...ppap_core.experts.checkpoint import save_bank
 from ...ppap_core.experts.distill import DistillConfig, distill
 from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from ...ppap_core.guiders.guider import Guider
@@ -19,6 +21,7 @@ from ...ppap_core.rng import seeded_noise
 from ...ppap_core.schedules import ExpertSchedule
 from . import latents, noise_levels, paths
 from .autograd import outside_inference_mode
+from .fingerprint import fingerprint_model, fingerprint_vae
 from .hooks import Feature
 from .latents import Patcher
 from .memory import load_to_train
@@ -39,8 +42,9 @@ class Samples:
 class SampleGenerator(Feature):
     """Samples images with a MODEL, and records the steps that lead to them.
 
-    latent: an empty LATENT, whose batch is sampled at once. vae: decodes the samples; None for pixels. The seed of
-    `settings` is not used, since each image has its own, and neither is `denoise`.
+    latent: an empty LATENT, whose batch is sampled at once. vae: decodes the samples; None for pixels. settings: of every
+    image but its seed, since image i has seed + i; they are new images, whatever `denoise` says.
+    ValueError for a model that experts cannot be distilled for.
     """
 
     done: int  # images in the store
@@ -48,14 +52,27 @@ class SampleGenerator(Feature):
 
     def __init__(self, model: Patcher, vae: comfy.sd.VAE | None, latent: dict, settings: SamplerSettings):
         self.model, self.vae, self.settings = model, vae, settings
+        self.space = space_to_distil(model, vae)
         self.shape = tuple(latents.resize_empty_latent(model, latent).shape)
         self.recorder, self.recording_model = TrajectoryRecorder(), model.clone()
         self.recording_model.set_model_sampler_post_cfg_function(self.post_cfg)
 
-    def fill(self, store: SampleStore, count: int) -> None:
-        """Generate until the store holds `count` images. Cancelling loses only the file that is not finished."""
+    def fill(self, name: str, count: int) -> Samples:
+        """Generate until the store of a name holds `count` images. Cancelling loses only the file that is not finished.
+
+        ValueError for a store that holds images of another manifest.
+        """
+        store = SampleStore(paths.output_folder("ppap_samples", paths.checked_file_name(name)), self.manifest())
         self.done, self.progress = len(store), Progress(count * self.settings.steps)
         store.fill(count, self.generate)
+        return Samples(store, self.space)
+
+    def manifest(self) -> dict:
+        """Return what the images are made from, as JSON values."""
+        settings = self.settings
+        return {**fingerprint_model(self.model, settings.positive, settings.negative), "vae": fingerprint_vae(self.vae),
+                "shape": list(self.shape), "cfg": settings.cfg, "steps": settings.steps, "sampler": settings.sampler_name,
+                "scheduler": settings.scheduler, "seed": settings.seed}
 
     def post_cfg(self, args: dict) -> Tensor:
         """Record one step, and leave the prediction as it is."""
@@ -92,11 +109,6 @@ def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | N
     if not latents.is_pixel(model) and vae is None:
         raise ValueError("this model diffuses latents, and the untouched network looks at images: connect the model's VAE")
     return latents.space_of(model)
-
-
-def open_store(name: str, manifest: dict) -> SampleStore:
-    """Open or create the store of a name. ValueError if it holds images of another manifest."""
-    return SampleStore(paths.output_folder("ppap_samples", paths.checked_file_name(name)), manifest)
 
 
 def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:
@@ -142,3 +154,12 @@ def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str
     """Return untrained experts of a plain guider."""
     with outside_inference_mode():
         return ExpertBank(base_network(guider), schedule, lora, view, seed, space)
+
+
+def save_experts(guider: Guider, name: str) -> Path:
+    """Save a guider's experts under a name, and return the file. ValueError for a guider without experts."""
+    if not isinstance(guider.net, ExpertBank):
+        raise ValueError(f"{guider.name} has no experts to save: connect the guider that comes out of Distill Experts")
+    file = paths.new_expert_file(name)
+    save_bank(file, guider.net, guider)
+    return file

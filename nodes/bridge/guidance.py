@@ -177,6 +177,16 @@ def require_same_space(guider: Guider, model: Patcher) -> None:
                          f"kind is {kind}: use experts that were distilled for a model of this kind, or the plain guider")
 
 
+def with_view(guider: Guider, view: str) -> Guider:
+    """Return the guider with another view; "own" keeps its own. ValueError for experts, which know one view only."""
+    if view in ("own", guider.view):
+        return guider
+    if isinstance(guider.net, ExpertBank):
+        raise ValueError(f"the experts of {guider.name} were distilled for the {guider.view} view, not the {view} one: "
+                         "choose 'own', or distil experts for that view")
+    return replace(guider, view=view)
+
+
 def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
                  vae: comfy.sd.VAE | None) -> tuple[list[Decode | None], list[torch.nn.Module]]:
     """Return how each term's guider decodes what a model diffuses, and every network that takes part.

@@ -33,7 +33,7 @@ def guider_source(name: str) -> Callable[[str], Guider]:
 def load_guider(name: str, answer: str = "own") -> Guider:
     """A guider by the name in the list; read once for as long as its network is in use. ValueError for any other name."""
     load = guider_source(name)
-    key = (name, answer, *paths.guider_state(name))
+    key = (name, answer, *paths.guider_stamp(name))
     net = _loaded.get(key)
     if net is None:
         with outside_inference_mode():

@@ -1,4 +1,4 @@
-"""Nodes that load: the tiny world, guiders, experts."""
+"""Nodes that make guiders: load a network, download one, choose a rule."""
 from comfy_api.latest import io
 
 from ...ppap_core.guiders.loaders import OUTPUTS
@@ -15,18 +15,18 @@ class PPAPLoadGuider(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPLoadGuider", display_name="Load Guider", category=CATEGORY,
-            description="A network that judges images and can steer a diffusion model. The tiny world's own come with the "
-                        "pack; others are folders in models/ppap_guiders, with config.json and safetensors, as their hub "
-                        "pages offer them: of timm any, of transformers classifiers, CLIP and SigLIP, depth, segmentation, "
-                        "CLIPSeg and DINO. What cannot be loaded is refused with a sentence that says why.",
+            description="Loads a network that judges images and can guide a diffusion model. Those of the tiny world come "
+                        "with the pack. Others are folders in models/ppap_guiders, with config.json and safetensors, as "
+                        "their hub pages offer them: any network of timm, and classifiers, CLIP, SigLIP, depth, "
+                        "segmentation, CLIPSeg and DINO of transformers. Others are refused with the reason.",
             inputs=[io.Combo.Input("guider_name", options=list(guider_cache.guider_sources()),
-                                   tooltip="The network. tinyworld/... come with the pack."),
+                                   tooltip="The network. Those of tinyworld/ come with the pack."),
                     io.Combo.Input("answer", options=list(OUTPUTS), default="own", optional=True,
-                                   tooltip="What is read of the network. own: its answer, such as classes or depth. Or how "
-                                           "it sees an image inside: structure (what is where, without colours; DINO or "
-                                           "timm), style (textures and colours, without places; timm, such as VGG), "
-                                           "embedding (what it is like as a whole).")],
-            outputs=[GuiderType.Output(display_name="guider", tooltip="The network, not aimed at anything yet.")])
+                                   tooltip="Which output of the network is used. own: that of its task, such as classes or "
+                                           "depth. Or features from inside it: structure (what is where, without colours; "
+                                           "DINO or timm), style (textures and colours, without places; timm, such as VGG), "
+                                           "embedding (the image as a whole).")],
+            outputs=[GuiderType.Output(display_name="guider", tooltip="The network, without a target.")])
 
     @classmethod
     def validate_inputs(cls, guider_name, answer="own"):
@@ -34,7 +34,7 @@ class PPAPLoadGuider(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, guider_name, answer="own"):
-        return paths.guider_state(guider_name)
+        return paths.guider_stamp(guider_name)
 
     @classmethod
     def execute(cls, guider_name, answer="own"):
@@ -46,10 +46,10 @@ class PPAPDownloadGuider(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPDownloadGuider", display_name="Download Guider", category=CATEGORY, is_output_node=True,
-            description="Fetch a network from the Hugging Face hub into models/ppap_guiders: its safetensors and the small "
-                        "files that say what it is, nothing that can hold code. Only when this node is queued.",
+            description="Downloads a network from the Hugging Face hub into models/ppap_guiders: its safetensors and the "
+                        "small files that describe it, nothing that can hold code. Only when this node is queued.",
             inputs=[io.String.Input("repo_id", default="",
-                                    tooltip="Owner and name of the network, as the head of its page has them, such as: "
+                                    tooltip="Owner and name of the network, as at the top of its page, such as: "
                                             "timm/resnet18.a1_in1k")],
             hidden=[io.Hidden.unique_id])
 
@@ -59,15 +59,15 @@ class PPAPDownloadGuider(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, repo_id):
-        return paths.download_state(repo_id)
+        return paths.download_stamp(repo_id)
 
     @classmethod
     def execute(cls, repo_id):
         folder = paths.downloaded_guider(repo_id)
-        known = folder.exists()
+        existed = folder.exists()
         download(repo_id, folder, progress.ShareProgress())
-        done = f"{folder.name} is there already" if known else f"downloaded {folder.name}"
-        return io.NodeOutput(ui=progress.show_text(cls, f"{done}: press R and choose it in Load Guider"))
+        outcome = f"{folder.name} is there already" if existed else f"downloaded {folder.name}"
+        return io.NodeOutput(ui=progress.show_text(cls, f"{outcome}: press R and choose it in Load Guider"))
 
 
 class PPAPRule(io.ComfyNode):
@@ -75,14 +75,14 @@ class PPAPRule(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPRule", display_name="Rule", category=CATEGORY,
-            description="A guider without a network: something that can be measured in any image. Nothing needs to be "
-                        "downloaded or trained, and it costs next to nothing.",
+            description="A guider without a network: something that can be measured in any image. It needs no download and "
+                        "no training, and costs next to nothing.",
             inputs=[io.Combo.Input("rule", options=list(RULES), default="colours",
                                    tooltip="colours, layout and edges are aimed at an image; brightness, contrast, "
                                            "saturation and sharpness at a number; symmetry, seamless tiling and smoothness "
                                            "need no target.")],
             outputs=[GuiderType.Output(display_name="guider",
-                                       tooltip="The rule, for Aim at Image or Aim at Number, or for Guidance Term at once "
+                                       tooltip="The rule, for Aim at Image or Aim at Number, or directly for Guidance Term "
                                                "if it needs no target.")])
 
     @classmethod

@@ -1,17 +1,73 @@
-"""Inputs that several nodes share."""
+"""What the schemas of several nodes share: inputs, and names under which a node is also found."""
+from dataclasses import fields
+from typing import Any
+
 from comfy_api.latest import io
+
+from ..bridge import sampler
+from .io_types import TermsType
 
 IN_PREDICTION, THROUGH_MODEL = "in the prediction", "through the model"
 
 
-def limit_input() -> io.Float.Input:
+def also_found_as(*names: str) -> dict[str, Any]:
+    """Return arguments of io.Schema by which a search finds a node; older versions of ComfyUI have no such names."""
+    return {"search_aliases": list(names)} if "search_aliases" in {field.name for field in fields(io.Schema)} else {}
+
+
+def model_input() -> io.Input:
+    return io.Model.Input("model", tooltip="A diffusion model, of latents or of pixels. It stays as it is.")
+
+
+def positive_input() -> io.Input:
+    return io.Conditioning.Input("positive", tooltip="What the model should show.")
+
+
+def negative_input() -> io.Input:
+    return io.Conditioning.Input("negative", tooltip="What the model should avoid.")
+
+
+def cfg_input() -> io.Input:
+    return io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+                          tooltip="Classifier-free guidance of the model itself. Neutral: 1.")
+
+
+def sampler_inputs() -> list[io.Input]:
+    return [cfg_input(),
+            io.Combo.Input("sampler_name", options=sampler.SAMPLERS, default="euler", tooltip="The sampling algorithm."),
+            io.Combo.Input("scheduler", options=sampler.SCHEDULERS, default="karras",
+                           tooltip="How the noise falls from step to step.")]
+
+
+def terms_input() -> io.Input:
+    return TermsType.Input("terms", tooltip="What guides the sampling, from Guidance Term.")
+
+
+def limit_input() -> io.Input:
     return io.Float.Input("max_rms", default=0.0, min=0.0, max=100.0, step=0.01,
-                          tooltip="Upper limit for the size of the shift in one step, as its root mean square where images "
-                                  "span -1 to 1, or in latents; try 0.3 when images burn out. Neutral: 0, no limit.")
+                          tooltip="Upper limit of the shift in one step: its root mean square, where images span -1 to 1, "
+                                  "or in latents. Try 0.3 when images burn out. Neutral: 0, no limit.")
 
 
-def vae_input() -> io.Vae.Input:
+def vae_input() -> io.Input:
     return io.Vae.Input("vae", optional=True,
-                        tooltip="For models of latents: guiders of the denoised view then look at the decoded image, which "
-                                "is exact and costs more. Without it they look at the latent's colours. Guiders with "
-                                "experts use the small decoder they were trained with instead.")
+                        tooltip="For latent models: guiders of the denoised view then judge the decoded image, which is "
+                                "exact and costs more. Without it they judge a preview made of the latent's colours. "
+                                "Guiders with experts use the small decoder that they were trained with in either case.")
+
+
+def window_inputs() -> list[io.Input]:
+    return [io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
+                           tooltip="Where guidance begins, as a share of the noise schedule. Neutral: 0, at the start."),
+            io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
+                           tooltip="Where guidance ends, as a share of the noise schedule. Neutral: 1, at the end."),
+            io.Float.Input("factor_at_start", default=1.0, min=0.0, max=100.0, step=0.05,
+                           tooltip="Multiplies the strength at start_percent. Neutral: 1."),
+            io.Float.Input("factor_at_end", default=1.0, min=0.0, max=100.0, step=0.05,
+                           tooltip="Multiplies the strength at end_percent; in between, the factor changes evenly. "
+                                   "Neutral: 1.")]
+
+
+def learning_rate_input(neutral: str) -> io.Input:
+    return io.Float.Input("learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-5, round=1e-7,
+                          tooltip=f"Size of the training steps at the start; it falls to zero. Neutral: 0, {neutral}.")

@@ -1,8 +1,8 @@
-"""What flows along the wires of this pack."""
+"""Types of this pack's sockets."""
 from comfy_api.latest import io
 
-GuiderType = io.Custom("PPAP_GUIDER")    # ppap_core.guider.Guider
-TermsType = io.Custom("PPAP_TERMS")      # tuple[GuidanceTerm, ...]
-SamplesType = io.Custom("PPAP_SAMPLES")  # Samples
-ReportType = io.Custom("PPAP_REPORT")    # Report
-LossesType = io.Custom("PPAP_LOSSES")    # {"interval of noise": [loss of each step]}
+GuiderType = io.Custom("PPAP_GUIDER")    # ppap_core.Guider
+TermsType = io.Custom("PPAP_TERMS")      # tuple[bridge.guidance.GuidanceTerm, ...]
+SamplesType = io.Custom("PPAP_SAMPLES")  # bridge.distillation.Samples
+ReportType = io.Custom("PPAP_REPORT")    # bridge.guidance.Report
+LossesType = io.Custom("PPAP_LOSSES")    # {"interval of noise levels": [loss of each step]}

@@ -1,10 +1,11 @@
-"""Nodes that show: losses, what guidance did, what a guider sees."""
+"""Nodes that show: losses, what guidance did, and what a guider sees."""
 from comfy_api.latest import io
 
 from ...ppap_core.guiders.visualize import visualize
 from ...ppap_core.viz.plots import guidance_plot, loss_plot
 from ...ppap_core.viz.summary import summarize_guidance
 from ..bridge import guidance, guider_cache, progress, tensors
+from .inputs import also_found_as
 from .io_types import GuiderType, LossesType, ReportType
 
 CATEGORY = "PPAP/reports"
@@ -15,8 +16,8 @@ class PPAPPlotLosses(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPPlotLosses", display_name="Plot Losses", category=CATEGORY,
-            description="How well each expert learned: one line for each range of noise, lower is better.",
-            inputs=[LossesType.Input("losses", tooltip="From Distil Experts.")],
+            description="Shows how well each expert learned: one line for each range of noise, lower is better.",
+            inputs=[LossesType.Input("losses", tooltip="From Distill Experts.")],
             outputs=[io.Image.Output(tooltip="The plot.")])
 
     @classmethod
@@ -29,8 +30,8 @@ class PPAPPlotGuidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPPlotGuidance", display_name="Plot Guidance", category=CATEGORY,
-            description="What guidance did: for each term its energy (lower is closer to the target) and the size of its "
-                        "shift, step by step.",
+            description="Shows what guidance did, step by step: the energy of each term (lower is closer to the target) and "
+                        "the size of its shift.",
             inputs=[ReportType.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
             outputs=[io.Image.Output(tooltip="The plot.")])
 
@@ -43,8 +44,9 @@ class PPAPReadGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="PPAPReadGuidance", display_name="Read Guidance", category=CATEGORY, is_output_node=True,
-            description="What guidance did, in words: in how many steps each term was at work, its energy at first and at "
+            node_id="PPAPReadGuidance", display_name="Guidance Summary", category=CATEGORY, is_output_node=True,
+            **also_found_as("Read Guidance"),
+            description="Says what guidance did in words: in how many steps each term acted, its energy at first and at "
                         "last (lower is closer to the target), and how far it moved the image.",
             inputs=[ReportType.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
             outputs=[io.String.Output(display_name="text", tooltip="One line for each term.")],
@@ -61,10 +63,10 @@ class PPAPGuidanceReport(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPGuidanceReport", display_name="Guidance Report", category=CATEGORY,
-            description="What guidance did while any sampler made this latent with this steered model.",
-            inputs=[io.Model.Input("model", tooltip="The steered model, from Apply Guidance."),
-                    io.Latent.Input("latent", tooltip="What a sampler made with it.")],
-            outputs=[ReportType.Output(display_name="report", tooltip="For Plot Guidance.")])
+            description="Reports what guidance did while a sampler made this latent with this guided model.",
+            inputs=[io.Model.Input("model", tooltip="The guided model, from Apply Guidance."),
+                    io.Latent.Input("latent", tooltip="A latent that a sampler made with it.")],
+            outputs=[ReportType.Output(display_name="report", tooltip="For Plot Guidance and Guidance Summary.")])
 
     @classmethod
     def execute(cls, model, latent):
@@ -75,9 +77,10 @@ class PPAPLookThrough(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="PPAPLookThrough", display_name="Look Through", category=CATEGORY,
-            description="What a guider sees in images: how sure it is of each class, a depth map, coloured regions, a mask, "
-                        "the number it measures, or how close the image is to what it is aimed at.",
+            node_id="PPAPLookThrough", display_name="Preview Guider", category=CATEGORY,
+            **also_found_as("Look Through"),
+            description="Shows what a guider sees in images: how likely each class is, a depth map, coloured regions, a "
+                        "mask, the number it measures, or how close the image is to its target.",
             inputs=[GuiderType.Input("guider", tooltip="Any guider. A target is needed only to show how close an image is "
                                                        "to it."),
                     io.Image.Input("image", tooltip="Images without noise.")],

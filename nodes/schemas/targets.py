@@ -1,4 +1,4 @@
-"""Nodes that aim a guider."""
+"""Nodes that aim a guider: they give it a target."""
 from comfy_api.latest import io
 
 from ...ppap_core.guiders.targets import (
@@ -27,13 +27,13 @@ class PPAPAimAtClass(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtClass", display_name="Aim at Class", category=CATEGORY,
-            description="Tell a classifier which class it should steer towards.",
+            description="Chooses the class that a classifier guides towards.",
             inputs=[GuiderType.Input("guider", tooltip="A classifier, with or without experts."),
                     io.String.Input("classes", default="star",
-                                    tooltip="A class by name or number, such as: star. A comma begins the next image of the "
-                                            "batch: star, disk, heart, ring. A plus puts several into one image, each with "
-                                            "its weight after a colon: star + ring:0.5. A negative weight stays away: "
-                                            "star + ring:-1. Neutral: the weight 0.")],
+                                    tooltip="A class by name or number, such as: star. Commas separate the images of the "
+                                            "batch: star, disk, heart, ring. A plus puts several classes into one image, "
+                                            "each with its weight after a colon: star + ring:0.5. A negative weight guides "
+                                            "away: star + ring:-1. Neutral: the weight 0.")],
             outputs=[aimed_output()])
 
     @classmethod
@@ -47,15 +47,15 @@ class PPAPAimAtText(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtText", display_name="Aim at Text", category=CATEGORY,
-            description="Say in words what a text-image network should see in the image, or what a network that marks "
-                        "things should mark.",
-            inputs=[GuiderType.Input("guider", tooltip="A network that knows texts: CLIP, SigLIP, CLIPSeg."),
+            description="Says in words what a text-image network should see in the image, or what CLIPSeg should mark in "
+                        "it.",
+            inputs=[GuiderType.Input("guider", tooltip="A network that understands text: CLIP, SigLIP, CLIPSeg."),
                     io.String.Input("text", default="a photo of a lighthouse", multiline=True,
-                                    tooltip="What the image shall show, as in a caption. One line is for the whole batch; "
-                                            "several lines are for one image each.")],
+                                    tooltip="What the image should show, written as a caption. One line serves the whole "
+                                            "batch; several lines serve one image each.")],
             outputs=[GuiderType.Output(display_name="guider",
-                                       tooltip="CLIP and SigLIP: the guider with a target, for Guidance Term. CLIPSeg: the "
-                                               "guider that marks what the text says, for Aim at Mask and Look Through.")])
+                                       tooltip="CLIP and SigLIP: the guider with a target, for Guidance Term. CLIPSeg: a "
+                                               "guider that marks what the text says, for Aim at Mask and Preview Guider.")])
 
     @classmethod
     def execute(cls, guider, text):
@@ -68,15 +68,15 @@ class PPAPAimAtImage(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtImage", display_name="Aim at Image", category=CATEGORY,
-            description="Show a guider an image that it should see again: the same depth, regions, class, style, structure, "
-                        "colours, or whatever it looks for.",
+            description="Shows a guider an image that it should recognise again: the same depth, regions, class, style, "
+                        "structure, colours, or whatever else it looks for.",
             inputs=[GuiderType.Input("guider", tooltip="Any network or rule that looks at images, with or without experts."),
                     io.Image.Input("image", tooltip="One image for the whole batch, or one for each image of it."),
                     io.Combo.Input("image_is", options=[PICTURE, MAP], default=PICTURE,
-                                   tooltip="a picture: the guider looks at it, and what it sees becomes the target. a map: "
+                                   tooltip="a picture: the guider looks at it, and its output becomes the target. a map: "
                                            "the image is the target itself, for guiders of depth (grey, near is white), "
-                                           "regions (the colours that Look Through shows) and masks (white where the "
-                                           "thing shall be).")],
+                                           "regions (the colours that Preview Guider shows) and masks (white where the "
+                                           "thing should be).")],
             outputs=[aimed_output()])
 
     @classmethod
@@ -92,13 +92,13 @@ class PPAPAimAtMask(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtMask", display_name="Aim at Mask", category=CATEGORY,
-            description="Say where something shall be: paint the place, and name the class.",
+            description="Says where something should be: paint the place, and name the class.",
             inputs=[GuiderType.Input("guider", tooltip="A segmentation network, or CLIPSeg after Aim at Text."),
-                    io.Mask.Input("mask", tooltip="White where the thing shall be, of any size, over the whole image. One "
+                    io.Mask.Input("mask", tooltip="White where the thing should be, of any size, over the whole image. One "
                                                   "mask for the whole batch, or one for each image of it."),
                     io.String.Input("name", default="star",
-                                    tooltip="The class that shall fill the mask, by name or number; outside of it anything "
-                                            "may be. Not used after Aim at Text, which has said it already.")],
+                                    tooltip="The class that should fill the mask, by name or number; anything may be "
+                                            "outside it. Not used after Aim at Text, whose text names it.")],
             outputs=[aimed_output()])
 
     @classmethod
@@ -112,12 +112,12 @@ class PPAPAimAtNumber(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtNumber", display_name="Aim at Number", category=CATEGORY,
-            description="Say how bright, sharp, colourful or beautiful an image shall be, to a guider that measures it.",
+            description="Says how bright, sharp, colourful or beautiful an image should be, to a guider that measures it.",
             inputs=[GuiderType.Input("guider", tooltip="A rule such as brightness, or a network that gives a score."),
                     io.Float.Input("number", default=0.5, min=-1000.0, max=1000.0, step=0.01,
-                                   tooltip="What the guider shall measure; Look Through shows what it measures in any "
-                                           "image. Neutral: what the image has already; no steering at all is weight 0 in "
-                                           "Guidance Term.")],
+                                   tooltip="What the guider should measure; Preview Guider shows what it measures in any "
+                                           "image. Neutral: what the image has already. To guide not at all, set weight to "
+                                           "0 in Guidance Term.")],
             outputs=[aimed_output()])
 
     @classmethod
@@ -131,11 +131,12 @@ class PPAPPalette(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPPalette", display_name="Palette", category=CATEGORY,
-            description="Colours as an image of stripes. Wired into Aim at Image of the rule 'colours', it steers towards "
-                        "these colours.",
+            description="Draws colours as an image of stripes. Wired into Aim at Image with the rule 'colours', it guides "
+                        "towards these colours.",
             inputs=[io.String.Input("colours", default="#1d3557, #e63946, #f1faee:2",
                                     tooltip="Colours as six hexadecimal digits, separated by commas. A colon and a number "
-                                            "say how much of the image a colour takes, beside the others. Neutral: 1.")],
+                                            "say how much of the image a colour takes, relative to the others. Neutral: "
+                                            "1.")],
             outputs=[io.Image.Output(tooltip="The stripes, for Aim at Image.")])
 
     @classmethod
@@ -152,14 +153,14 @@ class PPAPCutOuts(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPCutOuts", display_name="Cut-outs", category=CATEGORY,
-            description="Let a network look at parts of the image too, not only at the whole: it sees details that are lost "
-                        "in the small picture it makes of the whole.",
+            description="Lets a network look at parts of the image as well as the whole: it then sees details that are lost "
+                        "when the whole is made small for it.",
             inputs=[GuiderType.Input("guider", tooltip="A network for classes, texts, embeddings, style or scores."),
                     io.Int.Input("count", default=8, min=0, max=64,
-                                 tooltip="How many parts are judged beside the whole image, others at each noise level; "
-                                         "each costs as much as the whole. Neutral: 0, only the whole image.")],
-            outputs=[GuiderType.Output(display_name="guider", tooltip="The guider that looks at parts too; a target that it "
-                                                                      "had is kept.")])
+                                 tooltip="How many parts are judged beside the whole image, different ones at each noise "
+                                         "level; each costs as much as the whole. Neutral: 0, only the whole image.")],
+            outputs=[GuiderType.Output(display_name="guider", tooltip="The guider that looks at parts too. A target that it "
+                                                                      "has is kept.")])
 
     @classmethod
     def execute(cls, guider, count):

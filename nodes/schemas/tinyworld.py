@@ -14,18 +14,18 @@ class PPAPTinyWorld(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPTinyWorld", display_name="Tiny World", category=CATEGORY,
-            description="A real diffusion model small enough for a laptop: it draws one shape in front of a wall, 32 "
-                        "pixels wide. Everything the KSampler needs comes with it.",
+            description="Loads a real diffusion model small enough for a laptop, which draws one shape in front of a wall, "
+                        "32 pixels wide, and everything else that the KSampler needs.",
             inputs=[io.Int.Input("batch_size", default=4, min=1, max=256,
                                  tooltip="How many images are sampled at once."),
                     io.Combo.Input("version", options=list(tinyworld.TINY_DENOISERS), default="denoiser", optional=True,
-                                   tooltip="bad sibling: half as wide and with a sixteenth of the training, for "
-                                           "Autoguidance.")],
+                                   tooltip="denoiser: the model itself. bad sibling: half as wide and with a sixteenth of "
+                                           "the training, for Autoguidance.")],
             outputs=[io.Model.Output(tooltip="The trained tiny denoiser; any sampler and scheduler samples it."),
-                     io.Conditioning.Output(tooltip="Nothing: the model takes no prompt. Connect it as positive and "
+                     io.Conditioning.Output(tooltip="Empty, since the model takes no prompt. Connect it as positive and "
                                                     "negative."),
                      io.Latent.Output(tooltip="Empty images of the model's size."),
-                     io.Vae.Output(tooltip="Turns its latents, which are pixels already, into images.")])
+                     io.Vae.Output(tooltip="Turns its latents, which are already pixels, into images.")])
 
     @classmethod
     def execute(cls, batch_size, version="denoiser"):
@@ -38,8 +38,9 @@ class PPAPTinyLatentWorld(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPTinyLatentWorld", display_name="Tiny Latent World", category=CATEGORY,
-            description="Real latent diffusion models small enough for a laptop, that draw the same shapes 128 pixels wide "
-                        "and know them by name. The flow model and the VAE are files too, for ComfyUI's own loaders.",
+            description="Loads a real latent diffusion model small enough for a laptop, which draws the same shapes 128 "
+                        "pixels wide and knows them by name. The flow model and the VAE are also files for ComfyUI's own "
+                        "loaders.",
             inputs=[io.Combo.Input("kind", options=list(tinyworld.TINY_MODELS),
                                    tooltip="flow: in the layout of Stable Diffusion 3. eps: noise-predicting, with the "
                                            "schedule of Stable Diffusion 1.5. Both diffuse the same latents.")],
@@ -56,10 +57,10 @@ class PPAPClassConditioning(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPClassConditioning", display_name="Class Conditioning", category=CATEGORY,
-            description="What the latent tiny world is asked to draw, in the place of a text prompt.",
+            description="Chooses what the latent tiny world draws, in the place of a text prompt.",
             inputs=[io.String.Input("classes", default="",
-                                    tooltip=f"One of {', '.join(CLASSES)}, or one for each image, with commas. Empty: "
-                                            "anything, as an empty prompt.")],
+                                    tooltip=f"One of {', '.join(CLASSES)}, or one for each image, separated by "
+                                            "commas. Empty: anything, as with an empty prompt.")],
             outputs=[io.Conditioning.Output(tooltip="For a sampler's positive or negative.")])
 
     @classmethod

@@ -12,18 +12,19 @@ def method(node: ast.ClassDef, name: str) -> ast.FunctionDef:
     return next(part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == name)
 
 
-LISTS = {function.name: part.value.elts for tree in TREES.values() for function in tree.body
-         if isinstance(function, ast.FunctionDef) for part in function.body
-         if isinstance(part, ast.Return) and isinstance(part.value, ast.List)}
+SHARED = {function.name: part.value for tree in TREES.values() for function in tree.body
+          if isinstance(function, ast.FunctionDef) for part in function.body if isinstance(part, ast.Return)}
 
 
-def listed(value: ast.expr) -> list[ast.expr]:
-    """The parts of a list; where nodes share inputs, a function returns a list of them."""
+def slots(value: ast.expr) -> list[ast.Call]:
+    """The inputs or outputs of a schema, through the functions that several schemas share."""
+    if isinstance(value, ast.List):
+        return [slot for part in value.elts for slot in slots(part)]
     if isinstance(value, ast.Starred):
-        return listed(value.value)
-    if isinstance(value, ast.Call):
-        return LISTS[value.func.id]
-    return [each for part in value.elts for each in (listed(part) if isinstance(part, ast.Starred) else [part])]
+        return slots(value.value)
+    if isinstance(value.func, ast.Name):
+        return slots(SHARED[value.func.id])
+    return [value]
 
 
 EVERY = [pytest.param(node, id=node.name) for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -43,21 +44,18 @@ def test_every_input_and_output_says_what_it_is(node: ast.ClassDef):
     [schema] = [part.value for part in method(node, "define_schema").body if isinstance(part, ast.Return)]
     given = {keyword.arg: keyword.value for keyword in schema.keywords}
     assert given["node_id"].value == node.name and given["description"] and given["display_name"]
-    for slot in (*listed(given["inputs"]), *getattr(given.get("outputs"), "elts", [])):
-        if isinstance(slot.func, ast.Attribute):  # the few shared inputs are functions
-            assert "tooltip" in {keyword.arg for keyword in slot.keywords}, ast.unparse(slot)
+    for side in given.keys() & {"inputs", "outputs"}:
+        assert all("tooltip" in {keyword.arg for keyword in slot.keywords} for slot in slots(given[side])), side
 
 
 @pytest.mark.parametrize("node", EVERY)
 def test_execute_takes_the_inputs_in_the_order_of_the_schema(node: ast.ClassDef):
     [schema] = [part.value for part in method(node, "define_schema").body if isinstance(part, ast.Return)]
-    [inputs] = [listed(keyword.value) for keyword in schema.keywords if keyword.arg == "inputs"]
-    shared = {"limit_input": "max_rms", "terms_input": "terms", "vae_input": "vae"}
-    names = [each.args[0].value if each.args else shared[each.func.id] for each in inputs]
+    inputs = [slot for keyword in schema.keywords if keyword.arg == "inputs" for slot in slots(keyword.value)]
+    names = [slot.args[0].value for slot in inputs]
     arguments = method(node, "execute").args
     assert [argument.arg for argument in arguments.args[1:]] == names
-    optional = [name for name, each in zip(names, inputs, strict=True)
-                if name == "vae" or "optional" in {word.arg for word in each.keywords}]
+    optional = [name for name, slot in zip(names, inputs, strict=True) if "optional" in {word.arg for word in slot.keywords}]
     assert names[len(names) - len(arguments.defaults):] == optional, "optional inputs have defaults and come last"
 
 

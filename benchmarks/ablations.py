@@ -1,21 +1,21 @@
-"""Changes of a guider at the time of guidance, for the benchmark: none needs training."""
+"""Ablations: changes of a guider that need no training."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ppap_core.experts.bank import ExpertBank
-from ppap_core.guiders.guider import Guider
+from ppap_core import ExpertBank, Guider
 
 from .ppap_reference import lower_on_edges
 
 
 class Softplus(TorchFunctionMode):
-    """In here every ReLU is a softplus, whose gradient does not jump."""
+    """Context manager: computes a softplus in place of every ReLU, so that gradients do not jump."""
 
     def __init__(self, beta: float):
         super().__init__()
@@ -28,9 +28,9 @@ class Softplus(TorchFunctionMode):
 
 
 class Smooth(nn.Module):
-    """A network whose ReLUs are softplus."""
+    """A network with softplus in place of ReLU."""
 
-    def __init__(self, net: nn.Module, beta: float):
+    def __init__(self, net: Callable[..., Tensor], beta: float):
         super().__init__()
         self.net, self.beta = net, beta
 
@@ -40,7 +40,7 @@ class Smooth(nn.Module):
 
 
 def softplus(guider: Guider, beta: float = 3.0) -> Guider:
-    """Softplus in the place of ReLU (Ma et al. 2023, section 3.2)."""
+    """The guider with softplus in place of ReLU (Ma et al. 2023, section 3.2)."""
     return replace(guider, net=Smooth(guider.net, beta))
 
 
@@ -53,54 +53,55 @@ class JointOverMarginal(Guider):
 
     def energy(self, image: Tensor, sigma: Tensor) -> Tensor:
         logits = self.predict(image, sigma)
-        wanted = logits.gather(1, self.target.expand(len(logits))[:, None])[:, 0]
-        return (self.marginal * logits).logsumexp(1) - self.joint * wanted
+        target = logits.gather(1, self.target_for(image, logits).expand(len(logits))[:, None])[:, 0]
+        return (self.marginal * logits).logsumexp(1) - self.joint * target
 
 
 def elucd(guider: Guider) -> Guider:
-    """The published settings of EluCD, but for its schedule in the form of a sine; strength is searched instead."""
+    """The guider with the settings of EluCD (Ma et al. 2023), without its sine schedule: the weight is searched instead."""
     smooth = softplus(guider)
-    return JointOverMarginal(**{each.name: getattr(smooth, each.name) for each in fields(Guider)})
+    return JointOverMarginal(**{field.name: getattr(smooth, field.name) for field in fields(Guider)})
 
 
-class Blended(nn.Module):
-    """A bank whose neighbours share the work near an edge: on it half and half, a factor of 1.25 away from it none."""
+class BlendedBank(nn.Module):
+    """A bank that mixes the outputs of neighbours near an edge: half and half on it, unmixed beyond `width` in log sigma."""
 
     def __init__(self, bank: ExpertBank, width: float = math.log(1.25)):
         super().__init__()
         self.bank, self.width = bank, width
 
     def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
-        answer, level = self.bank(image, sigma), math.log(float(sigma[0]))
+        output, level = self.bank(image, sigma), math.log(float(sigma[0]))
         for index, edge in enumerate(self.bank.schedule.edges[1:-1]):
-            away = level - math.log(edge)
-            if abs(away) < self.width:
-                self.bank.select(index if away >= 0 else index + 1)
-                return answer.lerp(self.bank.net(image), 0.5 * (1 - abs(away) / self.width))
-        return answer
+            distance = level - math.log(edge)
+            if abs(distance) < self.width:
+                self.bank.select(index if distance >= 0 else index + 1)
+                return output.lerp(self.bank.net(image), 0.5 * (1 - abs(distance) / self.width))
+        return output
 
 
-class Averaged(nn.Module):
-    """The mean answer for a few slightly noisy copies of the image: a smoother energy, at as many times the cost."""
+class AveragedNetwork(nn.Module):
+    """A network averaged over noisy copies of its input: a smoother energy at `copies` times the cost. std 0: unchanged."""
 
-    def __init__(self, net: nn.Module, copies: int = 4, std: float = 0.1):
+    def __init__(self, net: Callable[..., Tensor], copies: int = 4, std: float = 0.1):
         super().__init__()
         self.net, self.copies, self.std = net, copies, std
 
     def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
         noise = torch.randn(self.copies, *image.shape, generator=torch.Generator().manual_seed(0)).to(image)
-        return sum(self.net(image + self.std * each, sigma) for each in noise) / self.copies
+        return torch.stack([self.net(image + self.std * part, sigma) for part in noise]).mean(0)
 
 
 def blended(guider: Guider) -> Guider:
-    """Experts that share the work near the edges."""
-    return replace(guider, net=Blended(guider.net))
+    """The guider with experts blended near the edges."""
+    return replace(guider, net=BlendedBank(cast(ExpertBank, guider.net)))
 
 
 def averaged(guider: Guider) -> Guider:
-    """The energy smoothed over small noise."""
-    return replace(guider, net=Averaged(guider.net))
+    """The guider with its output averaged over small noise."""
+    return replace(guider, net=AveragedNetwork(guider.net))
 
 
 ABLATIONS: dict[str, Callable[[Guider], Guider]] = {"softplus": softplus, "elucd": elucd, "blended": blended,
                                                    "averaged": averaged, "lower on edges": lower_on_edges}
+"""By a row's "variant" in rows/*.json."""

@@ -1,7 +1,7 @@
-"""The networks that only the benchmarks need: judges that never guide, and the conditional denoiser."""
+"""Networks that only the benchmarks need: judges that never guide, and the conditional denoisers."""
 from pathlib import Path
 
-from ppap_core.guiders.guider import Guider
+from ppap_core import Guider
 from ppap_core.tinyworld.loaders import CONDITIONS, load_weights, tiny_guider
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 
@@ -11,20 +11,20 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load_conditional_denoiser() -> TinyDenoiser:
-    """Its sibling that is told the class, as `condition` writes it; told zeros, no class, it is unconditional."""
+    """The denoiser conditioned on the class, as `condition` encodes it; on zeros it is unconditional."""
     return load_weights(TinyDenoiser(conditions=CONDITIONS), "conditional_denoiser", WEIGHTS)
 
 
 def load_conditional_sibling() -> TinyDenoiser:
-    """A bad version of the conditional denoiser: half as wide, with a sixteenth of the training."""
+    """A bad conditional denoiser: half as wide, with a sixteenth of the training."""
     return load_weights(TinyDenoiser(width=32, conditions=CONDITIONS), "conditional_sibling", WEIGHTS)
 
 
 def load_judge(task: str) -> Guider:
-    """A network of another architecture and another seed, which never guides."""
+    """The judge of a task: of another architecture and another seed than the guider."""
     return tiny_guider(tiny_convnext, "judge", task, WEIGHTS)
 
 
 def load_held_out_judge(task: str) -> Guider:
-    """A judge of a third architecture, which never guides and by which nothing is chosen."""
+    """The held-out judge of a task: of a third architecture; nothing is chosen by it."""
     return tiny_guider(TinyTransformer, "second_judge", task, WEIGHTS)

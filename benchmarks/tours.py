@@ -1,29 +1,31 @@
-"""The benchmark of tours: how much longer than the shortest are those that a prior of pictures finds, and those of rules."""
+"""The benchmark of tours: how much longer than the shortest are tours found by a prior of pictures, and those of rules."""
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from examples.priors.networks import load_tour_prior
 from examples.priors.salesman import distances, insert_edges, length, nearest_neighbour, solve, two_opt
-from examples.priors.tours import adjacency, cities, renderer
-from ppap_core.guidance.prior import PriorConfig, PriorObjective, run_prior
+from examples.priors.tours import PointRenderer, TourRenderer, adjacency, cities
+from ppap_core import Denoiser, PriorConfig, PriorObjective
+from ppap_core.guidance.prior import run_prior
 from ppap_core.rng import seeded_noise
-from ppap_core.sampling import Denoiser
 
-Report = Callable[[str], None]
+from . import report
+from .report import Column, Report, Row
 
 
 @dataclass(frozen=True)
 class Search:
-    """How a tour is found under the prior. No constraint is needed: every point is drawn as edges between the cities."""
+    """How a tour is found under the prior. It needs no constraint: every point is drawn as edges between the cities."""
 
     prior: PriorConfig = PriorConfig(steps=80, learning_rate=0.2, sigma_max=2.0, sigma_min=0.2)
     temperature: float = 0.5  # of the softmax over each city's neighbours
-    spread: float = 0.1       # of the point at first, which is nearly every edge alike
+    start_std: float = 0.1    # of the first point, in which all edges are nearly alike
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,27 @@ class TourBench:
     batch: int = 16        # instances that are searched for at once
     particles: int = 2     # searches of which the shortest tour is kept
     search: Search = Search()
-    seconds: float = 0.1   # that the solver has
+    seconds: float = 0.1   # that the solver may take
 
 
-def find_edges(denoise: Denoiser, places: list[Tensor], seeds: list[int], search: Search) -> Tensor:
-    """How much of each edge the prior wants, (B, V, V), for cities (V, 2) of B instances; i depends on seeds[i] only."""
+class Tours(NamedTuple):
+    """A tour of every instance, and the seconds for one."""
+
+    tours: list[Tensor]
+    seconds: float
+
+
+def find_edges(denoise: Denoiser, places: Sequence[Tensor], seeds: Sequence[int], search: Search) -> Tensor:
+    """The amounts of edges (B, V, V) that the prior prefers, for cities (V, 2) of B instances; i depends on seeds[i]."""
     count = len(places[0])
-    start = search.spread * seeded_noise(seeds, (count, count))
-    points, _ = run_prior(PriorObjective(denoise), start, search.prior, seeds,
-                          renderer(places, search.temperature))
+    start = search.start_std * seeded_noise(seeds, (count, count))
+    render = PointRenderer(TourRenderer(places), search.temperature)
+    points, _ = run_prior(PriorObjective(denoise), start, search.prior, seeds, render)
     return adjacency(points, search.temperature)
 
 
 def prior_tour(places: Tensor, edges: Tensor) -> Tensor:
-    """The tour of the edges (V, V) that the prior wants most for their length."""
+    """The tour of the edges (V, V) that the prior prefers most, relative to their length."""
     return insert_edges(edges.double() / distances(places).clamp_min(1e-9))
 
 
@@ -59,86 +68,96 @@ def greedy_tour(places: Tensor) -> Tensor:
 
 
 def random_tour(count: int, seed: int) -> Tensor:
-    """Any order."""
+    """The cities in random order."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def restarts(places: Tensor, seed: int, count: int) -> Tensor:
-    """The shortest that 2-opt makes of so many random tours."""
-    return shortest(places, [two_opt(places, random_tour(len(places), 1000 * seed + k)) for k in range(count)])
+def best_restart(places: Tensor, seed: int, count: int) -> Tensor:
+    """The shortest tour that 2-opt makes of so many random ones."""
+    return shortest(places, [two_opt(places, random_tour(len(places), 1000 * seed + start)) for start in range(count)])
 
 
-def shortest(places: Tensor, tours: list[Tensor]) -> Tensor:
-    """The first of the shortest."""
+def shortest(places: Tensor, tours: Sequence[Tensor]) -> Tensor:
+    """The shortest tour, the first of equals."""
     return min(tours, key=lambda tour: length(places, tour))
 
 
-RULES: dict[str, Callable[[Tensor, int], Tensor]] = {  # (cities (V, 2), seed of the instance) -> tour
-    "random tour, 2-opt": lambda places, seed: restarts(places, seed, 1),
-    "best of 4 random tours, 2-opt": lambda places, seed: restarts(places, seed, 4),
+Rule = Callable[[Tensor, int], Tensor]
+"""(cities (V, 2), seed of the instance) -> tour (V,)"""
+
+RULES: dict[str, Rule] = {
+    "random tour, 2-opt": lambda places, seed: best_restart(places, seed, 1),
+    "best of 4 random tours, 2-opt": lambda places, seed: best_restart(places, seed, 4),
     "nearest neighbours, 2-opt": lambda places, seed: two_opt(places, nearest_neighbour(places)),
     "shortest edges": lambda places, seed: greedy_tour(places),
     "shortest edges, 2-opt": lambda places, seed: two_opt(places, greedy_tour(places)),
 }
 
 
-def by_rule(instances: dict[int, Tensor], rule: Callable[[Tensor, int], Tensor]) -> tuple[list[Tensor], float]:
-    """The tour of every instance, and the seconds of one."""
+def by_rule(instances: dict[int, Tensor], rule: Rule) -> Tours:
+    """Tours of all instances, by their seeds, that a rule finds."""
     started = time.perf_counter()
     tours = [rule(places, seed) for seed, places in instances.items()]
-    return tours, (time.perf_counter() - started) / len(instances)
+    return Tours(tours, (time.perf_counter() - started) / len(instances))
 
 
-def by_prior(denoise: Denoiser, instances: dict[int, Tensor], search: Search, batch: int, particle: int,
-             report: Report) -> tuple[list[Tensor], float]:
-    """The same by the prior, without 2-opt; another particle starts elsewhere and meets other noise."""
-    tours, seeds, started = [], list(instances), time.perf_counter()
-    for start in range(0, len(seeds), batch):
-        part = seeds[start:start + batch]
+def by_prior(denoise: Denoiser, instances: dict[int, Tensor], config: TourBench, report: Report, particle: int = 0) -> Tours:
+    """Tours that the prior finds, without 2-opt. particle: another one starts elsewhere and meets other noise."""
+    tours: list[Tensor] = []
+    seeds, started = list(instances), time.perf_counter()
+    for start in range(0, len(seeds), config.batch):
+        part = seeds[start:start + config.batch]
         places = [instances[seed] for seed in part]
-        edges = find_edges(denoise, places, [1000 * seed + particle for seed in part], search)
-        tours += [prior_tour(each, wanted) for each, wanted in zip(places, edges, strict=True)]
+        edges = find_edges(denoise, places, [1000 * seed + particle for seed in part], config.search)
+        tours += map(prior_tour, places, edges)
         report(f"prior: particle {particle + 1}, {len(tours)} of {len(seeds)} instances of {len(places[0])} cities")
-    return tours, (time.perf_counter() - started) / len(instances)
+    return Tours(tours, (time.perf_counter() - started) / len(instances))
 
 
-def tour_bench(config: TourBench, report: Report) -> list[dict]:
+def all_tours(denoise: Denoiser, instances: dict[int, Tensor], config: TourBench, report: Report) -> dict[str, Tours]:
+    """Tours of all instances by every way to find them; the solver's come first."""
+    places = list(instances.values())
+    improved = partial(_improved, places)
+    tours = {"solver": by_rule(instances, lambda cities, _: solve(cities, config.seconds))}
+    tours |= {name: by_rule(instances, rule) for name, rule in RULES.items()}
+    particles = [by_prior(denoise, instances, config, report, particle) for particle in range(config.particles)]
+    best = list(map(shortest, places, zip(*(improved(found).tours for found in particles), strict=True)))
+    tours |= {"prior": particles[0], "prior, 2-opt": improved(particles[0]),
+              f"best of {config.particles} by the prior, 2-opt": Tours(best, sum(found.seconds for found in particles))}
+    prior = replace(config.search.prior, backprop_through_model=True)
+    through = by_prior(denoise, instances, replace(config, search=replace(config.search, prior=prior)), report)
+    return tours | {"prior, through the model": through, "prior, through the model, 2-opt": improved(through)}
+
+
+def _improved(places: Sequence[Tensor], found: Tours) -> Tours:
+    return found._replace(tours=list(map(two_opt, places, found.tours)))
+
+
+def measured(way: str, places: Sequence[Tensor], found: Tours, best: Sequence[Tensor]) -> Row:
+    """A row: the mean gap to the best tours with its standard error, and the share of instances without a gap."""
+    gaps = torch.tensor([length(cities, tour) / length(cities, least) - 1
+                         for cities, tour, least in zip(places, found.tours, best, strict=True)], dtype=torch.float64)
+    return {"cities": len(places[0]), "way": way, "gap": float(gaps.mean()), "seconds": found.seconds,
+            "error": float(gaps.std() / len(gaps) ** 0.5), "shortest": float((gaps < 1e-6).double().mean())}
+
+
+def tour_bench(config: TourBench, report: Report) -> list[Row]:
     """A row for each number of cities and each way. ImportError without the solver."""
-    denoise = load_tour_prior()
-    rows = []
+    denoise, rows = load_tour_prior(), []
     for count in config.counts:
         instances = {seed: cities(seed, count) for seed in range(config.first, config.first + config.instances)}
-        places = list(instances.values())
-        best, seconds = by_rule(instances, lambda each, _: solve(each, config.seconds))
-
-        def row(way: str, tours: list[Tensor], seconds: float, count=count, places=places, best=best) -> None:
-            gaps = torch.tensor([length(each, tour) / length(each, least) - 1
-                                 for each, tour, least in zip(places, tours, best, strict=True)], dtype=torch.float64)
-            rows.append({"cities": count, "way": way, "gap": float(gaps.mean()), "seconds": seconds,
-                         "error": float(gaps.std() / len(gaps) ** 0.5), "shortest": float((gaps < 1e-6).double().mean())})
-            report(f"{count} cities, {way}: gap {gaps.mean():.2%}")
-        row("solver", best, seconds)
-        for name, rule in RULES.items():
-            row(name, *by_rule(instances, rule))
-        improve = partial(map, two_opt, places)
-        found = [by_prior(denoise, instances, config.search, config.batch, particle, report)
-                 for particle in range(config.particles)]
-        improved = [list(improve(tours)) for tours, _ in found]
-        row("prior", *found[0])
-        row("prior, 2-opt", improved[0], found[0][1])
-        row(f"best of {config.particles} by the prior, 2-opt",
-            [shortest(each, list(tours)) for each, *tours in zip(places, *improved, strict=True)],
-            sum(seconds for _, seconds in found))
-        through = replace(config.search, prior=replace(config.search.prior, backprop_through_model=True))
-        tours, seconds = by_prior(denoise, instances, through, config.batch, 0, report)
-        row("prior, through the model", tours, seconds)
-        row("prior, through the model, 2-opt", list(improve(tours)), seconds)
+        tours = all_tours(denoise, instances, config, report)
+        for way, found in tours.items():
+            rows.append(measured(way, list(instances.values()), found, tours["solver"].tours))
+            report(f"{count} cities, {way}: gap {rows[-1]['gap']:.2%}")
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """As Markdown; gaps to the solver's tours with their standard error."""
-    lines = ["| cities | way | gap to the shortest | shortest found | seconds |", "|---|---|---|---|---|"]
-    lines += [f"| {row['cities']} | {row['way']} | {row['gap']:.2%} ± {row['error']:.2%} | {row['shortest']:.0%} | "
-              f"{row['seconds']:.3g} |" for row in rows]
-    return "\n".join(lines) + "\n"
+COLUMNS = (Column("cities", "{cities}", numeric=False), Column("way", "{way}", numeric=False),
+           Column("gap to the shortest", "{gap:.2%} ± {error:.2%}", numeric=False),
+           Column("shortest found", "{shortest:.0%}", numeric=False), Column("seconds", "{seconds:.3g}", numeric=False))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows in Markdown; gaps to the solver's tours with their standard error."""
+    return report.markdown(COLUMNS, rows)

@@ -1,98 +1,132 @@
-"""The demo: distil five experts from generated images alone, then sample unguided, with the plain guider and with them."""
+"""The demo: distil five experts from generated images alone, and compare them with the plain guider and with no guidance.
+
+A place to start from: `demo` is the whole story in a dozen lines. Everything that is special to the bundled world comes from
+`TinyWorld`; with a denoiser and a guider of your own, the calls of `ppap_core` are the same.
+"""
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.evaluation import judge_all, reference
+from benchmarks.evaluation import Evaluator
+from benchmarks.report import Column, Report, markdown, write_report
 from benchmarks.tiny_world import NOISE, TinyWorld, generate_store, load_world
-from ppap_core.experts.bank import ExpertBank, LoraSpec, base_network, with_experts
-from ppap_core.experts.checkpoint import save_bank
-from ppap_core.experts.distill import DistillConfig, distill, teacher_distance, uses_warm_start
-from ppap_core.experts.samples import SampleStore
-from ppap_core.guidance.terms import Term
-from ppap_core.guiders.guider import Guider
-from ppap_core.io.files import write_json
-from ppap_core.schedules import ExpertSchedule
-from ppap_core.tinyworld.loaders import SIZE
-from ppap_core.tinyworld.scenes import CLASSES
-from ppap_core.viz.plots import contact_sheet, line_plot, save_picture
+from ppap_core import (
+    DistillConfig,
+    ExpertBank,
+    ExpertSchedule,
+    Guider,
+    LoraSpec,
+    SampleStore,
+    Term,
+    base_network,
+    distill,
+    save_bank,
+    teacher_distance,
+    with_experts,
+)
+from ppap_core.experts.distill import uses_warm_start
+from ppap_core.guiders.latents import VIEWS, View
+from ppap_core.tinyworld.scenes import CLASSES, Scenes
+from ppap_core.viz.plots import Points, contact_sheet, line_plot, save_picture
 
 SAMPLES, STEPS, IMAGES = 1024, 16, 128
 EXPERTS = 5
 TRAINING = DistillConfig(steps=300, lr=2e-3)
-WEIGHT, THROUGH = 0.6, 0.3  # of balanced terms, in the prediction and through the model: near the best of the benchmark
-
-Report = Callable[[str], None]
+WEIGHT = 0.6          # of normalized terms: near the best of the benchmark
+THROUGH_WEIGHT = 0.3  # of those whose gradient goes through the model
 
 
 def demo(folder: Path, report: Report) -> None:
-    """A few minutes on two cores; writes a contact sheet, two plots, a table and the experts into the folder."""
-    folder = Path(folder)
-    world = load_world("class")
+    """Write a contact sheet, two plots, a table and the experts into a folder; takes a few minutes on two cores."""
+    folder, world = Path(folder), load_world("class")
     report(f"a diffusion model of small scenes, and a classifier of {len(CLASSES)} shapes that has only seen clean ones")
     store = generate_store(world, folder / "samples", SAMPLES, STEPS, report)
     rows: dict[str, Term | None] = {"unguided": None}
-    for view in ("noisy", "denoised"):
-        plain, experts = replace(world.guider, view=view), distil_view(world, view, store, folder, report)
-        rows |= {f"plain guider, {view} view": Term(plain, WEIGHT, normalized=True),
-                 f"five experts, {view} view": Term(experts, WEIGHT, normalized=True)}
-        plot_disagreement(world, plain, experts, store, folder / f"disagreement_{view}.png")
-    rows["five experts, through the model"] = Term(experts, THROUGH, normalized=True, backprop_through_model=True)
-    write_results(world, rows, folder, report)
+    for view in VIEWS:
+        plain = replace(world.guider, view=view)
+        experts = distill_experts(world, view, store, folder, report)
+        plot_teacher_distance({"plain guider": plain, "five experts": experts}, world, store, folder)
+        rows[f"plain guider, {view} view"] = Term(plain, WEIGHT, normalized=True)
+        rows[f"five experts, {view} view"] = Term(experts, WEIGHT, normalized=True)
+    rows["five experts, through the model"] = Term(experts, THROUGH_WEIGHT, normalized=True, backprop_through_model=True)
+    compare(world, rows, folder, report)
 
 
-def shares(store: SampleStore, count: int) -> ExpertSchedule:
-    """So many equal parts of the steps that led to the samples."""
-    levels = store.sigmas.unique().tolist()
-    return ExpertSchedule.equal_shares(count, levels[0], levels[-1], levels)
-
-
-def distil_view(world: TinyWorld, view: str, store: SampleStore, folder: Path, report: Report) -> Guider:
-    """Five experts of one view, saved; goes on where an earlier call was stopped."""
-    bank = ExpertBank(base_network(world.guider), shares(store, EXPERTS), LoraSpec(rank=2, alpha=2), view).to(world.device)
-
-    def on_step(index: int, step: int, loss: float) -> None:
-        if (step + 1) % 100 == 0:
-            report(f"{view} view: expert {index + 1} of {EXPERTS}, step {step + 1}, loss {loss:.3f}")
-
-    training = replace(TRAINING, warm_start=uses_warm_start(view))
-    distill(world.guider, bank, store, training, folder / f"experts_{view}", on_step)
+def distill_experts(world: TinyWorld, view: View, store: SampleStore, folder: Path, report: Report) -> Guider:
+    """The guider with five experts of one view, which are saved; an interrupted distillation is resumed."""
+    bank = ExpertBank(base_network(world.guider), equal_shares(store, EXPERTS), LoraSpec(rank=2, alpha=2), view)
+    config = replace(TRAINING, warm_start=uses_warm_start(view))
+    distill(world.guider, bank.to(world.device), store, config, folder / f"experts_{view}",
+            partial(report_step, report, view))
     save_bank(folder / f"experts_{view}.safetensors", bank, world.guider)
     return with_experts(world.guider, bank)
 
 
-def plot_disagreement(world: TinyWorld, plain: Guider, experts: Guider, store: SampleStore, path: Path) -> None:
-    """How far plain guider and experts are from the answer on the image that it became, by noise level."""
-    series = {name: teacher_distance(plain, other, store, shares(store, STEPS), device=world.device)
-              for name, other in (("plain guider", plain), ("five experts", experts))}
-    save_picture(line_plot(series, f"Distance from the answer on the finished image, {plain.view} view", "noise level sigma",
-                           "KL, lower is better", log_x=True), path)
+def equal_shares(store: SampleStore, count: int) -> ExpertSchedule:
+    """Intervals with equal shares of the steps that led to the samples."""
+    levels = store.sigmas.unique().tolist()
+    return ExpertSchedule.equal_shares(count, levels[0], levels[-1], levels)
 
 
-def write_results(world: TinyWorld, rows: dict[str, Term | None], folder: Path, report: Report) -> None:
-    """Sample and judge every row; a contact sheet, results.json and results.md."""
-    real, sheet, results = reference(world.class_judge, 2048, SIZE, world.device), {}, []
+def report_step(report: Report, view: str, index: int, step: int, loss: float) -> None:
+    """Report every hundredth step of an expert's training."""
+    if (step + 1) % 100 == 0:
+        report(f"{view} view: expert {index + 1} of {EXPERTS}, step {step + 1}, loss {loss:.3f}")
 
-    def sample(term: Term | None, seeds: Sequence[int], wanted: Tensor) -> Tensor:
-        return world.sample(seeds, STEPS, [replace(term, guider=term.guider.aim(wanted))] if term else [])
 
-    for name, term in rows.items():
-        started = time.monotonic()
-        found = judge_all(lambda numbers, scenes, term=term: sample(term, [NOISE + n for n in numbers], scenes.label),
-                          range(IMAGES), world.judges, world.guider, real, world.device)
-        seconds = (time.monotonic() - started) / IMAGES
-        report(f"{name}: the judge sees the wanted shape in {found.score:.0%} of {IMAGES} images")
-        results.append({"row": name, **asdict(found), "seconds_per_image": seconds})
-        sheet[name] = sample(term, range(len(CLASSES)), torch.arange(len(CLASSES), device=world.device))
-    save_picture(contact_sheet(sheet, heads=CLASSES), folder / "contact_sheet.png")  # under each column what was wanted
-    write_json(folder / "results.json", results)
-    lines = ["| | right by the judge | right by the guider | Fréchet distance | seconds per image |",
-             "|---|---:|---:|---:|---:|"]
-    lines += [f"| {r['row']} | {r['score']:.0%} | {r['own_score']:.0%} | {r['frechet']:.1f} | {r['seconds_per_image']:.3f} |"
-              for r in results]
-    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def plot_teacher_distance(guiders: dict[str, Guider], world: TinyWorld, store: SampleStore, folder: Path) -> None:
+    """Plot how far guiders of one view are, on noisy images, from the plain guider on the images that these became."""
+    view = next(iter(guiders.values())).view
+    series: dict[str, Points] = {
+        name: teacher_distance(world.guider, guider, store, equal_shares(store, STEPS), device=world.device)
+        for name, guider in guiders.items()}
+    plot = line_plot(series, f"Distance from the answer on the finished image, {view} view", "noise level sigma",
+                     "KL, lower is better", log_x=True)
+    save_picture(plot, folder / f"disagreement_{view}.png")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to sample: guided by a term, or unguided. Called with the numbers of scenes, it makes an image for each."""
+
+    world: TinyWorld
+    term: Term | None
+
+    def __call__(self, numbers: Sequence[int], scenes: Scenes) -> Tensor:
+        return self.sample([NOISE + number for number in numbers], scenes.label)
+
+    def sample(self, seeds: Sequence[int], labels: Tensor) -> Tensor:
+        """An image (B, 3, 32, 32) of each seed, guided towards the class of its label."""
+        terms = [replace(self.term, guider=self.term.guider.aim(labels))] if self.term else []
+        return self.world.sample(seeds, STEPS, terms)
+
+
+def compare(world: TinyWorld, rows: dict[str, Term | None], folder: Path, report: Report) -> None:
+    """Sample and judge every row; write results.json, results.md and a contact sheet with an image of each class."""
+    evaluator, methods = world.evaluator(2048), {name: Method(world, term) for name, term in rows.items()}
+    results = []
+    for name, method in methods.items():
+        results.append({"row": name, **judged(method, evaluator)})
+        report(f"{name}: the judge sees the wanted shape in {results[-1]['score']:.0%} of {IMAGES} images")
+    write_report(folder / "results", results, markdown(COLUMNS, results))
+    labels = torch.arange(len(CLASSES), device=world.device)
+    sheet = {name: method.sample(range(len(CLASSES)), labels) for name, method in methods.items()}
+    save_picture(contact_sheet(sheet, heads=CLASSES), folder / "contact_sheet.png")
     report(f"wanted, from left to right: {', '.join(CLASSES)}; pictures and tables are in {folder}")
+
+
+def judged(method: Callable[[Sequence[int], Scenes], Tensor], evaluator: Evaluator) -> dict[str, float]:
+    """Scores of a method, and its seconds per image."""
+    started = time.monotonic()
+    scores = evaluator.evaluate(method, range(IMAGES))
+    return {**asdict(scores), "seconds_per_image": (time.monotonic() - started) / IMAGES}
+
+
+COLUMNS = (Column("", "{row}", numeric=False), Column("right by the judge", "{score:.0%}"),
+           Column("right by the guider", "{own_score:.0%}"), Column("Fréchet distance", "{frechet:.1f}"),
+           Column("seconds per image", "{seconds_per_image:.3f}"))

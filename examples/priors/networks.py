@@ -1,4 +1,4 @@
-"""The bundled priors over label maps and pictures of tours."""
+"""The denoisers of label maps and of pictures of tours, and their bundled weights."""
 from pathlib import Path
 
 from ppap_core.tinyworld.loaders import LABELS, load_weights
@@ -8,17 +8,17 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def label_map_denoiser() -> TinyDenoiser:
-    """A small denoiser of label maps, before its training."""
+    """An untrained small denoiser of label maps."""
     return TinyDenoiser(width=32, blocks=2, channels=len(LABELS["segmentation"]))
 
 
 def load_label_prior() -> TinyDenoiser:
-    """The trained denoiser of label maps, (B, 9, 32, 32) as `labelmaps.as_points` writes them; it never saw an image."""
+    """The trained denoiser of label maps, (B, 9, 32, 32) as `label_maps.to_points` makes them; it never saw an image."""
     return load_weights(label_map_denoiser(), "labelmaps", WEIGHTS)
 
 
 def tour_denoiser() -> TinyDenoiser:
-    """A small denoiser of pictures of tours, before its training."""
+    """An untrained small denoiser of pictures of tours."""
     return TinyDenoiser(width=32, blocks=2, channels=1)
 
 

@@ -1,16 +1,16 @@
 """Pictures of tours through cities, and tours as points that a picture can be drawn from (Graikos et al. 2022, section 4.4).
 
-A picture is 0 where nothing is, about 1 on the line between two cities that follow one another, and -1 on every city. Lines
-that overlap add up, so that a picture is linear in how much there is of each line, and whole and half lines are drawn alike.
+A picture is 0 on empty ground, about 1 on the line between two consecutive cities, and -1 on every city. Overlapping lines
+add up, so that a picture is linear in the amount of every line.
 """
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppap_core.guidance.prior import Render
 from ppap_core.io.files import load_tensors, save_tensors
 
 SIDE = 64               # pixels of a picture
@@ -18,7 +18,7 @@ MARGIN = 3.0            # pixels around the unit square of the cities
 LINE, DOT = 0.75, 1.75  # half the width of a line and the radius of a city, in pixels
 FEWEST, MOST = 10, 50   # cities of the tours that the denoiser is trained on
 Solve = Callable[[Tensor], Tensor]
-"""(cities (V, 2)) -> the tour (V,) long: cities in the order in which they are visited."""
+"""cities (V, 2) -> the tour (V,) long: cities in the order of the visit"""
 
 
 class Pictures(NamedTuple):
@@ -28,34 +28,36 @@ class Pictures(NamedTuple):
 
 
 def cities(seed: int, count: int) -> Tensor:
-    """Places in the unit square, (count, 2) float64."""
+    """Random cities in the unit square, (count, 2) float64."""
     return torch.rand(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def lines(starts: Tensor, ends: Tensor) -> Tensor:
-    """The line between each pair of places, (n, 2) and (n, 2) in the unit square -> (n, SIDE * SIDE) in [0, 1]."""
-    a, b = (MARGIN + (SIDE - 2 * MARGIN) * place[:, :, None].float() for place in (starts, ends))
-    pixels, way = _pixels() - a, b - a
-    along = ((pixels * way).sum(1) / way.square().sum(1).clamp_min(1e-12)).clamp(0, 1)
-    off = (pixels - along[:, None] * way).square().sum(1).sqrt()
-    return (LINE + 0.5 - off).clamp(0, 1)  # anti-aliased over one pixel
+    """The line from each start (n, 2) to its end (n, 2), both in the unit square, (n, SIDE * SIDE) in [0, 1]."""
+    a, b = _to_pixels(starts), _to_pixels(ends)
+    pixels, direction = _pixel_centres() - a, b - a
+    along = ((pixels * direction).sum(1) / direction.square().sum(1).clamp_min(1e-12)).clamp(0, 1)
+    distance = (pixels - along[:, None] * direction).square().sum(1).sqrt()
+    return (LINE + 0.5 - distance).clamp(0, 1)  # anti-aliased over one pixel
 
 
 def dots(places: Tensor) -> Tensor:
-    """How much of each pixel is covered by cities, (V, 2) -> (SIDE * SIDE,) in [0, 1]."""
-    centres = MARGIN + (SIDE - 2 * MARGIN) * places[:, :, None].float()
-    off = (_pixels() - centres).square().sum(1).sqrt()
-    return (DOT + 0.5 - off).clamp(0, 1).amax(0)
+    """Coverage of each pixel by cities (V, 2), (SIDE * SIDE,) in [0, 1]."""
+    distance = (_pixel_centres() - _to_pixels(places)).square().sum(1).sqrt()
+    return (DOT + 0.5 - distance).clamp(0, 1).amax(0)
 
 
-def _pixels() -> Tensor:
-    """The centres of the pixels, (2, SIDE * SIDE)."""
+def _to_pixels(places: Tensor) -> Tensor:
+    return MARGIN + (SIDE - 2 * MARGIN) * places[:, :, None].float()
+
+
+def _pixel_centres() -> Tensor:
     centres = torch.arange(SIDE) + 0.5
     return torch.stack(torch.meshgrid(centres, centres, indexing="xy")).flatten(1)
 
 
 def picture(places: Tensor, tour: Tensor) -> Tensor:
-    """A tour (V,) through cities (V, 2), (1, SIDE, SIDE)."""
+    """Picture of a tour (V,) through cities (V, 2), (1, SIDE, SIDE)."""
     return _with_dots(lines(places[tour], places[tour.roll(-1)]).sum(0), dots(places)).view(1, SIDE, SIDE)
 
 
@@ -64,63 +66,78 @@ def _with_dots(drawn: Tensor, covered: Tensor) -> Tensor:
 
 
 def adjacency(point: Tensor, temperature: float) -> Tensor:
-    """How much there is of each edge, (B, V, V) of any numbers -> (B, V, V), symmetric, each row about 2 in sum.
+    """Amounts of all edges, from any numbers (B, V, V): (B, V, V), symmetric, about 2 in each row's sum.
 
-    Each city shares a whole among the others by a softmax, and an edge has what its two ends give it; a half from both for
-    each of the two neighbours makes a tour.
+    Each city divides one whole among the others by a softmax, and an edge has the shares of both its ends; in a tour each
+    city gives a half to either neighbour.
     """
-    even = (point + point.mT) / 2
-    alone = torch.eye(point.shape[1], dtype=torch.bool, device=point.device)
-    shares = (even / temperature).masked_fill(alone, -torch.inf).softmax(2)
+    symmetric = (point + point.mT) / 2
+    diagonal = torch.eye(point.shape[1], dtype=torch.bool, device=point.device)
+    shares = (symmetric / temperature).masked_fill(diagonal, -torch.inf).softmax(2)
     return shares + shares.mT
 
 
-def drawer(places: Sequence[Tensor]) -> Render:
-    """How tours through these cities are drawn: how much there is of each edge (B, V, V) -> (B, 1, SIDE, SIDE).
+class TourRenderer:
+    """Draws amounts of edges (B, V, V) as pictures (B, 1, SIDE, SIDE), differentiable.
 
-    places: (V, 2) for each of the B pictures. Every edge is drawn once, here: 20 MB for 50 cities.
+    places: cities (V, 2) of each of the B pictures. Every edge is drawn once, at the start: 20 MB for 50 cities.
     """
-    first, second = torch.triu_indices(len(places[0]), len(places[0]), 1)  # the ends of every edge
-    drawn = torch.stack([lines(each[first], each[second]) for each in places])
-    covered = torch.stack([dots(each) for each in places])
 
-    def draw(edges: Tensor) -> Tensor:
-        amounts = edges[:, first, second].to(drawn)
-        return _with_dots(torch.bmm(amounts[:, None], drawn)[:, 0], covered).view(-1, 1, SIDE, SIDE).to(edges)
-    return draw
+    def __init__(self, places: Sequence[Tensor]):
+        self.first, self.second = torch.triu_indices(len(places[0]), len(places[0]), 1)  # the ends of every edge
+        self.drawn = torch.stack([lines(own[self.first], own[self.second]) for own in places])
+        self.covered = torch.stack([dots(own) for own in places])
+
+    def __call__(self, edges: Tensor) -> Tensor:
+        amounts = edges[:, self.first, self.second].to(self.drawn)
+        drawn = torch.bmm(amounts[:, None], self.drawn)[:, 0]
+        return _with_dots(drawn, self.covered).view(-1, 1, SIDE, SIDE).to(edges)
 
 
-def renderer(places: Sequence[Tensor], temperature: float) -> Render:
-    """`drawer` of the `adjacency` of a point: a render for `run_prior`, differentiable."""
-    draw = drawer(places)
-    return lambda point: draw(adjacency(point, temperature))
+@dataclass(frozen=True)
+class PointRenderer:
+    """Draws the `adjacency` of points (B, V, V): the `render` of a search under a prior."""
+
+    tours: TourRenderer
+    temperature: float
+
+    def __call__(self, point: Tensor) -> Tensor:
+        return self.tours(adjacency(point, self.temperature))
 
 
 def training_count(seed: int) -> int:
-    """How many cities the training tour of a seed has."""
+    """Number of cities of the training tour of a seed."""
     return FEWEST + int(torch.randint(MOST - FEWEST + 1, (), generator=torch.Generator().manual_seed(seed)))
 
 
-def solved_tours(folder: Path, count: int, first: int, solve: Solve) -> Callable[[range, int], Pictures]:
-    """Pictures of the best tours by number; solved and drawn once and kept in the folder, as states are.
+class SolvedTours:
+    """Batches of pictures of short tours by number, (numbers, side) -> Pictures: a source of training examples.
 
-    Number n is picture n of `count`, in one of its eight mirror images. first: the seed of the first instance.
+    Number n is tour n modulo `count` in one of its eight mirror images. Tours are solved and drawn once and kept in the
+    folder.
+
+    first: seed of the first instance.
     """
-    file = folder / f"tours_{count}.state.safetensors"
-    if not file.exists():
-        drawn = []
-        for seed in range(first, first + count):
-            places = cities(seed, training_count(seed))
-            drawn.append(picture(places, solve(places)).half())
-        save_tensors(file, {"image": torch.stack(drawn)}, {"count": count})
-    kept = load_tensors(file)[0]["image"]
 
-    def take(numbers: range, size: int) -> Pictures:
-        return Pictures(torch.stack([mirrored(kept[number % count].float(), number // count % 8) for number in numbers]))
-    return take
+    def __init__(self, folder: Path, count: int, first: int, solve: Solve):
+        file = folder / f"tours_{count}.state.safetensors"
+        if not file.exists():
+            drawn = torch.stack([_solved_picture(seed, solve) for seed in range(first, first + count)])
+            save_tensors(file, {"image": drawn}, {"count": count})
+        self.images = load_tensors(file)[0]["image"]
+
+    def __call__(self, numbers: range, size: int) -> Pictures:
+        count = len(self.images)
+        return Pictures(torch.stack([mirrored(self.images[number % count].float(), number // count % 8)
+                                     for number in numbers]))
+
+
+def _solved_picture(seed: int, solve: Solve) -> Tensor:
+    places = cities(seed, training_count(seed))
+    return picture(places, solve(places)).half()
 
 
 def mirrored(image: Tensor, way: int) -> Tensor:
-    """One of the eight mirror images of a square picture (1, H, H)."""
+    """One of the eight mirror images of a square picture (1, H, H): bit 1 of `way` transposes, bits 2 and 4 flip an axis."""
     image = image.mT if way & 1 else image
     return image.flip([axis for axis, bit in ((1, 2), (2, 4)) if way & bit])

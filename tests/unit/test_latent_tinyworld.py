@@ -13,6 +13,7 @@ from ppap_core.experts.distill import DistillConfig
 from ppap_core.guiders.guider import clean
 from ppap_core.tinyworld import latents as latent
 from ppap_core.tinyworld.loaders import LABELS, condition
+from ppap_core.tinyworld.networks.autoencoder import SHRINK
 from ppap_core.tinyworld.networks.flow import TinyControl, from_diffusers, to_diffusers
 from ppap_core.tinyworld.scenes import CLASSES, draw
 
@@ -26,7 +27,7 @@ def test_the_autoencoder_restores_scenes():
         latents = found.encode(scenes.image)
         assert (found.decode(latents) - scenes.image).abs().mean() < 0.03
         colours = latent.SPACE.colors(latent.scale_latent(latents))
-    assert (colours - F.avg_pool2d(scenes.image, latent.SHRINK)).square().mean().sqrt() < 0.1
+    assert (colours - F.avg_pool2d(scenes.image, SHRINK)).square().mean().sqrt() < 0.1
     assert torch.allclose(latent.unscale_latent(latent.scale_latent(latents)), latents, atol=1e-5)
 
 

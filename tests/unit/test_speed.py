@@ -92,6 +92,7 @@ def test_what_does_not_fit_into_memory_is_said(monkeypatch):
     assert "linear colours | out of memory |" in table([column])
 
 
+@pytest.mark.slow
 def test_without_a_gpu_a_reduced_size_is_measured(columns):
     """Without a GPU, operations are counted and a reduced size is measured."""
     assert [(column["pixels"], column["measure"]) for column in columns] \
@@ -108,6 +109,7 @@ def test_without_a_gpu_a_reduced_size_is_measured(columns):
     assert lines[-1].split(" | ")[1:3] == ["1.10", "1.05"] and "not measured" in lines[6]
 
 
+@pytest.mark.slow
 def test_going_through_the_denoiser_costs_a_second_step(columns):
     """Going back through the denoiser costs at least a second plain step."""
     for column in columns[:2]:
@@ -127,6 +129,7 @@ def test_on_a_gpu_both_networks_are_measured_at_their_full_size(monkeypatch):
                      ("SD 1.5", 512, "cuda", "torch.float16"), ("SDXL", 1024, "cuda", "torch.float16")]
 
 
+@pytest.mark.slow
 def test_half_precision_is_measured_as_on_a_gpu(tiny):
     column = timed("SDXL", 64, dtype=torch.bfloat16, budget=0.0)
     assert column["dtype"] == "bfloat16" and all(ratio > 0 for ratio in column["ratios"].values())
@@ -140,6 +143,7 @@ def test_the_networks_have_as_many_weights_as_the_published(name: str, weights: 
     assert sum(weight.numel() for weight in net.parameters()) == weights
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_the_columns(columns, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(module, "speed", lambda report: columns)
     main(["bench", "speed", "--out", str(tmp_path / "columns")])

@@ -9,11 +9,11 @@ from helpers import SmallNet, images, level, randn, same
 from helpers.gaussian import GaussianMixture
 from torch.nn import functional as F
 
-from benchmarks.evaluation import Scores, features, judge_all, reference, score
+from benchmarks.evaluation import Evaluator, Scores, features, reference, score
 from benchmarks.judges import TinyTransformer, augment, tiny_convnext
 from benchmarks.networks import WEIGHTS as JUDGES
 from benchmarks.networks import load_conditional_denoiser, load_held_out_judge, load_judge
-from benchmarks.train_tinyworld import NETWORKS, TRAINING_SEEDS, Recipe, answer_loss, fit, home_of
+from benchmarks.train_tinyworld import NETWORKS, TRAINING_SEEDS, Network, TrainConfig, fit, home_of, task_loss
 from examples.priors.networks import WEIGHTS as PRIORS
 from ppap_core.guiders.guider import clean
 from ppap_core.io.files import load_tensors
@@ -23,7 +23,7 @@ from ppap_core.tinyworld.networks.classifiers import tiny_resnet
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 from ppap_core.tinyworld.scenes import CLASSES, SHAPES, draw
 
-CLASS_LOSS = partial(answer_loss, "class")
+CLASS_LOSS = partial(task_loss, "class")
 HELD_OUT = range(500, 756)  # below the seeds of every training
 
 
@@ -198,12 +198,11 @@ def test_augmentation_follows_its_generator():
 
 # Training
 
-RECIPE = Recipe(steps=6, batch=2, seed=3)
+CONFIG = TrainConfig(steps=6, batch=2, seed=3)
 
 
-def train(folder, loss, recipe: Recipe = RECIPE) -> None:
-    torch.manual_seed(recipe.seed)
-    fit("small", SmallNet(len(CLASSES)), loss, recipe, folder, torch.device("cpu"), save_every=2)
+def train(folder, loss, config: TrainConfig = CONFIG) -> None:
+    fit("small", Network(partial(SmallNet, len(CLASSES)), loss, config), folder, torch.device("cpu"), save_every=2)
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, capsys):
@@ -228,7 +227,7 @@ def test_no_training_sees_the_scenes_that_tests_use(tmp_path, monkeypatch):
         seen.extend(seeds)
         return draw(seeds, *args, **kwargs)
     monkeypatch.setattr("benchmarks.train_tinyworld.draw", record)
-    train(tmp_path, CLASS_LOSS, Recipe(steps=3, batch=2, seed=0))
+    train(tmp_path, CLASS_LOSS, TrainConfig(steps=3, batch=2, seed=0))
     assert len(set(seen)) == 6 and min(seen) >= TRAINING_SEEDS > max(HELD_OUT)
 
 
@@ -344,8 +343,8 @@ def test_measures_are_in_range_and_tell_good_from_bad():
         return scenes.image
 
     def measure(sample):
-        judges = (judge, load_held_out_judge("class"))
-        return judge_all(sample, range(500, 525), judges, guider, real, torch.device("cpu"), batch=10)
+        evaluator = Evaluator((judge, load_held_out_judge("class")), guider, real, torch.device("cpu"), batch=10)
+        return evaluator.evaluate(sample, range(500, 525))
     good, bad = measure(exact), measure(lambda seeds, _: 0.02 * randn(len(seeds), 3, SIZE, SIZE))
     assert asked == [list(range(500, 510)), list(range(510, 520)), list(range(520, 525))]
     for found in (good, bad):
@@ -368,6 +367,7 @@ def test_the_scores_of_a_judgement_are_each_of_its_own_judge():
             return 9 * F.one_hot((scenes.label + shift) % len(CLASSES), len(CLASSES)).float()
         return replace(load_guider("class"), net=net)
     always, never, even = (answering(right) for right in ([True] * 20, [False] * 20, [True, False] * 10))
-    found = judge_all(lambda seeds, scenes: scenes.image, range(500, 520), (always, never), even,
-                      reference(load_judge("class"), 20, SIZE, torch.device("cpu")), torch.device("cpu"))
+    evaluator = Evaluator((always, never), even, reference(load_judge("class"), 20, SIZE, torch.device("cpu")),
+                          torch.device("cpu"))
+    found = evaluator.evaluate(lambda seeds, scenes: scenes.image, range(500, 520))
     assert (found.score, found.second_score, found.own_score) == (1, 0, 0.5) and found.energy == pytest.approx(4.5, abs=0.01)

@@ -11,7 +11,17 @@ from benchmarks import tours as tours_bench
 from benchmarks.tours import Search, TourBench, find_edges, greedy_tour, prior_tour, random_tour, table
 from examples.priors.networks import load_tour_prior
 from examples.priors.salesman import distances, insert_edges, length, nearest_neighbour, solve, two_opt
-from examples.priors.tours import SIDE, adjacency, cities, drawer, mirrored, picture, renderer, solved_tours, training_count
+from examples.priors.tours import (
+    SIDE,
+    PointRenderer,
+    SolvedTours,
+    TourRenderer,
+    adjacency,
+    cities,
+    mirrored,
+    picture,
+    training_count,
+)
 from ppap_core.guidance.prior import PriorConfig
 
 
@@ -30,12 +40,13 @@ def visits_all(tour: torch.Tensor, count: int) -> bool:
 
 def test_a_whole_tour_is_drawn_as_its_picture():
     places, tour = cities(3, 11), random_tour(11, 5)
-    assert torch.allclose(drawer([places])(whole_edges(tour))[0], picture(places, tour), atol=1e-6)
+    assert torch.allclose(TourRenderer([places])(whole_edges(tour))[0], picture(places, tour), atol=1e-6)
 
 
 def test_a_certain_tour_is_drawn_as_its_picture():
     places, tour = cities(3, 11), random_tour(11, 5)
-    sure = renderer([places], 0.01)(whole_edges(tour))  # each city halves itself between its two neighbours
+    # each city halves itself between its two neighbours
+    sure = PointRenderer(TourRenderer([places]), 0.01)(whole_edges(tour))
     assert torch.allclose(sure[0], picture(places, tour), atol=1e-4)
 
 
@@ -52,15 +63,16 @@ def test_lines_and_cities_lie_where_they_should():
 
 def test_each_picture_is_of_its_own_cities():
     places, points = [cities(seed, 7) for seed in (1, 2, 3)], randn(3, 7, 7)
-    together = renderer(places, 0.5)(points)
+    together = PointRenderer(TourRenderer(places), 0.5)(points)
     for i in range(3):
-        assert torch.allclose(together[i:i + 1], renderer(places[i:i + 1], 0.5)(points[i:i + 1]), atol=1e-6)
+        alone = PointRenderer(TourRenderer(places[i:i + 1]), 0.5)(points[i:i + 1])
+        assert torch.allclose(together[i:i + 1], alone, atol=1e-6)
 
 
 def test_the_gradient_of_the_picture_equals_finite_differences():
     places, point, step = [cities(4, 6)], randn(1, 6, 6, dtype=torch.float64), 1e-3
     weights = randn(1, 1, SIDE, SIDE, seed=1, dtype=torch.float64)
-    draw = renderer(places, 0.7)
+    draw = PointRenderer(TourRenderer(places), 0.7)
 
     def value(at: torch.Tensor) -> torch.Tensor:
         return (weights * draw(at)).sum()
@@ -84,8 +96,8 @@ def test_training_pictures_are_kept_and_come_back_mirrored(tmp_path):
     def any_tour(places: torch.Tensor) -> torch.Tensor:
         solved.append(len(places))
         return torch.arange(len(places))
-    first = solved_tours(tmp_path, 3, 500, any_tour)(range(0, 6), SIDE).image
-    again = solved_tours(tmp_path, 3, 500, any_tour)(range(3, 6), SIDE).image
+    first = SolvedTours(tmp_path, 3, 500, any_tour)(range(0, 6), SIDE).image
+    again = SolvedTours(tmp_path, 3, 500, any_tour)(range(3, 6), SIDE).image
     assert solved == [training_count(seed) for seed in (500, 501, 502)]
     assert torch.equal(first[3:], again)
     assert torch.equal(again[1], mirrored(first[1], 1))
@@ -145,6 +157,7 @@ def test_a_missing_solver_is_told_in_words(monkeypatch):
 QUICK = Search(PriorConfig(steps=40, learning_rate=0.4, sigma_max=2.0, sigma_min=0.2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jacobian", [False, True])
 def test_a_prior_that_knows_the_picture_finds_its_tour(jacobian):
     places, tours = [cities(seed, 20) for seed in range(4)], [random_tour(20, seed) for seed in range(4)]
@@ -162,6 +175,7 @@ def test_a_search_does_not_depend_on_the_others():
     assert torch.allclose(together[1:2], alone, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_prior_finds_much_shorter_tours_than_chance():
     places = [cities(seed, 15) for seed in range(6)]
     edges = find_edges(load_tour_prior(), places, list(range(6)), QUICK)

@@ -1,0 +1,218 @@
+"""The methods that the benchmark compares: each makes images for scenes, at a setting that may be searched.
+
+A setting is one of a row's "points" in rows/*.json, by the names that the file uses.
+"""
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ppap_core import (
+    Autoguidance,
+    Denoiser,
+    Guider,
+    NoiseInterval,
+    PriorConfig,
+    PriorObjective,
+    Schedule,
+    Term,
+    autoguided,
+    guided,
+    optimize_images,
+    sample_euler,
+    sample_training_free,
+)
+from ppap_core.guidance.training_free import METHODS as TRAINING_FREE
+from ppap_core.tinyworld.loaders import condition
+from ppap_core.tinyworld.scenes import Scenes, truth
+
+from .ablations import ABLATIONS
+from .bad_models import Model, load_bad_model
+from .networks import load_conditional_denoiser
+from .tables import Row
+from .tiny_world import TinyWorld
+from .training import FREE, Trained, Workspace
+
+Setting = Mapping[str, Any]
+
+
+class Batch(NamedTuple):
+    """Scenes, and where the sampling of an image for each starts."""
+
+    scenes: Scenes
+    seeds: Sequence[int]  # of the noise
+    noise: Tensor         # (B, 3, H, W) at the first noise level
+    sigmas: Tensor        # noise levels of the sampler, descending to 0
+
+
+class Method(Protocol):
+    """A way to make images for scenes. What it needs is trained or loaded when it is first used."""
+
+    @property
+    def costs(self) -> Mapping[str, float]:
+        """What its training cost, by COSTS."""
+
+    def sample(self, batch: Batch, setting: Setting) -> Tensor:
+        """An image (B, 3, H, W) for each scene."""
+
+
+class Untrained:
+    """A method without training."""
+
+    costs: Mapping[str, float] = FREE
+
+
+@dataclass(frozen=True)
+class Unguided(Untrained):
+    """Plain sampling, whatever the scenes are."""
+
+    world: TinyWorld
+
+    def sample(self, batch: Batch, setting: Setting) -> Tensor:
+        return sample_euler(self.world.denoise, batch.noise, batch.sigmas)
+
+
+@dataclass(frozen=True)
+class ClassifierFree(Untrained):
+    """Classifier-free guidance (Ho & Salimans 2022) of the conditional denoiser; weight 1: that denoiser alone."""
+
+    world: TinyWorld
+
+    def sample(self, batch: Batch, setting: Setting) -> Tensor:
+        given = condition(batch.scenes.label)
+        good, bad = (conditional_denoiser(self.world, each) for each in (given, torch.zeros_like(given)))
+        return sample_euler(autoguided(good, bad, autoguidance(**setting)), batch.noise, batch.sigmas)
+
+
+@dataclass(frozen=True)
+class AutoguidedSampling(Untrained):
+    """Autoguidance (Karras et al. 2024) away from a bad model of `bad_models`.
+
+    bad: its kind.
+    conditional: whether both models are given the class.
+    good: the kind of the guided model; None: the world's own.
+    folder: keeps bad models that have to be trained.
+    """
+
+    world: TinyWorld
+    bad: str
+    conditional: bool
+    folder: Path
+    good: str | None = None
+
+    @cached_property
+    def bad_model(self) -> Model:
+        return load_bad_model(self.bad, self.conditional, self.folder, self.world.device)
+
+    @cached_property
+    def good_model(self) -> Model:
+        if self.good:
+            return load_bad_model(self.good, self.conditional, self.folder, self.world.device)
+        return load_conditional(self.world.device) if self.conditional else self.world.denoiser
+
+    def sample(self, batch: Batch, setting: Setting) -> Tensor:
+        given = [condition(batch.scenes.label)] if self.conditional else []
+        good, bad = (in_bfloat16(self.world, model, *given) for model in (self.good_model, self.bad_model))
+        return sample_euler(autoguided(good, bad, autoguidance(**setting)), batch.noise, batch.sigmas)
+
+
+@dataclass(frozen=True)
+class GuidedSampling:
+    """Guidance of every step by a guider, which may be trained and changed first."""
+
+    row: Row
+    workspace: Workspace
+
+    @property
+    def world(self) -> TinyWorld:
+        return self.workspace.world
+
+    @cached_property
+    def trained(self) -> Trained:
+        guider, costs = self.row.training.make(self.workspace)
+        return Trained(ABLATIONS[self.row.ablation](guider) if self.row.ablation else guider, costs)
+
+    @property
+    def costs(self) -> Mapping[str, float]:
+        return self.trained.costs
+
+    def aimed(self, batch: Batch) -> Guider:
+        """The guider, aimed at the scenes."""
+        guider = self.trained.guider
+        return guider.aim(truth(batch.scenes, guider.task))
+
+    def sample(self, batch: Batch, setting: Setting) -> Tensor:
+        denoise = guided(self.world.denoise, [term(self.aimed(batch), **setting)])
+        return sample_euler(denoise, batch.noise, batch.sigmas)
+
+
+@dataclass(frozen=True)
+class PriorSearch(GuidedSampling):
+    """Optimisation of images under the diffusion prior (Graikos et al. 2022), from noise of the same seeds."""
+
+    def sample(self, batch: Batch, setting: Setting) -> Tensor:
+        objective = PriorObjective(self.world.denoise, [term(self.aimed(batch), **setting)])
+        return optimize_images(objective, torch.zeros_like(batch.noise), prior_config(**self.row.settings), batch.seeds)[0]
+
+
+@dataclass(frozen=True)
+class TrainingFreeSampling(GuidedSampling):
+    """A method of the training-free family, by its name in the core's METHODS."""
+
+    def sample(self, batch: Batch, setting: Setting) -> Tensor:
+        method = replace(TRAINING_FREE[self.row.method], **self.row.settings, **setting)
+        return sample_training_free(self.world.denoise, self.aimed(batch), batch.noise, batch.sigmas, method, batch.seeds)
+
+
+def autoguided_sampling(row: Row, workspace: Workspace) -> AutoguidedSampling:
+    """The method of a row whose settings name the models."""
+    return AutoguidedSampling(workspace.world, row.settings["bad"], row.settings["told"], workspace.folder / "siblings",
+                              row.settings.get("good"))
+
+
+METHODS: dict[str, Callable[[Row, Workspace], Method]] = {
+    "guidance": GuidedSampling,
+    "nothing": lambda row, workspace: Unguided(workspace.world),
+    "told": lambda row, workspace: ClassifierFree(workspace.world),
+    "autoguidance": autoguided_sampling,
+    "prior": PriorSearch,
+    **dict.fromkeys(TRAINING_FREE, TrainingFreeSampling),
+}
+"""By a row's "way" in rows/*.json."""
+
+
+def term(guider: Guider, weight: float, balanced: bool = False, through: bool = False) -> Term:
+    """A term from a setting. balanced: normalized; through: differentiated through the model."""
+    return Term(guider, weight, normalized=balanced, backprop_through_model=through)
+
+
+def prior_config(steps: int = 300, jacobian: bool = False, level: float = 0.0) -> PriorConfig:
+    """A search from a row's settings. jacobian: differentiated through the model; level: noise level of the renoising."""
+    return PriorConfig(steps, backprop_through_model=jacobian, renoise_sigma=level)
+
+
+def autoguidance(weight: float, low: float = 0.0, high: float = math.inf) -> Autoguidance:
+    """Autoguidance from a setting, between two noise levels. weight 1: the good model only."""
+    return Autoguidance(weight, Schedule(NoiseInterval(low, high)))
+
+
+def in_bfloat16(world: TinyWorld, model: Model, *given: Tensor) -> Denoiser:
+    """A model with its condition, if it takes one, in the precision of the world's own."""
+    other = world.with_model(model)
+    return lambda x, sigma: other.denoise(x, sigma, *given)
+
+
+def conditional_denoiser(world: TinyWorld, given: Tensor) -> Denoiser:
+    """The conditional denoiser under a condition (B, CONDITIONS); zeros: unconditional."""
+    return in_bfloat16(world, load_conditional(world.device), given)
+
+
+@cache
+def load_conditional(device: torch.device) -> Model:
+    """The conditional denoiser, loaded once."""
+    return load_conditional_denoiser().to(device)

@@ -346,7 +346,7 @@ def test_samples_do_not_depend_on_interruptions(comfy, world: PixelWorld):
     world.samples(name="stopped", **settings | {"count": 64})
     stopped = world.samples(name="stopped", **settings)
     assert len(straight.store) == 128
-    for name in ("images", "sigmas", "noisy", "denoised"):
+    for name in ("images", "sigmas", "noisy_vp", "denoised"):
         assert torch.equal(getattr(straight.store, name), getattr(stopped.store, name))
 
 

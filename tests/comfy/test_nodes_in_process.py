@@ -463,9 +463,9 @@ def test_each_aim_node_refuses_foreign_guiders(comfy, world: PixelWorld):
         comfy("PPAPAimAtNumber", guider=world.plain, number=0.5)
     with says(ValueError, "brightness", "no target"):
         world.guided(world.term(bright))
-    with says(ValueError, "depth", "parts of an image", "without Cut-outs"):
+    with says(ValueError, "depth", "parts of an image", "without cut-outs"):
         comfy("PPAPCutOuts", guider=depth, count=8)
-    with says(ValueError, "brightness", "is a rule", "without Cut-outs"):
+    with says(ValueError, "brightness", "is a rule", "without cut-outs"):
         comfy("PPAPCutOuts", guider=bright, count=8)
     with says(ValueError, "rule/symmetry half turn", "experts"):
         world.experts(guider=symmetry)

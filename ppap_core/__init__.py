@@ -9,7 +9,7 @@ Images are (B, 3, H, W) in [-1, 1]. A guider turns images into energies (B,), lo
 
     guider = load_guider("class")  # or ppap_core.load_guider("a folder with config.json and safetensors")
     guider = guider.aim(class_target(guider, "star"))
-    denoise = guided(load_denoiser(), [Term(guider, weight=4.0)])
+    denoise = guided(load_denoiser(), [Term(guider, weight=0.6, normalized=True)])
     sigmas = karras_sigmas(16, 0.02, 80.0)
     images = sample_heun(denoise, sigmas[0] * torch.randn(4, 3, 32, 32), sigmas)
 
@@ -46,14 +46,15 @@ from .guiders.visualize import visualize
 from .noise import NoiseInterval, flow_to_ve, to_vp
 from .sampling import Denoiser, karras_sigmas, sample_euler, sample_heun
 from .schedules import ExpertSchedule, Ramp, Schedule
+from .training.loop import RunOptions
 
 __version__ = "0.2.0"
 
 __all__ = [
     "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "Guidance",
     "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "NoiseInterval", "Prediction", "Preprocess",
-    "PriorConfig", "PriorObjective", "Ramp", "SampleStore", "Schedule", "Task", "Term",
-    "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided", "base_network", "class_target",
+    "PriorConfig", "PriorObjective", "Ramp", "RunOptions", "SampleStore", "Schedule", "Task", "Term", "TrainingFree",
+    "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided", "base_network", "class_target",
     "distill", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider",
     "map_target", "mask_target", "number_target", "optimize_images", "rule_guider", "sample_euler", "sample_heun",
     "sample_training_free", "save_bank", "teacher_distance", "to_vp", "visualize", "with_cutouts", "with_experts",

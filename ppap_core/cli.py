@@ -12,8 +12,7 @@ from types import ModuleType
 
 BENCHMARKS = ("class, depth, segmentation, strength, improvements, original, autoguidance, autoguidance_untold, "
               "autoguidance_made, prior; rules: symmetry and the like by a prior; labelmaps: label maps found for pictures; "
-              "tours: the travelling salesman; latent: the latent world; speed: the cost of a guided step of networks of full "
-              "size")
+              "tours: the travelling salesman; latent: the latent world; speed: the cost of a guided step at full size")
 
 
 def main(arguments: list[str] | None = None) -> None:

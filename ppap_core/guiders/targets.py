@@ -1,7 +1,8 @@
-"""Targets: what people say or show, as what a guider can be aimed at. Everything is checked here, once."""
+"""Targets from class names, texts, pictures, maps, masks and numbers. All user input is checked here, once."""
 import difflib
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -17,50 +18,47 @@ def _wrong_task(guider: Guider, target: str, tasks: Iterable[str]) -> ValueError
 
 
 def label_index(guider: Guider, name: str) -> int:
-    """The number of a class by its name or number. ValueError names the close or the first choices."""
-    known = {label.lower(): index for index, label in enumerate(guider.labels)}
-    if name.lower() in known:
-        return known[name.lower()]
+    """Index of a class by its name, in any case, or its number. ValueError with similar names, else the first ones."""
+    indices = {label.lower(): index for index, label in enumerate(guider.labels)}
+    if name.lower() in indices:
+        return indices[name.lower()]
     if name.isdecimal() and int(name) < len(guider.labels):
         return int(name)
-    close = [label for label in known if name and name.lower() in label][:8] \
-        or difflib.get_close_matches(name.lower(), known, n=5) or list(known)[:8]
+    close = [label for label in indices if name and name.lower() in label][:8] \
+        or difflib.get_close_matches(name.lower(), indices, n=5) or list(indices)[:8]
     raise ValueError(f"{guider.name} has no class '{name}': expected a number below {len(guider.labels)} "
                      f"or a name such as {', '.join(close)}")
 
 
 def class_target(guider: Guider, words: str) -> Tensor:
-    """Classes by name or number -> (n,) long, or (n, K) weights where one image shall be several.
+    """Classes by name or number as a target for n images: (n,) long, or (n, K) weights where an image has several.
 
-    A comma begins the next image's: 'star, disk'. A plus adds a class to the same image, with its weight after a colon:
-    'star + ring:0.5', or 'star + ring:-1' to stay away from the other.
+    A comma separates images: 'star, disk'. A plus adds a class to the same image, with its weight after a colon: in
+    'star + ring:0.5' the ring counts half, in 'star + ring:-1' it is avoided. ValueError for an unknown class or a weight
+    that is no number, and for guiders of other tasks.
     """
     if guider.task != "class":
         raise _wrong_task(guider, "a class", ["class"])
     images = [part.strip() for part in words.split(",") if part.strip()]
     if not images:
         raise ValueError(f"no class was given: expected one or more names of {guider.name}, separated by commas")
-    mixed = [_weighted(guider, image) for image in images]
-    if all(list(weights.values()) == [1.0] for weights in mixed):
-        return torch.tensor([next(iter(weights)) for weights in mixed])
-    target = torch.zeros(len(mixed), len(guider.labels))
-    for row, weights in zip(target, mixed, strict=True):
+    weights_of_images = [_class_weights(guider, image) for image in images]
+    if all(list(weights.values()) == [1.0] for weights in weights_of_images):
+        return torch.tensor([next(iter(weights)) for weights in weights_of_images])
+    target = torch.zeros(len(images), len(guider.labels))
+    for row, weights in zip(target, weights_of_images, strict=True):
         row[list(weights)] = torch.tensor(list(weights.values()))
     return target
 
 
-def _weighted(guider: Guider, words: str) -> dict[int, float]:
-    """{class: weight} from 'star + ring:0.5'. A name that holds a plus or a colon itself stays whole."""
-    if words.lower() in map(str.lower, guider.labels):
+def _class_weights(guider: Guider, words: str) -> dict[int, float]:
+    if words.lower() in map(str.lower, guider.labels):  # a name may hold a plus or a colon itself
         return {label_index(guider, words): 1.0}
     weights: dict[int, float] = {}
     for part in words.split("+"):
         name, colon, weight = part.strip().rpartition(":")
-        try:
-            factor = float(weight) if colon else 1.0
-        except ValueError:
-            factor = math.nan
-        if not math.isfinite(factor):
+        factor = _finite(weight) if colon else 1.0
+        if factor is None:
             raise ValueError(f"'{weight}' in '{part.strip()}' is no weight: expected a number after the colon, such as "
                              "star:0.5")
         index = label_index(guider, (name if colon else weight).strip())
@@ -68,10 +66,18 @@ def _weighted(guider: Guider, words: str) -> dict[int, float]:
     return weights
 
 
-def aim_at_text(guider: Guider, text: str) -> Guider:
-    """The guider aimed at a text: CLIP and its kind at what it says; a text-prompted mask network is asked for it.
+def _finite(number: str) -> float | None:
+    with suppress(ValueError):
+        if math.isfinite(value := float(number)):
+            return value
+    return None
 
-    Each line is for one image of the batch; a single line is for all.
+
+def aim_at_text(guider: Guider, text: str) -> Guider:
+    """The guider aimed at a text: the target of CLIP and its kind; what a text-prompted mask network is asked for.
+
+    Each line is for one image of the batch; a single line is for all. ValueError without a text, and for a guider whose
+    network knows none.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if guider.read_text is None:
@@ -115,7 +121,7 @@ def mask_target(guider: Guider, mask: Tensor, name: str) -> Tensor:
 
 
 def number_target(guider: Guider, number: float) -> Tensor:
-    """A number for a guider that measures one: brightness, sharpness, an aesthetic score -> (1, 1)."""
+    """A number as a target (1, 1), such as a brightness or an aesthetic score. ValueError for guiders of other tasks."""
     if guider.task != "number":
         raise _wrong_task(guider, "a number", ["number"])
     return torch.tensor([[float(number)]])

@@ -19,6 +19,10 @@ def test_every_name_of_the_api_is_there_once():
     assert len(names) == len(set(names)) and all(hasattr(ppap_core, name) for name in names)
 
 
+def test_the_version_is_that_of_the_package():
+    assert f'\nversion = "{ppap_core.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_the_example_of_the_front_page_runs():
     example = "\n".join(line for line in ppap_core.__doc__.splitlines() if not line or line.startswith("    "))
     assert run_python(textwrap.dedent(example) + "print(*images.shape, bool(images.isfinite().all()))", ROOT) \

@@ -13,7 +13,7 @@ from ppap_core.noise import expand
 from ppap_core.tinyworld import latents
 from ppap_core.tinyworld.loaders import LABELS, condition, load_guider
 from ppap_core.tinyworld.scenes import CLASSES, Scenes, draw, truth
-from ppap_core.viz.plots import contact_sheet, save_picture
+from ppap_core.viz.drawing import contact_sheet, save_picture
 
 from .latent_world import LatentWorld, eps_sigmas, flow_sigmas
 from .networks import load_held_out_judge, load_judge

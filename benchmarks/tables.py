@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ppap_core.io.files import read_json
-from ppap_core.viz.plots import Points, line_plot, save_picture
+from ppap_core.viz.drawing import save_picture
+from ppap_core.viz.plots import Axes, Points, line_plot
 
 from . import report
 from .evaluation import LESS_IS_BETTER, MEASURES
@@ -111,12 +112,11 @@ def write_table(name: str, rows: Sequence[report.Row], path: Path) -> str:
     text = markdown(document["title"], document["task"], rows)
     report.write_report(path, {"table": document, "rows": rows}, text)
     points: dict[str, Points] = {row["row"]: [(row["frechet"], row["score"])] for row in rows}
-    plot = line_plot(points, document["title"], "Frechet distance, less is better", MEASURES[document["task"]], log_x=True,
-                     size=PLOT_SIZE)
-    save_picture(plot, path.with_suffix(".png"))
+    axes = Axes("Frechet distance, less is better", MEASURES[document["task"]], log_x=True)
+    save_picture(line_plot(points, document["title"], axes, PLOT_SIZE), path.with_suffix(".png"))
     if lines := agreement_lines(rows, document.get("reference", "")):
         title = f"{document['title']}: distance from the answers of '{document['reference']}'"
-        save_picture(line_plot(lines, title, "noise level sigma", "less is better", log_x=True, size=PLOT_SIZE),
+        save_picture(line_plot(lines, title, Axes("noise level sigma", "less is better", log_x=True), PLOT_SIZE),
                      path.with_name(f"{path.stem}_agreement.png"))
     return text
 

@@ -32,7 +32,8 @@ from ppap_core import (
 from ppap_core.experts.distill import uses_warm_start
 from ppap_core.guiders.latents import VIEWS, View
 from ppap_core.tinyworld.scenes import CLASSES, Scenes
-from ppap_core.viz.plots import Points, contact_sheet, line_plot, save_picture
+from ppap_core.viz.drawing import contact_sheet, save_picture
+from ppap_core.viz.plots import Axes, Points, line_plot
 
 SAMPLES, STEPS, IMAGES = 1024, 16, 128
 EXPERTS = 5
@@ -85,8 +86,8 @@ def plot_teacher_distance(guiders: dict[str, Guider], world: TinyWorld, store: S
     series: dict[str, Points] = {
         name: teacher_distance(world.guider, guider, store, equal_shares(store, STEPS), device=world.device)
         for name, guider in guiders.items()}
-    plot = line_plot(series, f"Distance from the answer on the finished image, {view} view", "noise level sigma",
-                     "KL, lower is better", log_x=True)
+    plot = line_plot(series, f"Distance from the answer on the finished image, {view} view",
+                     Axes("noise level sigma", "KL, lower is better", log_x=True))
     save_picture(plot, folder / f"disagreement_{view}.png")
 
 

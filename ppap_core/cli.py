@@ -81,7 +81,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _toy(options: argparse.Namespace) -> None:
     from .tinyworld.toy2d import panels, picture
-    from .viz.plots import save_picture
+    from .viz.drawing import save_picture
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results = panels(options.steps)

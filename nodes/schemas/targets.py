@@ -10,7 +10,7 @@ from ...ppap_core.guiders.targets import (
     number_target,
     with_cutouts,
 )
-from ...ppap_core.viz.plots import palette
+from ...ppap_core.viz.colors import palette
 from ..bridge import autograd, guider_cache, paths, tensors
 from .io_types import GuiderType
 

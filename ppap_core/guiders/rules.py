@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..viz.plots import depth_picture
+from ..viz.colors import depth_picture
 from ..viz.previews import color_stripes, enlarged
 from .guider import Guider
 from .preprocess import Preprocess

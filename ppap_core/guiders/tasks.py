@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..viz.plots import depth_picture, labels_of_picture
+from ..viz.colors import depth_picture, labels_of_picture
 from ..viz.previews import class_bars, label_map, mask_picture
 from .preprocess import Preprocess
 

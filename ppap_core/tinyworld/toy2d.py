@@ -16,7 +16,7 @@ from ..guidance.autoguidance import Autoguidance, autoguided
 from ..noise import NoiseInterval
 from ..sampling import Denoiser, karras_sigmas, sample_heun
 from ..schedules import Schedule
-from ..viz.plots import scatter_panels
+from ..viz.drawing import scatter_panels
 
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 5.0
 ROW, DEPTH = 8, 4  # Gaussians in a branch; forks above the stem

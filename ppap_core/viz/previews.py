@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plots import bar_chart, label_picture, note_picture
+from .colors import label_picture
+from .drawing import bar_chart, note_picture
 
 PREVIEW_SIZE = 256  # height and width of previews that are no maps
 

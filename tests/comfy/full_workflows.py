@@ -11,7 +11,7 @@ from PIL import Image, ImageStat
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import save_image
 
-from ppap_core.viz.plots import contact_sheet, save_picture
+from ppap_core.viz.drawing import contact_sheet, save_picture
 
 SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger ones are plots, which the sheet leaves out
 

@@ -12,19 +12,9 @@ from ppap_core.guiders.rules import RULES, rule_guider
 from ppap_core.guiders.targets import image_target, map_target
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.guiders.visualize import visualize
-from ppap_core.viz.plots import (
-    bar_chart,
-    colour,
-    contact_sheet,
-    depth_picture,
-    guidance_plot,
-    label_picture,
-    labels_of_picture,
-    line_plot,
-    loss_plot,
-    note_picture,
-    save_picture,
-)
+from ppap_core.viz.colors import color, depth_picture, label_picture, labels_of_picture
+from ppap_core.viz.drawing import bar_chart, contact_sheet, note_picture, save_picture
+from ppap_core.viz.plots import Axes, guidance_plot, line_plot, loss_plot
 
 
 def is_picture(image: torch.Tensor, height: int | None = None, width: int | None = None) -> bool:
@@ -34,12 +24,12 @@ def is_picture(image: torch.Tensor, height: int | None = None, width: int | None
 
 def pixels_of(image: torch.Tensor, index: int) -> torch.Tensor:
     """Where a picture has the colour of a line, (n, 2) as row and column."""
-    shade = torch.tensor(colour(index)).float() / 127.5 - 1
+    shade = torch.tensor(color(index)).float() / 127.5 - 1
     return ((image[0] - shade[:, None, None]).abs().amax(0) < 0.01).nonzero()
 
 
 def test_a_plot_has_its_size_and_a_colour_for_each_line():
-    plot = line_plot({"up": [(0, 0), (1, 1)], "down": [(0, 1), (1, 0)]}, "title", "x", "y", size=(300, 500))
+    plot = line_plot({"up": [(0, 0), (1, 1)], "down": [(0, 1), (1, 0)]}, "title", Axes("x", "y"), size=(300, 500))
     assert is_picture(plot, 300, 500)
     for index in (0, 1):
         line = pixels_of(plot, index)
@@ -51,7 +41,7 @@ def test_a_plot_has_its_size_and_a_colour_for_each_line():
 def test_the_names_of_many_lines_stand_beside_the_plot():
     """Many names stand beside the plot and hide none of it."""
     def plot(count: int) -> torch.Tensor:
-        return line_plot({f"line {index}": [(0, index), (1, index)] for index in range(count)}, "", "x", "y")
+        return line_plot({f"line {index}": [(0, index), (1, index)] for index in range(count)}, "", Axes("x", "y"))
     few, many = (pixels_of(plot(count), 0)[:, 1] for count in (4, 5))
     assert len(many.unique()) < len(few.unique())
     inside = many[many < 600]
@@ -60,7 +50,7 @@ def test_the_names_of_many_lines_stand_beside_the_plot():
 
 def test_many_single_points_are_numbered_and_few_are_not():
     def ink(count: int) -> int:
-        plot = line_plot({f"point {index}": [(index, index)] for index in range(count)}, "", "x", "y", size=(300, 500))
+        plot = line_plot({f"point {index}": [(index, index)] for index in range(count)}, "", Axes("x", "y"), size=(300, 500))
         shade = torch.tensor((40, 40, 46)).float() / 127.5 - 1
         found = ((plot[0] - shade[:, None, None]).abs().amax(0) < 0.3).nonzero()
         return sum(1 for row, column in found.tolist() if 75 < column < 380 and 50 < row < 240 and column - row < 130)
@@ -75,11 +65,11 @@ def test_many_single_points_are_numbered_and_few_are_not():
     [(1e-9, 1e-9), (1.1e-9, 1.1e-9)], [(1e6, 1.0), (1e6 + 1e-3, 1.0 + 1e-12)], [(0, 0), (80, 7)],
 ])
 def test_no_points_break_a_plot(points, log_x, log_y):
-    assert is_picture(line_plot({"line": points}, "title", "x", "y", log_x=log_x, log_y=log_y), 420, 720)
+    assert is_picture(line_plot({"line": points}, "title", Axes("x", "y", log_x, log_y)), 420, 720)
 
 
 def test_no_series_is_a_plot_that_says_so():
-    assert is_picture(line_plot({}, "title", "x", "y"), 420, 720)
+    assert is_picture(line_plot({}, "title", Axes("x", "y")), 420, 720)
 
 
 def test_the_loss_of_every_expert_is_drawn():

@@ -15,7 +15,7 @@ from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.rules import RULES, rule_guider
 from ppap_core.guiders.targets import image_target, number_target
 from ppap_core.tinyworld.scenes import draw
-from ppap_core.viz.plots import palette
+from ppap_core.viz.colors import palette
 
 ITSELF = [name for name, rule in RULES.items() if rule.aim == "itself"]
 NUMBERS = {"brightness": 0.7, "contrast": 0.35, "saturation": 0.6, "sharpness": 0.1}

@@ -19,7 +19,7 @@ from ppap_core.guiders.targets import (
     number_target,
 )
 from ppap_core.guiders.tasks import IGNORE, TASKS
-from ppap_core.viz.plots import label_picture, palette
+from ppap_core.viz.colors import label_picture, palette
 
 OTHERS = sorted(set(TASKS) - {"class"})
 

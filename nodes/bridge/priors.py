@@ -1,9 +1,10 @@
-"""The search for images under a MODEL's prior, as a sampler: ComfyUI loads the model and prepares its conditioning as for
-any other."""
-from collections.abc import Sequence
-from dataclasses import replace
+"""Plug-and-play priors: a search for images that runs in the place of a sampler, where ComfyUI has loaded the model."""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import comfy.samplers
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -11,68 +12,107 @@ from torch import Tensor
 
 from ...ppap_core.guidance.prior import PriorConfig, PriorObjective, optimize_images
 from ...ppap_core.io.hashing import digest
-from ...ppap_core.sampling import Denoiser
 from ...ppap_core.training.loop import Losses, RunOptions
 from . import latents, noise_levels, paths
 from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae
 from .guidance import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, to_core_term
+from .hooks import PRIOR, Hooks, attach
 from .latents import Patcher
 from .memory import GradientMemory, materialize_on, patcher_of
 from .progress import Progress
 from .sampler import new_cfg_guider, run_inside_sampler
 
-KEY = "ppap_prior"
 
+@dataclass
+class PriorSearch:
+    """Search for images that a MODEL finds probable and that meet the targets of terms; resumes where it was cancelled.
 
-def search(model: Patcher, terms: Sequence[GuidanceTerm], positive: list, negative: list, cfg: float, latent: dict,
-           seed: int, config: PriorConfig, vae: comfy.sd.VAE | None) -> tuple[dict, Losses]:
-    """The LATENT that was found, and of every step the error of the noise and the energy."""
-    latents.require_supported(model)
-    decoders, networks = decoders_for(terms, model, vae)
-    through = config.backprop_through_model
-    searched = for_gradients(model) if through else model.clone()
-    memory = GradientMemory(active_guiders(terms, decoders), through, KEY)
-    searched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, memory.reserve)
-    searched.set_additional_models(KEY, searched.get_additional_models_with_key(KEY) + [patcher_of(net) for net in networks])
-    given = {**latents.without_sizes(latent), "samples": latents.resize_empty_latent(model, latent)}
-    known = model.model.process_latent_in(given["samples"])
-    about = {**fingerprint_model(model, positive, negative), "cfg": cfg, "vae": fingerprint_vae(vae),
-             "terms": fingerprint_terms(terms), "start": digest([given, config.start_noise])}
-    name = digest([about, config.identity(), seed, config.particles])
-    state = paths.output_folder("ppap_prior", f"{name}.state.safetensors")
-    report = Progress(config.steps)
+    latent: where the search starts, with a mask where it may change. seed: image i uses seed + i. vae: as in guidance.
+    ValueError for a model that cannot be searched, or experts of other latents.
+    """
 
-    def look(predict: Any, noise: Tensor, extra_args: dict) -> tuple[Tensor, Losses]:
-        materialize_on(networks, noise.device)
-        if through:
-            make_differentiable(guider)
+    model: Patcher
+    positive: list
+    negative: list
+    cfg: float                          # neutral: 1
+    latent: dict
+    seed: int
+    config: PriorConfig
+    terms: Sequence[GuidanceTerm] = ()
+    vae: comfy.sd.VAE | None = None
+
+    def __post_init__(self) -> None:
+        latents.require_supported(self.model)
+        self.decoders, self.networks = decoders_for(self.terms, self.model, self.vae)
+        self.start = {**latents.without_sizes(self.latent), "samples": latents.resize_empty_latent(self.model, self.latent)}
+        self.images = self.model.model.process_latent_in(self.start["samples"])
+        self.progress = Progress(self.config.steps)
+
+    def run(self) -> tuple[dict, Losses]:
+        """Return the LATENT that is found, and [error of the noise, energy of the terms] for every step."""
+        through_model = self.config.backprop_through_model
+        model = for_gradients(self.model) if through_model else self.model.clone()
+        memory = GradientMemory(active_guiders(self.terms, self.decoders), through_model, PRIOR)
+        attach(model, PRIOR, Hooks({WrappersMP.PREPARE_SAMPLING: memory.reserve},
+                                   additional_models=[patcher_of(net) for net in self.networks]))
+        cfg_guider = new_cfg_guider(model, self.positive, self.negative, self.cfg)
+        shape = (self.config.particles * len(self.images), *self.images.shape[1:])
+        images, losses = run_inside_sampler(cfg_guider, shape, self.seed, partial(self._search, cfg_guider))
+        return {**self.start, "samples": self.model.model.process_latent_out(images.cpu())}, losses
+
+    def _search(self, cfg_guider: comfy.samplers.CFGGuider, predict: Any, noise: Tensor,
+                extra_args: dict) -> tuple[Tensor, Losses]:
+        materialize_on(self.networks, noise.device)
+        if self.config.backprop_through_model:
+            make_differentiable(cfg_guider)
         with outside_inference_mode():
-            start = latents.frames_as_images(known.to(noise))
-            seeds = range(seed, seed + config.particles * len(start))
-            mask = latents.mask_for(latent["noise_mask"], start.shape) if latent.get("noise_mask") is not None else None
-            core = [to_core_term(searched, term, start.shape, decode) for term, decode in zip(terms, decoders, strict=True)]
-            denoise = denoiser(guider.inner_model.model_sampling, predict, extra_args, noise, through)
-            options = RunOptions(about, state,
-                                 on_step=lambda step, _, points: report(step + 1, latents.preview(model, points[:1])),
-                                 run_step=GradientPass(guider.inner_model).run if through else None)
-            images, losses = optimize_images(PriorObjective(denoise, core, latents.sigma_data_of(model)), start,
-                                             replace(config, frames=len(start) // len(known)), seeds, mask, options)
-            return latents.images_as_frames(images, known), losses
+            start = latents.frames_as_images(self.images.to(noise))
+            config = replace(self.config, frames=len(start) // len(self.images))
+            seeds = range(self.seed, self.seed + config.particles * len(start))
+            denoise = ModelDenoiser(cfg_guider.inner_model.model_sampling, partial(predict, **extra_args), noise,
+                                    config.backprop_through_model)
+            images, losses = optimize_images(self._objective(cfg_guider.model_patcher, denoise, start), start, config, seeds,
+                                             self._mask(start), self._run_options(GradientPass(cfg_guider.inner_model)))
+            return latents.images_as_frames(images, self.images), losses
 
-    guider = new_cfg_guider(searched, positive, negative, cfg)
-    images, losses = run_inside_sampler(guider, (config.particles * len(known), *known.shape[1:]), seed, look)
-    return {**given, "samples": model.model.process_latent_out(images.cpu())}, losses
+    def _objective(self, model: Patcher, denoise: "ModelDenoiser", start: Tensor) -> PriorObjective:
+        terms = [to_core_term(model, term, start.shape, decode)
+                 for term, decode in zip(self.terms, self.decoders, strict=True)]
+        return PriorObjective(denoise, terms, latents.sigma_data_of(self.model))
+
+    def _mask(self, start: Tensor) -> Tensor | None:
+        mask = self.latent.get("noise_mask")
+        return None if mask is None else latents.mask_for(mask, start.shape)
+
+    def _run_options(self, gradient_pass: GradientPass) -> RunOptions:
+        run_id = {**fingerprint_model(self.model, self.positive, self.negative), "cfg": self.cfg,
+                  "vae": fingerprint_vae(self.vae), "terms": fingerprint_terms(self.terms),
+                  "start": digest([self.start, self.config.start_noise])}
+        state_name = digest([run_id, self.config.identity(), self.seed, self.config.particles])
+        return RunOptions(run_id, paths.output_folder("ppap_prior", f"{state_name}.state.safetensors"),
+                          on_step=self._on_step, run_step=gradient_pass.run if self.config.backprop_through_model else None)
+
+    def _on_step(self, step: int, loss: list[float], images: Tensor) -> None:
+        self.progress(step + 1, latents.preview(self.model, images[:1]))
 
 
-def denoiser(sampling: Any, predict: Any, extra_args: dict, like: Tensor, differentiable: bool) -> Denoiser:
-    """A sampling's model in the core's convention; without gradients it runs as ComfyUI runs it, in inference mode."""
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        state = noise_levels.from_ve(sampling, latents.images_as_frames(x, like), sigma[:len(like)])
-        return latents.frames_as_images(predict(*state, **extra_args))
+@dataclass(frozen=True)
+class ModelDenoiser:
+    """A sampling's model in the core's convention: (x, sigma) -> prediction, with frames as images."""
 
-    def alone(x: Tensor, sigma: Tensor) -> Tensor:
+    sampling: Any                      # model_sampling of the model
+    predict: Callable[..., Tensor]     # (x, sigma) -> prediction, as ComfyUI's samplers call the model
+    like: Tensor                       # what is sampled, for its shape
+    differentiable: bool               # False: runs as ComfyUI runs it, in inference mode
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if self.differentiable:
+            return self._denoise(x, sigma)
         with torch.inference_mode():
-            found = denoise(x.clone(), sigma.clone())
-        return found.clone()
-    return denoise if differentiable else alone
+            prediction = self._denoise(x.clone(), sigma.clone())
+        return prediction.clone()
+
+    def _denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        state = noise_levels.from_ve(self.sampling, latents.images_as_frames(x, self.like), sigma[:len(self.like)])
+        return latents.frames_as_images(self.predict(*state))

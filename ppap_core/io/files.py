@@ -12,9 +12,10 @@ from torch import Tensor
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write beside the name and rename: a reader sees the old file or the new one, whole.
+    """Write beside the name and rename, so that a reader sees the old file or the new one, whole.
 
-    OSError in words when the disk is full or the folder cannot be written; nothing half-written is left behind.
+    Missing folders are made. OSError in words when the disk is full or the folder cannot be written; nothing half-written
+    is left behind.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -30,22 +31,25 @@ def write_bytes(path: Path | str, data: bytes) -> None:
             part.unlink()
 
 
-def save_tensors(path: Path | str, tensors: dict[str, Tensor], about: dict) -> None:
-    """Write tensors and a JSON description into one safetensors file, whole or not at all."""
+def save_tensors(path: Path | str, tensors: dict[str, Tensor], header: dict) -> None:
+    """Write tensors and a header of JSON values into one safetensors file, whole or not at all.
+
+    OSError in words when the disk is full or the folder cannot be written.
+    """
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(tensors, {"ppap": json.dumps(about)}))
+    write_bytes(path, save(tensors, {"ppap": json.dumps(header)}))
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and description of a file written by `save_tensors`. FileNotFoundError or ValueError in words."""
+    """Tensors and header of a file written by `save_tensors`. FileNotFoundError or ValueError in words."""
     tensors, metadata = read_safetensors(path)
     try:
-        about = json.loads(metadata.get("ppap", "null"))
+        header = json.loads(metadata.get("ppap", "null"))
     except json.JSONDecodeError:
-        about = None
-    if not isinstance(about, dict):
+        header = None
+    if not isinstance(header, dict):
         raise ValueError(f"{Path(path).name} has no description of this pack: expected a file saved by it.")
-    return tensors, about
+    return tensors, header
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -55,7 +59,7 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def read_header(path: Path | str) -> tuple[list[str], dict[str, str]]:
-    """Names and metadata of a safetensors file that is whole. FileNotFoundError or ValueError in words."""
+    """Tensor names and metadata of a safetensors file. FileNotFoundError, or ValueError for one that is cut off."""
     with _opened(path) as file:
         return list(file.keys()), file.metadata() or {}
 
@@ -74,7 +78,10 @@ def _opened(path: Path | str) -> Iterator:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The whole safetensors files of a folder, by its index if it has one. FileNotFoundError or ValueError in words."""
+    """The safetensors files of a network's folder, as its index lists them or model.safetensors.
+
+    FileNotFoundError naming a missing file; ValueError for an index or a file that is damaged.
+    """
     index = folder / "model.safetensors.index.json"
     parts = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
     if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
@@ -106,41 +113,42 @@ def read_json(path: Path | str) -> dict:
     return value
 
 
-def ensure_manifest(folder: Path | str, recipe: dict) -> dict:
-    """Make a folder the place of one recipe, kept in its manifest.json; returns the recipe as JSON has it.
+def ensure_manifest(folder: Path | str, manifest: dict) -> dict:
+    """Reserve a folder for results of one manifest, kept in its manifest.json; returns the manifest as JSON has it.
 
-    ValueError naming what differs when the folder holds the results of another recipe.
+    ValueError naming what differs when the folder holds results of another one.
     """
-    manifest, wanted = Path(folder) / "manifest.json", json.loads(json.dumps(recipe))  # tuples become lists, as on disk
-    found = read_json(manifest) if manifest.exists() else None
-    if found is None:
-        write_json(manifest, wanted)
-    elif found != wanted:
-        differences = "; ".join(f"{key} is {found.get(key)!r}, expected {wanted.get(key)!r}"
-                                for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key))
-        raise ValueError(f"{Path(folder).name} holds the results of another recipe ({differences}): choose another name, "
-                         "or delete that folder")
-    return wanted
+    file, expected = Path(folder) / "manifest.json", json.loads(json.dumps(manifest))  # tuples become lists, as on disk
+    if not file.exists():
+        write_json(file, expected)
+        return expected
+    saved = read_json(file)
+    if saved != expected:
+        differences = "; ".join(f"{key} is {saved.get(key)!r}, expected {expected.get(key)!r}"
+                                for key in sorted({*saved, *expected}) if saved.get(key) != expected.get(key))
+        raise ValueError(f"{Path(folder).name} holds results of other settings ({differences}): choose another name, or "
+                         "delete that folder")
+    return expected
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{"a": t} -> {"prefix.a": t}."""
+    """Put a prefix before names: {"a": t} -> {"prefix.a": t}."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under a prefix, with the prefix taken off."""
+    """Tensors under a prefix, without it: {"prefix.a": t, "b": u} -> {"a": t}."""
     return {name[len(prefix) + 1:]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as flat tensors, {"3.exp_avg": ...}."""
+    """State of an optimiser as flat tensors, by the number of the parameter: {"3.exp_avg": ...}."""
     state = optimizer.state_dict()["state"]
     return {f"{index}.{name}": torch.as_tensor(value) for index, row in state.items() for name, value in row.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took."""
+    """Restore the state of an optimiser from the tensors of `optimizer_tensors`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)

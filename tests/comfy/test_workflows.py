@@ -249,8 +249,8 @@ def test_an_unknown_class_stops_the_graph_with_one_sentence(server: Server):
     assert sentence == "tinyworld/guider_class has no class 'sta': expected a number below 8 or a name such as star"
 
 
-def test_samples_of_another_recipe_are_not_mixed(server: Server):
+def test_samples_of_other_settings_are_not_mixed(server: Server):
     graph = distilling("recipe", steps=1)
     server.run(graph)
     graph["2"]["inputs"]["steps"] = 3
-    assert "another recipe (steps is 2, expected 3)" in server.error(graph)
+    assert "other settings (steps is 2, expected 3)" in server.error(graph)

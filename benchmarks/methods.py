@@ -85,8 +85,8 @@ class ClassifierFree(Untrained):
 
     def sample(self, batch: Batch, setting: Setting) -> Tensor:
         given = condition(batch.scenes.label)
-        good, bad = (conditional_denoiser(self.world, each) for each in (given, torch.zeros_like(given)))
-        return sample_euler(autoguided(good, bad, autoguidance(**setting)), batch.noise, batch.sigmas)
+        conditional, unconditional = (conditional_denoiser(self.world, part) for part in (given, torch.zeros_like(given)))
+        return sample_euler(autoguided(conditional, unconditional, autoguidance(**setting)), batch.noise, batch.sigmas)
 
 
 @dataclass(frozen=True)

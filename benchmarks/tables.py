@@ -14,13 +14,28 @@ from ppap_core.viz.drawing import save_picture
 from ppap_core.viz.plots import Axes, Points, line_plot
 
 from . import report
+from .distillations import Distillation, FeatureDistillation, FreshNoise, Jitter, PpapReference, RepeatedNoise
 from .evaluation import LESS_IS_BETTER, MEASURES
+from .labelled import LabelledExperts, LabelledNetworks
 from .report import Column
-from .training import Plain, Training, read_training
+from .training import Plain, Training
 
 TABLES = Path(__file__).parent / "rows"
 MEASURED = 100_000  # the first scene of the images that are measured
 PLOT_SIZE = (640, 1240)
+
+
+TRAININGS: dict[str, type[Training]] = {
+    "original": PpapReference, "whole": LabelledNetworks, "labels": LabelledExperts, "features": FeatureDistillation,
+    "jitter": Jitter, "draws": RepeatedNoise, "fresh_noise": FreshNoise, "edges": Distillation}
+"""By the option that asks for one; the first that a row has counts."""
+
+
+def read_training(given: Mapping[str, Any]) -> Training:
+    """The training that a row's options describe; without any of the names of TRAININGS the plain guider."""
+    kind = next((TRAININGS[name] for name in TRAININGS if name in given), Plain)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value
+                   for name, value in given.items() if name not in kind.marks})
 
 
 @dataclass(frozen=True)

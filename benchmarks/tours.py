@@ -121,23 +121,23 @@ def all_tours(denoise: Denoiser, instances: dict[int, Tensor], config: TourBench
     tours = {"solver": by_rule(instances, lambda cities, _: solve(cities, config.seconds))}
     tours |= {name: by_rule(instances, rule) for name, rule in RULES.items()}
     particles = [by_prior(denoise, instances, config, report, particle) for particle in range(config.particles)]
-    best = list(map(shortest, places, zip(*(improved(found).tours for found in particles), strict=True)))
+    best = list(map(shortest, places, zip(*(improved(result).tours for result in particles), strict=True)))
     tours |= {"prior": particles[0], "prior, 2-opt": improved(particles[0]),
-              f"best of {config.particles} by the prior, 2-opt": Tours(best, sum(found.seconds for found in particles))}
+              f"best of {config.particles} by the prior, 2-opt": Tours(best, sum(result.seconds for result in particles))}
     prior = replace(config.search.prior, backprop_through_model=True)
     through = by_prior(denoise, instances, replace(config, search=replace(config.search, prior=prior)), report)
     return tours | {"prior, through the model": through, "prior, through the model, 2-opt": improved(through)}
 
 
-def _improved(places: Sequence[Tensor], found: Tours) -> Tours:
-    return found._replace(tours=list(map(two_opt, places, found.tours)))
+def _improved(places: Sequence[Tensor], result: Tours) -> Tours:
+    return result._replace(tours=list(map(two_opt, places, result.tours)))
 
 
-def measured(way: str, places: Sequence[Tensor], found: Tours, best: Sequence[Tensor]) -> Row:
+def measured(way: str, places: Sequence[Tensor], result: Tours, best: Sequence[Tensor]) -> Row:
     """A row: the mean gap to the best tours with its standard error, and the share of instances without a gap."""
     gaps = torch.tensor([length(cities, tour) / length(cities, least) - 1
-                         for cities, tour, least in zip(places, found.tours, best, strict=True)], dtype=torch.float64)
-    return {"cities": len(places[0]), "way": way, "gap": float(gaps.mean()), "seconds": found.seconds,
+                         for cities, tour, least in zip(places, result.tours, best, strict=True)], dtype=torch.float64)
+    return {"cities": len(places[0]), "way": way, "gap": float(gaps.mean()), "seconds": result.seconds,
             "error": float(gaps.std() / len(gaps) ** 0.5), "shortest": float((gaps < 1e-6).double().mean())}
 
 
@@ -147,8 +147,8 @@ def tour_bench(config: TourBench, report: Report) -> list[Row]:
     for count in config.counts:
         instances = {seed: cities(seed, count) for seed in range(config.first, config.first + config.instances)}
         tours = all_tours(denoise, instances, config, report)
-        for way, found in tours.items():
-            rows.append(measured(way, list(instances.values()), found, tours["solver"].tours))
+        for way, result in tours.items():
+            rows.append(measured(way, list(instances.values()), result, tours["solver"].tours))
             report(f"{count} cities, {way}: gap {rows[-1]['gap']:.2%}")
     return rows
 

@@ -14,21 +14,15 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from examples.priors.label_maps import to_points
 from examples.priors.networks import WEIGHTS as PRIORS
 from examples.priors.networks import label_map_denoiser, tour_denoiser
 from examples.priors.salesman import solve
 from examples.priors.tours import SolvedTours
-from ppap_core import Denoiser, to_vp
-from ppap_core.guiders.tasks import TASKS, cross_entropy, pixel_cross_entropy
+from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.files import load_tensors, save_tensors, without_prefix
-from ppap_core.noise import PIXEL_SIGMA_DATA, expand
 from ppap_core.tinyworld.latents import (
-    SCALE,
     SIZE,
-    SPACE,
     Encoded,
     TinyEps,
     depth_hint,
@@ -36,24 +30,31 @@ from ppap_core.tinyworld.latents import (
     load_flow,
     scale_hint,
     scale_latent,
-    timestep_sigmas,
 )
-from ppap_core.tinyworld.loaders import CONDITIONS, LABELS, WEIGHTS, condition, load_denoiser
-from ppap_core.tinyworld.networks.autoencoder import SHRINK, TinyAutoencoder
+from ppap_core.tinyworld.loaders import CONDITIONS, LABELS, WEIGHTS, load_denoiser
+from ppap_core.tinyworld.networks.autoencoder import TinyAutoencoder
 from ppap_core.tinyworld.networks.classifiers import tiny_resnet
 from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
 from ppap_core.tinyworld.networks.flow import TinyControl, TinyFlow, to_diffusers
-from ppap_core.tinyworld.scenes import Scenes, draw, truth
+from ppap_core.tinyworld.scenes import Scenes, draw
 from ppap_core.training.loop import AdamW, RunOptions, optimize
 
-from .judges import TinyTransformer, augment, tiny_convnext
+from .judges import TinyTransformer, tiny_convnext
+from .losses import (
+    Loss,
+    autoencoder_loss,
+    conditional_loss,
+    control_loss,
+    denoiser_loss,
+    eps_loss,
+    flow_loss,
+    label_map_loss,
+    task_loss,
+)
 from .networks import WEIGHTS as JUDGES
 
 TRAINING_SEEDS = 10_000_000  # scenes below this number are never trained on
 
-
-Loss = Callable[[Any, Any, torch.Generator], Tensor]
-"""(network, a batch of its source, generator) -> losses (B,)"""
 
 Source = Callable[[range, int], Any]
 """(numbers of examples, side of scenes) -> a batch, as a NamedTuple of tensors"""
@@ -91,72 +92,6 @@ def conditional_denoiser() -> TinyDenoiser:
     return net
 
 
-def conditional_loss(net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """`denoiser_loss` with the class as a condition, dropped for some scenes, (B,)."""
-    given = label_dropout(scenes.label, generator)
-    return denoiser_loss(lambda x, sigma: net(x, sigma, given), scenes, generator)
-
-
-def denoiser_loss(net: Denoiser, scenes: Scenes, generator: torch.Generator, p_mean: float = -0.5) -> Tensor:
-    """EDM's loss (Karras et al. 2022, eq. 8), by default with more weight where a scene's shape is decided, (B,).
-
-    p_mean: mean of log sigma.
-    """
-    image = scenes.image
-    sigma = (torch.randn(len(image), generator=generator) * 1.2 + p_mean).exp().to(image.device)
-    noise = torch.randn(image.shape, generator=generator).to(image.device)
-    error = net(image + sigma[:, None, None, None] * noise, sigma).float() - image
-    weight = (sigma**2 + PIXEL_SIGMA_DATA**2) / (sigma * PIXEL_SIGMA_DATA) ** 2
-    return weight * error.square().mean(dim=(1, 2, 3))
-
-
-def label_map_loss(net: Denoiser, scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """`denoiser_loss` on one-hot label maps, P_mean 0.9: their shape is decided at more noise, (B,)."""
-    return denoiser_loss(net, scenes._replace(image=to_points(scenes.segmentation)), generator, p_mean=0.9)
-
-
-def absolute_error(depth: Tensor, wanted: Tensor) -> Tensor:
-    """Mean absolute error of depth maps (B, 1, h, w), (B,)."""
-    return (depth.float() - wanted).abs().flatten(1).mean(1)
-
-
-LOSSES = {"class": cross_entropy, "depth": absolute_error, "segmentation": pixel_cross_entropy}  # (output, truth) -> (B,)
-
-
-def task_loss(task: str, net: nn.Module, scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """Loss of a network's outputs on scenes, augmented as in the training of real networks, (B,)."""
-    return LOSSES[task](net(augment(scenes.image, generator)), truth(scenes, task))
-
-
-CROP = 64  # side of what an autoencoder is trained on: its convolutions are the same everywhere
-
-
-def autoencoder_loss(net: TinyAutoencoder, scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """Error of the image decoded from a slightly noisy latent, and of the latent's linear colours, (B,)."""
-    top, left = torch.randint((SIZE - CROP) // SHRINK + 1, (2,), generator=generator).tolist()
-    image = scenes.image[..., SHRINK * top:SHRINK * top + CROP, SHRINK * left:SHRINK * left + CROP]
-    latent = net.encode(image.contiguous(memory_format=torch.channels_last)).float()
-    noise = torch.randn(latent.shape, generator=generator).to(latent)
-    error = net.decode(latent + 0.1 / SCALE * noise).float() - image
-    color_error = SPACE.colors(scale_latent(latent)) - F.avg_pool2d(image, SHRINK)
-    parts = (error.abs(), error.square(), 0.25 * color_error.square(), 0.01 * scale_latent(latent).square())
-    return torch.stack([part.flatten(1).mean(1) for part in parts]).sum(0)
-
-
-def flow_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
-    """Error of the velocity at logit-normal times (Esser et al. 2024, section 3.1), (B,)."""
-    given = label_dropout(scenes.label, generator)
-    x, t, target = flow_state(scenes.latent, generator)
-    return (net(x, t, given[:, None], given).float() - target).square().flatten(1).mean(1)
-
-
-def flow_state(latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A noisy state, its time (B,), and the velocity there."""
-    t = (torch.randn(len(latent), generator=generator) + 0.5).sigmoid().to(latent)
-    noise = torch.randn(latent.shape, generator=generator).to(latent)
-    return (1 - expand(t, latent)) * latent + expand(t, latent) * noise, t, noise - latent
-
-
 class Controlled(nn.Module):
     """A ControlNet in training beside the bundled flow model, which stays frozen."""
 
@@ -173,29 +108,6 @@ class Controlled(nn.Module):
     def to_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights under the names that stock loaders expect."""
         return to_diffusers(without_prefix("control", tensors))
-
-
-def control_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
-    """Error of the flow model's velocity with the ControlNet, (B,)."""
-    x, t, target = flow_state(scenes.latent, generator)
-    velocity = net(x, t, label_dropout(scenes.label, generator, 0.5), scenes.hint)
-    return (velocity.float() - target).square().flatten(1).mean(1)
-
-
-def eps_loss(net: nn.Module, scenes: Encoded, generator: torch.Generator) -> Tensor:
-    """Error of the noise at timesteps drawn evenly (Ho et al. 2020, eq. 14), (B,)."""
-    latent, given = scenes.latent, label_dropout(scenes.label, generator)
-    timestep = torch.randint(1000, (len(latent),), generator=generator)
-    sigma = timestep_sigmas()[timestep].to(latent)
-    noise = torch.randn(latent.shape, generator=generator).to(latent)
-    output = net(to_vp(latent + expand(sigma, latent) * noise, sigma), timestep.to(latent), given)
-    return (output.float() - noise).square().flatten(1).mean(1)
-
-
-def label_dropout(label: Tensor, generator: torch.Generator, share: float = 1 / 7) -> Tensor:
-    """The condition of each scene, (B, CONDITIONS), and none for a share of them, so that the model learns to do without."""
-    without = torch.rand(len(label), generator=generator) < share
-    return condition(label.masked_fill(without.to(label.device), -1))
 
 
 class EncodedScenes:

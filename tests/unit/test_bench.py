@@ -12,9 +12,9 @@ from benchmarks import rules as rules_bench
 from benchmarks.bad_models import BUNDLED, DAMAGES, QUARTER, TUNED, LoraModel, load_bad_model
 from benchmarks.methods import METHODS, Batch, autoguidance, conditional_denoiser, in_bfloat16
 from benchmarks.runs import run_table
-from benchmarks.tables import Row, read_table
+from benchmarks.tables import Row, read_table, read_training
 from benchmarks.tiny_world import NOISE, generate_store, load_world
-from benchmarks.training import Trained, Workspace, read_training
+from benchmarks.training import Trained, Workspace
 from ppap_core import (
     ExpertBank,
     LoraSpec,

@@ -11,11 +11,12 @@ import benchmarks
 from benchmarks import label_maps, latent, ppap_reference, rules, tables, tours
 from benchmarks.ablations import ABLATIONS, JointOverMarginal, Smooth
 from benchmarks.bad_models import KINDS, TUNED
+from benchmarks.distillations import PpapReference
 from benchmarks.methods import METHODS, prior_config
 from benchmarks.report import Column, cached_json, markdown, write_report
-from benchmarks.tables import read_table
+from benchmarks.tables import read_table, read_training
 from benchmarks.tiny_world import load_world
-from benchmarks.training import Plain, PpapReference, options, read_training
+from benchmarks.training import Plain, options
 from ppap_core import ExpertBank, ExpertSchedule, Guider, LoraSpec, base_network, with_experts
 from ppap_core.guidance.training_free import METHODS as TRAINING_FREE
 from ppap_core.guiders.guider import clean
@@ -132,6 +133,7 @@ def different_experts() -> Guider:
     return with_experts(guider, bank)
 
 
+@pytest.mark.slow
 def test_blended_experts_meet_on_the_edge():
     """Away from it they are themselves."""
     guider, picture = different_experts(), images(2)

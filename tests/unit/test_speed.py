@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import full_size
 from benchmarks import speed as module
 from benchmarks.costs import gradient_of
-from benchmarks.speed import NETWORKS, ROWS, guided_step, in_turn, operations, plain_step, speed, table, through_step, timed
+from benchmarks.full_size import NETWORKS
+from benchmarks.speed import ROWS, guided_step, in_turn, operations, plain_step, speed, table, through_step, timed
 from ppap_core.cli import main
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.preprocess import Preprocess
@@ -28,10 +30,11 @@ def tiny():
     for package in ("diffusers", "timm"):
         pytest.importorskip(package, reason=f"needs the package {package}")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"NETWORKS": {"SD 1.5": TINY, "SDXL": TINY_XL}, "SIZES": {"SD 1.5": 256, "SDXL": 512},
-                            "REDUCED": ("SD 1.5", 64), "VAE": module.VAE | TINY_VAE, "CLASSIFIER": "test_resnet",
-                            "BUDGET": 0.0}.items():
+        for name, value in {"SIZES": {"SD 1.5": 256, "SDXL": 512}, "REDUCED": ("SD 1.5", 64), "BUDGET": 0.0}.items():
             patch.setattr(module, name, value)
+        for name, value in {"NETWORKS": {"SD 1.5": TINY, "SDXL": TINY_XL}, "VAE": full_size.VAE | TINY_VAE,
+                            "CLASSIFIER": "test_resnet"}.items():
+            patch.setattr(full_size, name, value)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
 
@@ -135,6 +138,7 @@ def test_half_precision_is_measured_as_on_a_gpu(tiny):
     assert column["dtype"] == "bfloat16" and all(ratio > 0 for ratio in column["ratios"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, weights", [("SD 1.5", 859_520_964), ("SDXL", 2_567_463_684)])
 def test_the_networks_have_as_many_weights_as_the_published(name: str, weights: int):
     diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")

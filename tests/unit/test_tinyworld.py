@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from benchmarks.evaluation import Evaluator, Scores, features, reference, score
 from benchmarks.judges import TinyTransformer, augment, tiny_convnext
+from benchmarks.losses import task_loss
 from benchmarks.networks import WEIGHTS as JUDGES
 from benchmarks.networks import load_conditional_denoiser, load_held_out_judge, load_judge
-from benchmarks.train_tinyworld import NETWORKS, TRAINING_SEEDS, Network, TrainConfig, fit, home_of, task_loss
+from benchmarks.train_tinyworld import NETWORKS, TRAINING_SEEDS, Network, TrainConfig, fit, home_of
 from examples.priors.networks import WEIGHTS as PRIORS
 from ppap_core.guiders.guider import clean
 from ppap_core.io.files import load_tensors

@@ -320,7 +320,8 @@ def test_the_fingerprint_covers_weights_and_statistics():
     """A change of any weight or statistic changes the fingerprint."""
     net = fixed_weights(SmallNet())
     first = fingerprint_network(net)
-    assert len(first) == 16 and fingerprint_network(copy.deepcopy(net)) == fingerprint_network(fixed_weights(SmallNet())) == first
+    assert len(first) == 16
+    assert fingerprint_network(copy.deepcopy(net)) == fingerprint_network(fixed_weights(SmallNet())) == first
     for change in (lambda net: net.head.bias.data[0].add_(1e-6), lambda net: net.norm_1.running_mean[0].add_(1e-6),
                    lambda net: net.norm_2.num_batches_tracked.add_(1)):
         other = copy.deepcopy(net)

@@ -123,7 +123,8 @@ def test_it_works_under_inference_mode():
 
 
 def test_the_file_has_the_names_and_shapes_of_a_lora():
-    changes = {"a.b": LoraUpdate(torch.ones(5, 2), torch.ones(2, 3)), "c": LoraUpdate(torch.ones(5, 4), torch.ones(4, 3, 3, 3))}
+    changes = {"a.b": LoraUpdate(torch.ones(5, 2), torch.ones(2, 3)),
+               "c": LoraUpdate(torch.ones(5, 4), torch.ones(4, 3, 3, 3))}
     found = {name: tuple(tensor.shape) for name, tensor in as_lora(changes, "net.").items()}
     assert found == {"net.a.b.lora_up.weight": (5, 2), "net.a.b.lora_down.weight": (2, 3), "net.a.b.alpha": (),
                      "net.c.lora_up.weight": (5, 4, 1, 1), "net.c.lora_down.weight": (4, 3, 3, 3), "net.c.alpha": ()}

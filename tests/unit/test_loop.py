@@ -28,7 +28,7 @@ class Run:
 
 
 @pytest.mark.parametrize("stop", [0, 6, 7, 19])
-def test_a_resumed_training_has_the_moving_average_of_one_without_a_stop(stop, tmp_path):
+def test_a_resumed_training_keeps_its_moving_average(stop, tmp_path):
     straight, stopped, resumed = Run(), Run(), Run()
     losses = straight.go()
 

@@ -35,6 +35,8 @@ test-fast: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@ln -sfn "$(CURDIR)" .venv/ppap_pack  # the pack as ComfyUI sees it, a package: its nodes import above their folder
+	MYPYPATH=.venv $(BIN)/mypy -p ppap_pack.nodes.schemas
 
 pictures: .venv/ready .venv/comfyui
 	$(BIN)/python -m pytest tests/comfy/full_workflows.py

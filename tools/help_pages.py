@@ -16,8 +16,8 @@ PAGES = ROOT / "web" / "docs"
 
 def page(schema: Any, old: str = "") -> str:
     """The help page of a node (a ComfyUI `io.Schema`), with the prose of the old page."""
-    inputs = [f"- **{each.id}**{' (optional)' if each.optional else ''}: {each.tooltip}" for each in schema.inputs]
-    outputs = [f"- **{each.display_name or each.get_io_type()}**: {each.tooltip}" for each in schema.outputs]
+    inputs = [f"- **{each.id}**{' (optional)' if each.optional else ''}: {each.tooltip}" for each in schema.inputs or ()]
+    outputs = [f"- **{each.display_name or each.get_io_type()}**: {each.tooltip}" for each in schema.outputs or ()]
     parts = [f"# {schema.display_name}", schema.description, prose(old)]
     parts += ["## Inputs\n\n" + "\n".join(inputs)] if inputs else []
     parts += ["## Outputs\n\n" + "\n".join(outputs)] if outputs else []

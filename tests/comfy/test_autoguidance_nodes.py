@@ -47,7 +47,7 @@ def test_the_prediction_is_the_published_combination(bench: Workbench, family: s
 @pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize(("good", "bad"), [(0.0, 1.0), (1.0, 0.4), (0.7, 0.0)])
 def test_shared_weights_predict_as_separate_ones(bench: Workbench, family: str, good: float, bad: float):
-    """The same weights under two LoRAs predict what two copies of the weights do."""
+    """One copy of the weights under two LoRAs predicts what two copies do."""
     scene = replace(bench.scene(family), model=with_lora_at(bench.scene(family), good))
     with torch.inference_mode():
         apart = replace(bench.scene(family), model=small(family).model)
@@ -124,7 +124,7 @@ def test_every_kind_of_model_can_be_guided_by_its_sibling(bench: Workbench, fami
 
 
 def test_a_bad_model_made_by_a_lora_needs_hardly_any_memory(bench: Workbench, monkeypatch: pytest.MonkeyPatch):
-    """What is loaded while it is asked, and what works beside, over the good model alone."""
+    """Loaded models and low-rank updates take little more than the good model alone."""
     import comfy.model_management as management
     import comfy.sd
 

@@ -225,7 +225,7 @@ def test_guided_ksampler_reports_each_step_and_each_picture(bench: Workbench, fa
 # Order on the MODEL wire
 
 def both_ways(bench: Workbench, feature: str, family: str, view: str, steps: int) -> tuple[Tensor, Tensor]:
-    """What is made with guidance after a feature on the MODEL wire, and before it."""
+    """Latents with guidance after a feature on the MODEL wire, and before it."""
     scene, patch = replace(bench.scene(family), steps=steps), FEATURES[feature][0]
     return tuple(ksampler(bench, each) for each in (bench.guide(patch(bench, scene), view=view, **RAW),
                                                     patch(bench, bench.guide(scene, view=view, **RAW))))
@@ -294,7 +294,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def named(families: tuple[str, ...]) -> str:
-    """How the document names kinds of models."""
+    """The text by which the document names kinds of models."""
     others = [family for family in FAMILIES if family not in families]
     return f"all but {', '.join(others)}" if len(others) < len(families) else ", ".join(families)
 

@@ -36,7 +36,7 @@ def freed(comfy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def dynamic(patcher: Any) -> Any:
-    """The same model as it is on a GPU."""
+    """A copy of a MODEL as dynamic VRAM loads it on a GPU."""
     import comfy.model_patcher
     from comfy_aimdo.model_vbar import ModelVBAR
 

@@ -82,7 +82,7 @@ print(len(found), "|".join(said))
 
 
 def test_guiders_lie_in_any_folder_that_comfyui_was_told_of(comfy, tmp_path):
-    """As `ppap_guiders` in extra_model_paths.yaml does it."""
+    """`ppap_guiders` in extra_model_paths.yaml adds such a folder."""
     import folder_paths
 
     FAMILIES["image classifier (ViT)"].write(tmp_path / "elsewhere" / "my classifier")

@@ -106,7 +106,7 @@ def test_running_out_of_memory_leaves_the_model_as_it_was(world: PixelWorld):
 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
-    """What load_models_gpu is asked for, call by call."""
+    """The arguments of load_models_gpu, call by call."""
     import comfy.model_management as management
 
     calls, load = [], management.load_models_gpu
@@ -192,7 +192,7 @@ def test_a_network_that_cannot_be_told_is_sampled_all_the_same(world: PixelWorld
 
 
 def test_gradients_through_the_model_ask_for_half_the_device(comfy, world: PixelWorld, asked: list[dict]):
-    """What a model keeps for them is not known before; without it nothing is asked for."""
+    """The activations that a model keeps are not known beforehand."""
     import comfy.model_management as management
 
     whole = management.get_total_memory(world.model.load_device)

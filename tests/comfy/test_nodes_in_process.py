@@ -258,7 +258,7 @@ def test_a_palette_is_reached(comfy, world: PixelWorld):
     [guider] = comfy("PPAPAimAtImage", guider=guider, image=stripes, image_is="a picture")
 
     def distance(images: torch.Tensor) -> torch.Tensor:
-        """Of the distributions of red, green and blue, from 0 to 1; those of the palette are the same in every image."""
+        """Mean distance of the quantiles of red, green and blue from those of the palette."""
         shares = (torch.arange(100) + 0.5) / 100
         ours, wanted = (each.flatten(2).quantile(shares, dim=2) for each in ((images + 1) / 2, stripes.movedim(-1, 1)))
         return (ours - wanted).abs().mean()

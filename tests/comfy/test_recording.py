@@ -1,4 +1,4 @@
-"""What Generate Samples notes while a model samples, and what Distil Experts makes of it."""
+"""Recording in Generate Samples while a model samples, and its use in Distil Experts."""
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -11,7 +11,7 @@ from helpers.worlds import HEIGHT, WIDTH, LatentWorld, PixelWorld
 
 
 class Shown:
-    """What guidance shows a guider: a term of such a weight that it changes no bit, and notes what it looks at."""
+    """A term of such a weight that it changes no bit, whose guider records the images that guidance shows it."""
 
     def __init__(self, comfy: Callable[..., tuple], guider: Any, view: str, colours: Callable | None = None):
         self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []

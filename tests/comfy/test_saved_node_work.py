@@ -1,4 +1,4 @@
-"""What the nodes of version 0.1.0 left half-done in ComfyUI's folders is recognised, gone on with and finished.
+"""Work that the nodes of version 0.1.0 left half-done in ComfyUI's folders is recognised and finished.
 
 A manifest and the names of the states hold fingerprints of the model, the conditioning and all settings: if one of them came
 out differently, work would be refused or begun anew.
@@ -113,7 +113,7 @@ class Graph:
 
 
 def tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """What a file of the pack holds, and its description."""
+    """The tensors of a file of the pack, and its description."""
     with safe_open(file, "pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(opened.metadata()["ppap"])
 
@@ -204,7 +204,7 @@ MANIFESTS: dict[str, Callable[[Graph], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_is_recognised(graph: Graph, output: Path, reported: list[int], name: str):
-    """What is there already is not generated again: the images are those of the shard that lies beside the manifest."""
+    """Finished images are not generated again: they are those of the shard beside the manifest."""
     folder = output / "ppap_samples" / name
     folder.mkdir()
     manifest = json.loads((SAVED / "manifests.json").read_text(encoding="utf-8"))[name]

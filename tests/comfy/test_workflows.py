@@ -135,11 +135,11 @@ def test_the_controlnet_places_and_guidance_colours(server: Server):
     wall = ImageColor.getrgb(palette.split(":")[0])
 
     def off(pictures: list) -> float:
-        """How far the wall is from the palette's first colour."""
+        """Mean distance of the wall from the palette's first colour."""
         return mean(abs(a - b) for each in pictures for a, b in zip(each.getpixel((4, 64)), wall, strict=True))
 
     def alike(pictures: list) -> float:
-        """How much the thing in front of the wall looks as the ControlNet alone draws it."""
+        """Correlation of the object in front of the wall with the one that the ControlNet alone draws."""
         return mean(correlation(*(thing(each) for each in pair)) for pair in zip(pictures, control, strict=True))
 
     def thing(picture) -> list[int]:
@@ -209,7 +209,7 @@ def test_a_cancelled_job_loses_nothing(server: Server):
 
 
 def test_what_guidance_did_is_shown_in_the_node_itself(server: Server):
-    """As the page expects texts: a kind of message, the length of the node's id, the id, the text."""
+    """The page expects a kind of message, the length of the node's id, the id and the text."""
     graph = GUIDED | {"9": node("PPAPGuidanceReport", model=["5", 0], latent=["6", 0]),
                       "10": node("PPAPReadGuidance", report=["9", 0])}
     graph["6"]["inputs"] = graph["6"]["inputs"] | {"seed": 4321}

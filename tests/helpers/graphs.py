@@ -17,7 +17,7 @@ def node(kind: str, /, **inputs) -> dict:
 
 
 def quick(graph: dict) -> dict:
-    """The same graph with few steps."""
+    """A copy of a graph with few steps."""
     return {key: {**each, "inputs": {**each["inputs"], **QUICK.get(each["class_type"], {})}} for key, each in graph.items()}
 
 
@@ -63,7 +63,7 @@ def workflow(name: str, info: dict) -> dict:
 
 
 def posted(page: dict, info: dict) -> dict:
-    """The same for a page that was read already."""
+    """The API graph of a workflow file's content."""
     origin = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
     return {str(each["id"]): _api(each, origin, info[each["type"]]) for each in page["nodes"] if each["type"] in info}
 

@@ -17,7 +17,7 @@ def case_id(value: object, argument: str) -> str | None:
 
 
 def _text(value: object) -> str:
-    """The same in every process: without an address in memory, and with sets in order."""
+    """Text that is the same in every process: no address in memory, and sets in order."""
     if isinstance(value, torch.Tensor):
         return "x".join(map(str, value.shape)) or "scalar"
     if isinstance(value, torch.nn.Module):

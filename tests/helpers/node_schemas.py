@@ -1,4 +1,4 @@
-"""What saved workflows know of the nodes: ids, inputs in their order, what these take, and outputs."""
+"""The parts of the nodes that saved workflows depend on: ids, inputs in order, their types and ranges, outputs."""
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +31,7 @@ def _input(name: str, spec: tuple, optional: bool, sampler: Any) -> dict:
 
 
 def lost(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
-    """What workflows of the old nodes would miss in the new ones. Nothing where nodes have only grown."""
+    """Losses that would break workflows of the old nodes; empty where nodes have only grown."""
     return [loss for name, schema in old.items() for loss in _lost_of(name, schema, new.get(name))]
 
 

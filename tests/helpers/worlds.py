@@ -28,7 +28,7 @@ class PixelWorld:
                 "positive": self.conditioning, "negative": self.conditioning, "latent_image": self.latent, **changes}
 
     def sample(self, model: Any = None, **changes: Any) -> torch.Tensor:
-        """What the stock KSampler makes."""
+        """Latents from the stock KSampler."""
         return self.comfy("KSampler", model=model or self.model, **self.settings(**changes))[0]["samples"]
 
     def term(self, guider: Any = None, **changes: Any) -> tuple:
@@ -38,7 +38,7 @@ class PixelWorld:
         return self.comfy("PPAPGuidanceTerm", guider=guider or self.guider, **settings)[0]
 
     def guided(self, terms: tuple | None = None, max_rms: float = 0.0, **changes: Any) -> torch.Tensor:
-        """What the stock KSampler makes with a guided model."""
+        """Latents from the stock KSampler with a guided model."""
         [model] = self.comfy("PPAPApplyGuidance", model=self.model, terms=terms or self.term(), max_rms=max_rms)
         return self.sample(model, **changes)
 
@@ -64,7 +64,7 @@ class PixelWorld:
         return self.comfy("VAEDecode", samples={"samples": self.sample(seed=seed)[:1]}, vae=self.vae)[0]
 
     def energy(self, guider: Any, images: torch.Tensor) -> torch.Tensor:
-        """How far clean images are from the target."""
+        """The energy (B,) of clean images."""
         with self.comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
             return guider.energy(images.clone(), torch.zeros(len(images)))
 
@@ -98,7 +98,7 @@ class LatentWorld:
         return self.sample(model, **(sampling or {}))
 
     def seen(self, kind: str, samples: torch.Tensor) -> torch.Tensor:
-        """What guiders see of sampled latents without a VAE."""
+        """Sampled latents in linear colours, as guiders see them without a VAE."""
         space = self.comfy.pack.nodes.bridge.latents.space_of(self.model(kind))
         return space.colors(self.model(kind).model.process_latent_in(samples).clone())
 

@@ -1,4 +1,4 @@
-"""What tables, trainings and ablations of the benchmark are, without running any."""
+"""Tables, trainings and ablations of the benchmark, without running any."""
 import json
 from dataclasses import fields, replace
 from pathlib import Path

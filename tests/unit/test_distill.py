@@ -159,7 +159,7 @@ def test_any_seed_that_comfyui_gives_can_be_distilled_with(store, seed):
 @pytest.mark.parametrize("stop", [1, 5, 6, 9])
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_resumed_distillation_gives_the_same_bits(store, tmp_path, stop, view):
-    """As one that was never stopped."""
+    """A resumed distillation gives the bits of one that was never stopped."""
     guider = small_guider()
     straight, stopped, resumed = (make_bank(guider, view) for _ in range(3))
     losses = distill_expert(guider, straight, 1, store, CONFIG)

@@ -83,7 +83,7 @@ def test_progress_counts_bytes_up_to_the_whole(hub, tmp_path):
 
 
 class Cancelled(BaseException):
-    """What a cancel button raises."""
+    """The error of a cancel button."""
 
 
 @pytest.mark.parametrize("stops", [[0], [15], [5000], [3000, 3500, 9000]])

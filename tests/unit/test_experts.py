@@ -25,7 +25,7 @@ def make_bank(base: nn.Module | None = None, **settings) -> ExpertBank:
 
 
 def answers(bank: ExpertBank) -> list[torch.Tensor]:
-    """What each expert says."""
+    """The output of each expert."""
     with torch.no_grad():
         return [bank(PICTURE, level(sigma, PICTURE)) for sigma in INSIDE]
 

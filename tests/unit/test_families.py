@@ -126,7 +126,7 @@ def real_photographs(square: bool) -> list[Tensor]:
 
 
 def prepared_by_the_library(folder: Path, image: Tensor) -> tuple[Tensor, bool]:
-    """What the library's own preprocessing makes of an image (3, h, w) in [0, 1], and whether it does not go by 8 bits."""
+    """The library's own preprocessing of an image (3, h, w) in [0, 1], and whether it avoids rounding to 8 bits."""
     if "architecture" in json.loads((folder / "config.json").read_text()):
         import timm
 

@@ -1,4 +1,4 @@
-"""What the gradient of a guider keeps in memory is told before it runs."""
+"""The memory of a guider's gradient is predicted before it runs."""
 from dataclasses import replace
 
 import pytest

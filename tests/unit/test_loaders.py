@@ -25,7 +25,7 @@ LABELS = ["tench", "red fox", "tabby cat", "tiger cat", "goldfish"]
 
 
 def write_folder(folder, architecture: str = "resnet10t", **config) -> torch.nn.Module:
-    """What timm's own `save_for_hf` writes for a network of five classes."""
+    """A folder as timm's own `save_for_hf` writes it for a network of five classes."""
     settings, _ = ARCHITECTURES[architecture]
     net = fixed_weights(timm.create_model(architecture, pretrained=False, num_classes=5, **settings))
     timm.models._hub.save_for_hf(net, folder, model_config={"label_names": LABELS} | config, model_args=settings or None,

@@ -89,7 +89,7 @@ def test_a_set_lies_among_itself_and_not_among_one_far_away():
 
 
 def test_images_of_one_kind_have_precision_and_no_recall():
-    """Of four clusters far from one another one is found: all that is found is real, a quarter of the real is found."""
+    """One of four distant clusters is generated: precision is one, recall a quarter."""
     near = randn(4 * 40, 5) * 0.1
     real = near + 50 * torch.eye(5)[torch.arange(4).repeat_interleave(40)]
     assert precision_recall(real[40:80], real) == (1, 0.25)

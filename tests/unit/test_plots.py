@@ -23,7 +23,7 @@ def is_picture(image: torch.Tensor, height: int | None = None, width: int | None
 
 
 def pixels_of(image: torch.Tensor, index: int) -> torch.Tensor:
-    """Where a picture has the colour of a line, (n, 2) as row and column."""
+    """The pixels (n, 2) of a picture that have the colour of a line, as row and column."""
     shade = torch.tensor(color(index)).float() / 127.5 - 1
     return ((image[0] - shade[:, None, None]).abs().amax(0) < 0.01).nonzero()
 

@@ -1,4 +1,4 @@
-"""What happens to an image before a network reads it, against the libraries that the networks come from."""
+"""Preprocessing of images, against the libraries that the networks come from."""
 import json
 import math
 
@@ -23,7 +23,7 @@ def photograph(name: str, *, upright: bool = False) -> Tensor:
 
 
 def ours(preprocess: Preprocess, image: Tensor) -> Tensor:
-    """What a network would get of a photograph (3, H, W) in [0, 1]."""
+    """A photograph (3, H, W) in [0, 1] as a network gets it."""
     return preprocess(image[None] * 2 - 1)
 
 
@@ -229,7 +229,7 @@ def make_processor(folder, kind: str, settings: dict):
 
 
 def theirs(processor, image: Tensor, **inputs) -> Tensor:
-    """What the processor makes of a photograph (3, H, W) in [0, 1], nothing rounded to 8 bits."""
+    """The processor's output for a photograph (3, H, W) in [0, 1], nothing rounded to 8 bits."""
     out = processor(images=[image], do_rescale=False, return_tensors="pt", **inputs)
     if "spatial_shapes" not in out:
         return out["pixel_values"]

@@ -76,7 +76,7 @@ def test_every_start_ends_at_the_exact_mode_of_the_class(mixture, opposite_noise
 
 
 def test_every_start_ends_at_the_exact_mode_given_a_measurement(mixture, opposite_noise):
-    """Of the posterior of each Gaussian, which is a Gaussian again; the measurement is nearest to the second."""
+    """The posterior of each Gaussian is a Gaussian again; the measurement is nearest to the second."""
     value, error = mixture.means[1][:1] + 0.2, 0.4
     tight, loose = 1 / mixture.width**2, 1 / error**2
     mode = mixture.means[1].clone()

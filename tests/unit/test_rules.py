@@ -46,7 +46,7 @@ def flat(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Tensor:
-    """The same smooth pictures (2, 3, height, width) at any size."""
+    """Smooth images (2, 3, height, width), the same at any size."""
     numbers = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
     waves = sum(torch.sin(2 * math.pi * (numbers[..., k, :1, None] * 2 * x + numbers[..., k, 1:2, None] * 2 * y
@@ -208,7 +208,7 @@ def test_a_palette_is_met_by_its_own_stripes_only():
 
 
 def test_the_distance_of_grey_images_is_wasserstein():
-    """Of two one-dimensional distributions: the mean squared difference of their sorted values."""
+    """Squared distance of one-dimensional distributions: the mean squared difference of their sorted values."""
     a, b = (torch.rand(1, 1, 8, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     fine_a, fine_b = (rules.colors(x.expand(-1, 3, -1, -1), shares=128)[0, 3] / 3**0.5 for x in (a, b))
     expected = (a.flatten().sort().values - b.flatten().sort().values).square().mean()

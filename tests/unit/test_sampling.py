@@ -16,7 +16,7 @@ def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def exact(x: torch.Tensor, sigma_max: float) -> torch.Tensor:
-    """Where the probability flow takes a state of sigma_max: the scale falls from sqrt(s^2 + sigma^2) to s."""
+    """The end of the probability flow from sigma_max: the scale falls from sqrt(s^2 + sigma^2) to s."""
     return x * SPREAD / (SPREAD**2 + sigma_max**2) ** 0.5
 
 

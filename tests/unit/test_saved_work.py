@@ -71,7 +71,7 @@ def search(folder: Path, on_step) -> tuple[Tensor, list]:
 
 
 def result(name: str) -> Tensor:
-    """What was recorded beside the saved work."""
+    """Outputs that were recorded beside the saved work."""
     with safe_open(SAVED / "results.safetensors", "pt") as file:
         return file.get_tensor(name)
 
@@ -83,7 +83,7 @@ def alike(found: Tensor, name: str, atol: float) -> None:
 
 
 def answer(guider, x: Tensor, sigma: float) -> Tensor:
-    """What a guider says at one noise level; of maps some places."""
+    """The output of a guider at one noise level; for maps, at some places."""
     level = torch.full((len(x),), sigma)
     with torch.no_grad():
         found = guider.predict(guider.to_image(x, level), level)
@@ -158,7 +158,7 @@ STATES = {"distillation/expert_0": distill_all, "distillation/expert_1": distill
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_keeps_the_names_of_its_description(saved: Path, name: str):
-    """What tells one training from another is compared by name and value, so that a new name refuses an old state."""
+    """A training is told from another by names and values, so that a new name refuses an old state."""
     def about() -> tuple[set, dict]:
         with safe_open(saved / f"{name}.state.safetensors", "pt") as file:
             return set(file.keys()), json.loads(file.metadata()["ppap"])

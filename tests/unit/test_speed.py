@@ -1,4 +1,4 @@
-"""What a guided step costs: the counting against a hand count, and the table on networks of a few weights."""
+"""Costs of a guided step: the counting against a hand count, and the table on networks of a few weights."""
 import json
 import sys
 

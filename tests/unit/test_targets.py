@@ -1,4 +1,4 @@
-"""What people say or show becomes what a guider is aimed at, or a sentence that says what is wrong."""
+"""Texts, classes, images and masks become targets, or a sentence says what is wrong with them."""
 from dataclasses import replace
 
 import pytest

@@ -288,7 +288,7 @@ KEYPOINTS = Task(half_mse, normalized_mse, proximity, from_map=_points_of, previ
 
 
 class CentreOfMass(torch.nn.Module):
-    """Where the light of an image is: one point (x, y) for each colour, (B, 3, 2) in [-1, 1]."""
+    """The centre of light of each colour of an image, (B, 3, 2) in [-1, 1]."""
 
     def __init__(self):
         super().__init__()

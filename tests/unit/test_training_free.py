@@ -60,7 +60,7 @@ def run(method: TrainingFree, levels: list[float] = LEVELS, **changes) -> Tensor
 # The published algorithms, in their own notation: alpha-bar, eps, and states of the variance-preserving scale
 
 class Published:
-    """What all papers share. a is alpha-bar of this step and b of the next, which has less noise; log p is of (B,)."""
+    """Setting of all papers. a is alpha-bar of this step and b of the next, which has less noise; log p is (B,)."""
 
     def __init__(self, settings: TrainingFree, a: float, b: float, place: int, mean_ratio: float):
         self.set, self.a, self.b, self.place, self.mean_ratio, self.world = settings, a, b, place, mean_ratio, mixture()

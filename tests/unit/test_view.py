@@ -1,4 +1,4 @@
-"""What is seen of a latent: its colours, and stems that start as them and learn."""
+"""Images of latents: linear colours, and stems that start as them and learn."""
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_colours_are_what_each_channel_adds():
 
 
 def test_places_that_hold_several_pixels_are_unfolded_first():
-    """As the reshape of such formats is written: channel, then row, then column of the place."""
+    """Reshape of packed formats: channel, then row, then column within the place."""
     packed = latents(shuffle=2)
     unfolded = packed.reshape(B, C, 2, 2, H, W).permute(0, 1, 4, 2, 5, 3).reshape(B, C, 2 * H, 2 * W)
     assert torch.equal(space(2).colors(packed), space().colors(unfolded))

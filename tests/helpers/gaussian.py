@@ -33,8 +33,8 @@ class GaussianMixture:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """E[image | x]: the exact unconditional Denoiser."""
         weights = self.log_likelihood(x, sigma).softmax(1)
-        each = torch.stack([self.denoise_class(x, sigma, k) for k in range(len(self.means))], dim=1)
-        return (weights.reshape(*weights.shape, *(1,) * (x.ndim - 1)) * each).sum(1)
+        conditional = torch.stack([self.denoise_class(x, sigma, k) for k in range(len(self.means))], dim=1)
+        return (weights.reshape(*weights.shape, *(1,) * (x.ndim - 1)) * conditional).sum(1)
 
     def guider(self) -> Guider:
         """The exact noise-aware classifier p(class | x), as a guider of the noisy view.

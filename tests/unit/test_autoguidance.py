@@ -33,8 +33,8 @@ def never(x, sigma):
 def test_the_prediction_is_the_published_combination(sigma, weight):
     good, bad = models()
     x = randn(3, *SHAPE, dtype=torch.float64) * (1 + sigma)
-    found = autoguided(good, bad, Autoguidance(weight))(x, level(sigma, x))
-    torch.testing.assert_close(found, weight * good(x, level(sigma, x)) + (1 - weight) * bad(x, level(sigma, x)), **EXACT)
+    guided_prediction = autoguided(good, bad, Autoguidance(weight))(x, level(sigma, x))
+    torch.testing.assert_close(guided_prediction, weight * good(x, level(sigma, x)) + (1 - weight) * bad(x, level(sigma, x)), **EXACT)
 
 
 def test_several_worse_predictions_are_the_published_sum():
@@ -42,8 +42,8 @@ def test_several_worse_predictions_are_the_published_sum():
     main, without, bad = (randn(2, *SHAPE, seed=seed, dtype=torch.float64) for seed in range(3))
     share, weight = 0.3, 2.5
     for_without, for_bad = (1 - share) * (weight - 1) + 1, share * (weight - 1) + 1
-    found = main + autoguidance_delta(main, without, for_without) + autoguidance_delta(main, bad, for_bad)
-    torch.testing.assert_close(found, weight * main - (weight - 1) * (0.7 * without + 0.3 * bad), **EXACT)
+    combined = main + autoguidance_delta(main, without, for_without) + autoguidance_delta(main, bad, for_bad)
+    torch.testing.assert_close(combined, weight * main - (weight - 1) * (0.7 * without + 0.3 * bad), **EXACT)
 
 
 @pytest.mark.parametrize("settings", [Autoguidance(1.0), Autoguidance(3.0, Schedule(NoiseInterval(0.5, 1.5))),
@@ -59,10 +59,10 @@ def test_the_ramp_scales_what_is_added():
     good, bad = models()
     window = NoiseInterval(0.1, 10.0)
     x = randn(3, *SHAPE, dtype=torch.float64)
-    found = autoguided(good, bad, Autoguidance(3.0, Schedule(window, Ramp(window, 2.0, 0.0))))
+    ramped = autoguided(good, bad, Autoguidance(3.0, Schedule(window, Ramp(window, 2.0, 0.0))))
     for sigma, weight in ((10.0 - 1e-9, 5.0), (1.0, 3.0), (0.1, 1.0), (10.0, 1.0)):
         expected = autoguided(good, bad, Autoguidance(weight))(x, level(sigma, x))
-        torch.testing.assert_close(found(x, level(sigma, x)), expected, rtol=0, atol=1e-7)
+        torch.testing.assert_close(ramped(x, level(sigma, x)), expected, rtol=0, atol=1e-7)
 
 
 def test_guidance_by_a_network_shifts_the_combined_prediction():

@@ -38,8 +38,8 @@ def really_kept(guider: Guider, count: int, compute: torch.dtype | None) -> int:
 def test_what_is_told_is_what_is_kept(view, task, compute):
     guider = small_guider(task, view)
     for count in (1, B):
-        told, kept = gradient_bytes(guider, (count, 3, H, W), compute), really_kept(guider, count, compute)
-        assert kept > 5000 and told == pytest.approx(kept, rel=0.02)
+        predicted, kept = gradient_bytes(guider, (count, 3, H, W), compute), really_kept(guider, count, compute)
+        assert kept > 5000 and predicted == pytest.approx(kept, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["timm ResNet", "timm VGG, style", "CLIP", "Depth Anything", "SegFormer", "CLIPSeg"])

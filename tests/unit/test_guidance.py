@@ -320,18 +320,18 @@ def test_two_terms_are_the_sum_of_each():
     mask[..., : W // 3] = 1
     terms = [Term(small_guider("class", "noisy"), 0.7), Term(small_guider("depth", "denoised"), 2.0, mask=mask)]
     both = guide(terms, x, sigma, denoised)
-    each = [guide([term], x, sigma, denoised) for term in terms]
-    torch.testing.assert_close(both.delta, each[0].delta + each[1].delta)
-    assert [reading.term for reading in both.records] == [0, 1]
-    for reading, alone in zip(both.records, each, strict=True):
-        assert torch.equal(reading.energy, alone.records[0].energy) and reading.sigma == 1.5
-        torch.testing.assert_close(reading.rms, alone.delta.square().mean(dim=(1, 2, 3)).sqrt())
+    single = [guide([term], x, sigma, denoised) for term in terms]
+    torch.testing.assert_close(both.delta, single[0].delta + single[1].delta)
+    assert [record.term for record in both.records] == [0, 1]
+    for record, alone in zip(both.records, single, strict=True):
+        assert torch.equal(record.energy, alone.records[0].energy) and record.sigma == 1.5
+        torch.testing.assert_close(record.rms, alone.delta.square().mean(dim=(1, 2, 3)).sqrt())
 
 
 def test_a_term_that_is_off_keeps_the_places_of_the_others():
     x, sigma, denoised = situation()
     terms = [Term(small_guider("class"), 0.0), Term(small_guider("depth"))]
-    assert [reading.term for reading in guide(terms, x, sigma, denoised).records] == [1]
+    assert [record.term for record in guide(terms, x, sigma, denoised).records] == [1]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -378,7 +378,7 @@ def test_the_limit_holds_for_each_image_and_keeps_its_direction(limit):
     torch.testing.assert_close(held.delta.square().mean(dim=(1, 2, 3)).sqrt(), sizes.clamp_max(limit), rtol=1e-4, atol=0)
     expected = free.delta * (limit / sizes).clamp_max(1)[:, None, None, None]
     torch.testing.assert_close(held.delta, expected, rtol=1e-4, atol=1e-9)
-    assert torch.equal(held.records[0].rms, free.records[0].rms)  # readings tell the size before the limit
+    assert torch.equal(held.records[0].rms, free.records[0].rms)  # records hold the size before the limit
 
 
 # Windows and ramps
@@ -484,7 +484,7 @@ class Watch(torch.nn.Module):
 @pytest.mark.parametrize("compute", [None, torch.float32, torch.float64])
 @pytest.mark.parametrize("view", VIEWS)
 def test_full_precision_changes_no_bit(view, compute):
-    plain, other = (guide([Term(small_guider(view=view))], *situation(), compute_dtype=each) for each in (None, compute))
+    plain, other = (guide([Term(small_guider(view=view))], *situation(), compute_dtype=dtype) for dtype in (None, compute))
     assert torch.equal(other.delta, plain.delta) and torch.equal(other.records[0].energy, plain.records[0].energy)
 
 
@@ -536,7 +536,7 @@ def test_what_has_no_weights_stays_precise(rule, compute):
     x, sigma, denoised = situation()
     guider = rule_guider(rule)
     guider = guider.aim(guider.predict(images(1, seed=4), sigma[:1]))
-    full, half = (guide([Term(guider)], x, sigma, denoised, compute_dtype=each).delta for each in (None, compute))
+    full, half = (guide([Term(guider)], x, sigma, denoised, compute_dtype=dtype).delta for dtype in (None, compute))
     assert torch.equal(half, full)
 
 
@@ -591,8 +591,8 @@ def cramped(guider, room: int, **more):
 def test_a_batch_is_guided_in_parts_where_memory_is_short(room, asked, task, view):
     """Parts of a batch are guided as the whole batch would be."""
     guider = small_guider(task, view)
-    each = [guider.target, guider.target.flip(-1) + (task == "class")]
-    guider = guider.aim(torch.cat([each[i % 2] for i in range(5)]))
+    targets = [guider.target, guider.target.flip(-1) + (task == "class")]
+    guider = guider.aim(torch.cat([targets[i % 2] for i in range(5)]))
     small, mask = cramped(guider, room), randn(5, 1, H, W).sigmoid()
     whole = guide([Term(guider, 2.0, mask=mask)], *situation(count=5))
     parts = guide([Term(small, 2.0, mask=mask)], *situation(count=5))
@@ -782,5 +782,5 @@ def test_a_normalized_term_rests_where_the_target_is_met():
 def test_a_normalized_term_without_gradient_does_nothing():
     flat = rule_guider("contrast").aim(torch.tensor([[0.0]]))
     x, sigma, _ = situation()
-    found = guide([Term(flat, normalized=True)], x, sigma, torch.zeros_like(x))
-    assert not found.delta.any() and found.delta.isfinite().all()
+    guidance = guide([Term(flat, normalized=True)], x, sigma, torch.zeros_like(x))
+    assert not guidance.delta.any() and guidance.delta.isfinite().all()

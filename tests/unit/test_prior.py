@@ -52,7 +52,7 @@ def starts(count: int = 20) -> Tensor:
     return randn(count, *SHAPE, seed=3, dtype=torch.float64)
 
 
-def found(denoise, terms, start: Tensor, config: PriorConfig = SHORT, **more) -> Tensor:
+def solve(denoise, terms, start: Tensor, config: PriorConfig = SHORT, **more) -> Tensor:
     return run_prior(PriorObjective(denoise, terms, 1.0), start, config, range(70, 70 + len(start)), **more)[0]
 
 
@@ -71,7 +71,7 @@ def observed(value: Tensor, error: float) -> Guider:
 @pytest.mark.parametrize("label", [0, 2])
 def test_every_start_ends_at_the_exact_mode_of_the_class(mixture, opposite_noise, way, label):
     term = Term(mixture.guider().aim(torch.tensor([label])))
-    ends = found(mixture, [term], starts(), replace(EXACT, **way))
+    ends = solve(mixture, [term], starts(), replace(EXACT, **way))
     assert (ends - mixture.means[label]).flatten(1).norm(dim=1).max() < 0.01  # the means are about ten apart
 
 
@@ -82,16 +82,16 @@ def test_every_start_ends_at_the_exact_mode_given_a_measurement(mixture, opposit
     mode = mixture.means[1].clone()
     mode[0] = ((tight * mixture.means[1][0] + loose * value) / (tight + loose))[0]
     at_first = mixture.means[1:2] + 0.5 * starts()  # far off, but of the second: others have modes of their own
-    ends = found(mixture, [Term(observed(value, error))], at_first, replace(EXACT, sigma_max=1.0))
+    ends = solve(mixture, [Term(observed(value, error))], at_first, replace(EXACT, sigma_max=1.0))
     assert (ends - mode).abs().max() < 0.01
     assert (mode - mixture.means[1]).abs().max() > 0.05
 
 
 def test_without_terms_every_start_ends_at_some_mode(mixture, opposite_noise):
-    ends = found(mixture, [], starts(), EXACT)
-    off = (ends[:, None] - mixture.means).flatten(2).norm(dim=2)
-    assert off.min(1).values.max() < 0.01
-    assert len(off.argmin(1).unique()) > 1
+    ends = solve(mixture, [], starts(), EXACT)
+    distances = (ends[:, None] - mixture.means).flatten(2).norm(dim=2)
+    assert distances.min(1).values.max() < 0.01
+    assert len(distances.argmin(1).unique()) > 1
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 7.0])
@@ -121,10 +121,10 @@ def test_the_gradient_through_the_model_is_that_of_the_error(mixture):
 
 def test_terms_that_are_not_there_change_nothing(mixture):
     guider, start = mixture.guider().aim(torch.tensor([1])), starts(3)
-    free, mask = found(mixture, [], start), torch.zeros(1, 1, *SHAPE[1:])
+    free, mask = solve(mixture, [], start), torch.zeros(1, 1, *SHAPE[1:])
     for term in (Term(guider, 0.0), Term(guider, 1.0, Schedule(NoiseInterval(100.0))), Term(guider, 1.0, mask=mask)):
-        assert torch.equal(found(mixture, [term], start), free)
-    assert not torch.equal(found(mixture, [Term(guider)], start), free)
+        assert torch.equal(solve(mixture, [term], start), free)
+    assert not torch.equal(solve(mixture, [Term(guider)], start), free)
 
 
 def test_a_normalized_term_pulls_weight_times_the_prior():
@@ -150,7 +150,7 @@ def test_a_rule_is_obeyed_and_the_window_says_when(mixture, opposite_noise):
     rule, start = rule_guider("symmetry left-right"), starts(4)
 
     def asymmetry(schedule: Schedule) -> float:
-        ends = found(mixture, [Term(rule, 2.0, schedule, normalized=True)], start, replace(EXACT, steps=150))
+        ends = solve(mixture, [Term(rule, 2.0, schedule, normalized=True)], start, replace(EXACT, steps=150))
         return (ends - ends.flip(3)).abs().mean().item()
     free = asymmetry(Schedule(NoiseInterval(100.0)))
     assert asymmetry(ALWAYS) < 0.2 * free
@@ -161,19 +161,19 @@ def test_half_of_a_mask_steers_half_of_the_image():
     guider, mask = rule_guider("brightness").aim(torch.tensor([[1.0]])), torch.zeros(1, 1, 6, 8)
     mask[..., :4] = 1
     start = randn(2, 3, 6, 8)
-    free, half = (found(gaussian_denoise, terms, start) for terms in ([], [Term(guider, 1.0, mask=mask)]))
+    free, half = (solve(gaussian_denoise, terms, start) for terms in ([], [Term(guider, 1.0, mask=mask)]))
     assert torch.equal(half[..., 4:], free[..., 4:])
     assert (half[..., :4] > free[..., :4]).float().mean() > 0.9
 
 
 def test_any_parameters_of_an_image_may_be_optimized(mixture, opposite_noise):
     start, term = starts(3), Term(mixture.guider().aim(torch.tensor([2])))
-    plain = found(mixture, [term], start)
-    assert torch.equal(found(mixture, [term], start, render=lambda point: point), plain)
-    folded = found(mixture, [term], start.flatten(1), render=lambda point: point.unflatten(1, SHAPE))
+    plain = solve(mixture, [term], start)
+    assert torch.equal(solve(mixture, [term], start, render=lambda point: point), plain)
+    folded = solve(mixture, [term], start.flatten(1), render=lambda point: point.unflatten(1, SHAPE))
     assert torch.equal(folded, plain.flatten(1))
     corner = randn(4, 2, seed=6, dtype=torch.float64)  # two numbers make the whole image: a mean and its opposite
-    drawn = found(mixture, [Term(mixture.guider().aim(torch.tensor([3])))], corner, EXACT,
+    drawn = solve(mixture, [Term(mixture.guider().aim(torch.tensor([3])))], corner, EXACT,
                   render=lambda point: (point.softmax(1)[..., None, None, None] * mixture.means[[1, 3]]).sum(1))
     assert (drawn.softmax(1)[:, 1] > 0.99).all()
 
@@ -183,7 +183,7 @@ def test_any_parameters_of_an_image_may_be_optimized(mixture, opposite_noise):
 def test_an_image_does_not_depend_on_the_others(mixture):
     start = starts(3)
     guider = mixture.guider().aim(torch.tensor([1, 2, 0]))
-    together = found(mixture, [Term(guider)], start)
+    together = solve(mixture, [Term(guider)], start)
     for i in range(3):
         term = Term(guider.aim(guider.target[i:i + 1]))
         alone, _ = run_prior(PriorObjective(mixture, [term], 1.0), start[i:i + 1], SHORT, [70 + i])
@@ -221,9 +221,9 @@ def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(mixture, tmp_path, st
 def test_it_works_in_inference_mode_and_leaves_the_start_alone():
     start = randn(2, 3, 20, 28)
     before, term = start.clone(), Term(small_guider(), 0.5, normalized=True)
-    outside = found(gaussian_denoise, [term], start)
+    outside = solve(gaussian_denoise, [term], start)
     with torch.inference_mode():
-        inside = found(gaussian_denoise, [term], start.clone())
+        inside = solve(gaussian_denoise, [term], start.clone())
     assert torch.equal(inside, outside)
     assert torch.equal(start, before)
     assert not outside.requires_grad
@@ -251,8 +251,8 @@ def test_renoising_samples_from_its_noise_level(mixture):
     image = starts(3)
     assert renoise_and_sample(mixture, image, 0.0, 0.02, 8, [1, 2, 3]) is image
     tidy = renoise_and_sample(mixture, image, 4.0, 0.02, 16, [1, 2, 3])
-    off = ((tidy[:, None] - mixture.means).flatten(2).norm(dim=2)).min(1).values
-    assert off.max() < 4 * mixture.width * math.sqrt(math.prod(SHAPE))
+    distances = ((tidy[:, None] - mixture.means).flatten(2).norm(dim=2)).min(1).values
+    assert distances.max() < 4 * mixture.width * math.sqrt(math.prod(SHAPE))
     assert torch.equal(renoise_and_sample(mixture, image[1:2], 4.0, 0.02, 16, [2]), tidy[1:2])
 
 
@@ -300,9 +300,9 @@ def test_a_model_without_gradients_is_refused_on_demand():
     """Gradients of the model are needed only where the search goes through it."""
     closed = torch.no_grad()(gaussian_denoise)
     start = randn(1, 3, 5, 4)
-    assert found(closed, [], start).shape == start.shape
+    assert solve(closed, [], start).shape == start.shape
     with says(ValueError, "no gradient"):
-        found(closed, [], start, replace(SHORT, backprop_through_model=True))
+        solve(closed, [], start, replace(SHORT, backprop_through_model=True))
 
 
 def test_a_model_that_answers_nonsense_stops_the_search_in_words():
@@ -311,4 +311,4 @@ def test_a_model_that_answers_nonsense_stops_the_search_in_words():
         denoised[1] = float("nan")
         return denoised
     with says(ValueError, "the prior", "nan"):
-        found(broken, [], randn(2, 3, 5, 4))
+        solve(broken, [], randn(2, 3, 5, 4))

@@ -76,8 +76,8 @@ class Published:
         return math.sqrt(self.b) * x0 + math.sqrt(1 - self.b) * eps
 
     def log_p(self, x0: Tensor) -> Tensor:
-        each = self.world.log_likelihood(x0, x0.new_zeros(len(x0))).log_softmax(1)
-        return each[torch.arange(len(x0)), LABELS]
+        log_p = self.world.log_likelihood(x0, x0.new_zeros(len(x0))).log_softmax(1)
+        return log_p[torch.arange(len(x0)), LABELS]
 
     def grad(self, f, point: Tensor) -> tuple[Tensor, Tensor]:
         point = point.detach().requires_grad_()
@@ -345,8 +345,8 @@ def test_repetitions_stay_inside_their_window():
 def test_of_latents_the_guider_judges_the_image_that_it_sees(name):
     world = mixture()
     seeing = replace(judge(world), decode=lambda latent, sigma: 1.5 * latent + 0.1)
-    told = replace(judge(world), net=lambda image, sigma: world.log_likelihood(1.5 * image + 0.1, sigma))
-    torch.testing.assert_close(run(SETTINGS[name], guider=seeing), run(SETTINGS[name], guider=told), **CLOSE)
+    equivalent = replace(judge(world), net=lambda image, sigma: world.log_likelihood(1.5 * image + 0.1, sigma))
+    torch.testing.assert_close(run(SETTINGS[name], guider=seeing), run(SETTINGS[name], guider=equivalent), **CLOSE)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -33,8 +33,9 @@ def never(x, sigma):
 def test_the_prediction_is_the_published_combination(sigma, weight):
     good, bad = models()
     x = randn(3, *SHAPE, dtype=torch.float64) * (1 + sigma)
-    guided_prediction = autoguided(good, bad, Autoguidance(weight))(x, level(sigma, x))
-    torch.testing.assert_close(guided_prediction, weight * good(x, level(sigma, x)) + (1 - weight) * bad(x, level(sigma, x)), **EXACT)
+    sigma = level(sigma, x)
+    prediction = autoguided(good, bad, Autoguidance(weight))(x, sigma)
+    torch.testing.assert_close(prediction, weight * good(x, sigma) + (1 - weight) * bad(x, sigma), **EXACT)
 
 
 def test_several_worse_predictions_are_the_published_sum():

@@ -29,22 +29,22 @@ class FineTune:
         return {**vars(self), "save_every": 50}
 
 
-def fresh_changes(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdate]:
+def initial_updates(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdate]:
     """A trainable update for every layer that supports one, by name, as LoRA starts: down random, up zero.
 
     seed: of the random numbers. ValueError if the network has no such layer.
     """
-    changes: dict[str, LoraUpdate] = {}
+    updates: dict[str, LoraUpdate] = {}
     for name, layer in net.named_modules():
         if supports_lora(layer):
             weight: Tensor = layer.weight
             down = torch.empty(rank, *weight.shape[1:])
-            nn.init.kaiming_uniform_(down, a=5**0.5, generator=seeded(seed, len(changes)))
+            nn.init.kaiming_uniform_(down, a=5**0.5, generator=seeded(seed, len(updates)))
             up = torch.zeros(weight.shape[0], rank)
-            changes[name] = LoraUpdate(up.to(weight.device).requires_grad_(), down.to(weight.device).requires_grad_())
-    if not changes:
+            updates[name] = LoraUpdate(up.to(weight.device).requires_grad_(), down.to(weight.device).requires_grad_())
+    if not updates:
         raise ValueError(f"{type(net).__name__} has no Linear or Conv2d layer that could be fine-tuned")
-    return changes
+    return updates
 
 
 def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune, sigma_data: float = 1.0,
@@ -58,9 +58,9 @@ def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune
     ValueError if the network has no layer that could be updated.
     """
     with torch.inference_mode(False):
-        changes = fresh_changes(net, config.rank, config.seed)
+        updates = initial_updates(net, config.rank, config.seed)
         images = images.clone()
-        adapters = {name: [change] for name, change in changes.items()}
+        adapters = {name: [update] for name, update in updates.items()}
 
         def loss(step: int) -> Tensor:
             generator = seeded(config.seed, step, 1)
@@ -72,20 +72,20 @@ def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune
             weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
             return (expand(weight, chosen) * (denoised - chosen).square()).mean()
 
-        parameters = {f"{name}.{part}": getattr(change, part) for name, change in changes.items() for part in ("up", "down")}
-        options = options.identified({"config": dict(vars(config)), "images": list(images.shape)}).reporting(changes)
+        parameters = {f"{name}.{part}": getattr(update, part) for name, update in updates.items() for part in ("up", "down")}
+        options = options.identified({"config": dict(vars(config)), "images": list(images.shape)}).reporting(updates)
         losses = optimize(parameters, loss, config.steps, config.lr, "the fine-tuning", options)
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-    return changes, losses
+    return updates, losses
 
 
-def as_lora(changes: dict[str, LoraUpdate], prefix: str) -> dict[str, Tensor]:
+def as_lora(updates: dict[str, LoraUpdate], prefix: str) -> dict[str, Tensor]:
     """Copies of the updates under the names of a LoRA file: prefix, the layer's name, lora_up, lora_down and alpha."""
     tensors = {}
-    for name, change in changes.items():
-        up = change.up.detach().clone().cpu()
-        tensors[f"{prefix}{name}.lora_up.weight"] = up.reshape(*up.shape, *(1,) * (change.down.ndim - 2))
-        tensors[f"{prefix}{name}.lora_down.weight"] = change.down.detach().clone().cpu()
+    for name, update in updates.items():
+        up = update.up.detach().clone().cpu()
+        tensors[f"{prefix}{name}.lora_up.weight"] = up.reshape(*up.shape, *(1,) * (update.down.ndim - 2))
+        tensors[f"{prefix}{name}.lora_down.weight"] = update.down.detach().clone().cpu()
         tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(up.shape[1]))
     return tensors

@@ -40,7 +40,7 @@ def with_adapters(net: nn.Module, adapters: Adapters) -> Iterator[None]:
     layers: dict[str, Any] = dict(net.named_modules())
     for name in adapters:
         if not supports_lora(layers.get(name)):
-            raise ValueError("a low-rank change is for Linear layers and for Conv2d layers that are ungrouped and padded by "
+            raise ValueError("low-rank updates are for Linear layers and for Conv2d layers that are ungrouped and padded by "
                              f"zeros, and {name} is {layers.get(name, 'no layer of the network')}")
     hooks = [layers[name].register_forward_hook(partial(_add, updates)) for name, updates in adapters.items()]
     try:

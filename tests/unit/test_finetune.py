@@ -8,7 +8,7 @@ from torch import nn
 
 from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.noise import expand
-from ppap_core.training.finetune import FineTune, as_lora, fine_tune, fresh_changes
+from ppap_core.training.finetune import FineTune, as_lora, fine_tune, initial_updates
 from ppap_core.training.loop import RunOptions
 from ppap_core.training.lora import LoraUpdate, with_adapters
 
@@ -134,7 +134,7 @@ def test_the_file_has_the_names_and_shapes_of_a_lora():
 def test_layers_that_cannot_be_changed_are_left_out():
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, groups=4),
                         nn.Linear(5, 6))
-    changes = fresh_changes(net, 2, 0)
+    changes = initial_updates(net, 2, 0)
     assert [*changes] == ["2"]
     with with_adapters(net, {name: [change] for name, change in changes.items()}):
         net(torch.zeros(1, 3, 7, 7))

@@ -1,7 +1,7 @@
 """Schedules over noise levels: the intervals of experts, and where and how strongly a guidance weight acts."""
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,6 +24,9 @@ class ExpertSchedule:
 
     def __len__(self) -> int:
         return len(self.edges) - 1
+
+    def __iter__(self) -> Iterator[NoiseInterval]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> NoiseInterval:
         if not 0 <= index < len(self):

@@ -154,8 +154,9 @@ def _draw_line(draw: "ImageDraw", path: Sequence[tuple[float, float]], index: in
     draw.line(path, color(index), 2)
 
 
-def loss_plot(losses: dict[str, Sequence[float]], title: str = "Distillation: distance from the plain network's output on "
-              "the clean image", points: int = 60) -> Tensor:
+def loss_plot(losses: Mapping[str, Sequence[float]],
+              title: str = "Distillation: distance from the plain network's output on the clean image",
+              points: int = 60) -> Tensor:
     """The losses of trainings over their steps, by name, each as about `points` means over neighbouring steps."""
     return line_plot({name: _smooth(values, points) for name, values in losses.items()}, title,
                      Axes("step", "loss", log_y=True))

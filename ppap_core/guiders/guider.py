@@ -1,4 +1,4 @@
-"""A guider: a network that judges images, with its preprocessing, its task and what it is aimed at."""
+"""A guider: a network that judges images, with its preprocessing, its task and its target."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

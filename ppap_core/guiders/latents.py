@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 View = Literal["noisy", "denoised"]
-"""What a guider judges: the noisy state on the variance-preserving scale, or the denoised prediction."""
+"""Input of a guider: the noisy state on the variance-preserving scale, or the denoised prediction."""
 VIEWS: tuple[View, ...] = get_args(View)
 
 PIXELS = "pixel"  # the name of a space of images themselves

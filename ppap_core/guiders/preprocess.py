@@ -1,4 +1,4 @@
-"""What happens to an image before a network reads it: one differentiable object, built from the network's own files."""
+"""Preprocessing of images for a network: one differentiable object, built from the network's own files."""
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace

@@ -124,7 +124,7 @@ def roughness(image: Tensor) -> Tensor:
 
 
 class Rule(NamedTuple):
-    """What a rule measures and how it is aimed."""
+    """A measurement of images, and how it is aimed and shown."""
 
     read: Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [-1, 1] -> features (B, ...)
     aim: Literal["image", "number", "itself"]  # the features of another image; a number; "itself": the target is zero

@@ -1,4 +1,4 @@
-"""Tasks: what a kind of network predicts, and everything that depends on it. A new task is one value in `TASKS`."""
+"""Tasks: the kinds of predictions, with everything that depends on them. A new task is one value in `TASKS`."""
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ def _itself(output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """All that depends on what a network predicts. Losses, distances and scores are (B,)."""
+    """A kind of prediction: how it is compared, aimed and shown. Losses, distances and scores are (B,)."""
 
     loss: Compare                        # (output, target): the energy, which guidance lowers
     distance: Compare                    # (student's output, teacher's output): what distillation lowers
@@ -193,7 +193,7 @@ TASKS: dict[str, Task] = {
     "style": replace(_FEATURES, croppable=True),
     "structure": _FEATURES,
 }
-"""What guiders predict -> how it is compared, aimed and shown."""
+"""Name of a task, as files and guiders have it -> the task."""
 
 
 def resize_map(target: Tensor, size: tuple[int, int]) -> Tensor:

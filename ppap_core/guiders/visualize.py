@@ -10,7 +10,7 @@ from .tasks import TASKS
 
 @torch.no_grad()
 def visualize(guider: Guider, images: Tensor) -> Tensor:
-    """What a guider reads in clean images (B, 3, H, W) in [-1, 1], as pictures (B, 3, h, w) in [-1, 1].
+    """Output of a guider for clean images (B, 3, H, W) in [-1, 1], as pictures (B, 3, h, w) in [-1, 1].
 
     Maps are drawn as maps, classes as bars and numbers in words; for anything else, such as an embedding, a bar shows how
     well the image meets the target. ValueError for a guider that waits for a text.

@@ -1,4 +1,4 @@
-"""Previews: pictures (B, 3, h, w) in [-1, 1] of what networks and rules read in images, one for each image."""
+"""Previews: the outputs of networks and rules as pictures (B, 3, h, w) in [-1, 1], one for each image."""
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +46,7 @@ def target_bars(energies: Tensor, scores: Tensor) -> Tensor:
 
 
 def text_note(lines: Sequence[str], count: int) -> Tensor:
-    """The same sentences for each of `count` images."""
+    """A note of some sentences, repeated for `count` images."""
     return note_picture(lines).expand(count, -1, -1, -1)
 
 

@@ -89,7 +89,7 @@ def self_similarity(maps: Sequence[Tensor]) -> Tensor:
 
 
 FEATURES: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"style": gram, "structure": self_similarity}
-"""Task -> what it reads in feature maps."""
+"""Task -> function of feature maps."""
 
 
 def load_timm(folder: Path, output: str = "own") -> Guider:

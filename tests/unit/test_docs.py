@@ -19,6 +19,12 @@ def test_the_files_that_a_page_names_exist(page: Path):
     assert not [str(file) for file in links | named if not file.exists()]
 
 
+def test_the_map_of_the_code_names_its_modules():
+    text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    modules = {file.name for file in (ROOT / "ppap_core").rglob("*.py")}
+    assert {name.rsplit("/")[-1] for name in re.findall(r"`([\w/]+\.py)`", text)} <= modules
+
+
 def test_the_version_is_the_same_everywhere():
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version and version[1] == ppap_core.__version__

@@ -42,13 +42,13 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     for key, expected in _requirements(guider, fingerprint_network(base_network(guider))).items():
         if header.get(key) != expected:
             raise ValueError(f"{Path(path).name} does not fit: its {key} is {header.get(key)!r}, expected {expected!r}; "
-                             "load the guider that these experts were distilled for, or distill new ones")
+                             "load the guider that these experts were distilled for, or distil new ones")
     try:
         schedule = ExpertSchedule(tuple(map(float, header["edges"])))
         lora = LoraSpec(int(header["rank"]), float(header["alpha"]), tuple(map(str, header["targets"])))
         view, space = cast(View, str(header["view"])), _space(tensors, header)  # ExpertBank refuses an unknown view
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the description in {Path(path).name} is damaged ({error}): copy or distill it again") from error
+        raise ValueError(f"the description in {Path(path).name} is damaged ({error}): copy or distil it again") from error
     bank = ExpertBank(base_network(guider), schedule, lora, view, space=space)
     bank.training_info = header.get("recipe", {})
     for index in range(len(schedule)):

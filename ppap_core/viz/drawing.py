@@ -1,6 +1,7 @@
 """Pictures drawn with Pillow, as image tensors (1, 3, H, W) in [-1, 1]. Sizes are (height, width) in pixels."""
 import textwrap
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 INK, PAPER, GRID, BAR = (40, 40, 46), (255, 255, 255), (225, 225, 230), (170, 200, 245)
 
 
+@cache
 def font(size: int) -> "FreeTypeFont | ImageFont":
     """Pillow's own font."""
     from PIL import ImageFont

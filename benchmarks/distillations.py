@@ -32,8 +32,8 @@ from .training import IntervalTraining, Networks, Run, StepReport, Workspace, op
 
 
 @dataclass(frozen=True)
-class Distillation(IntervalTraining):
-    """Experts that learn the plain network's outputs on generated images from the steps that led to them."""
+class SampledTraining(IntervalTraining):
+    """Experts that learn the plain network's outputs on generated images, by default from the steps that led to them."""
 
     images: int = 4096           # generated images to learn from
     guided: float = 0.0          # normalized weight of the plain guider, aimed at random scenes, while they are generated
@@ -54,11 +54,6 @@ class Distillation(IntervalTraining):
         share = net.trainable_share()
         return share * sum(self.ranks) / len(self.ranks) / self.rank if self.ranks else share
 
-    def fit(self, run: Run) -> None:
-        config = DistillConfig(self.steps, self.batch, self.lr, temperature=self.temperature, warm_start=self.warm_start)
-        distill(run.world.guider, run.bank, run.images, config, run.folder,
-                StepReport(run.report, len(self.schedule), self.steps))
-
     def pairs(self, run: Run, index: int, step: int) -> Pairs:
         """A batch of trajectory steps, as the core's distillation draws it."""
         return trajectory_pairs(run.images, self.schedule, index, BatchSpec(step, self.batch), self.view)
@@ -68,15 +63,17 @@ class Distillation(IntervalTraining):
 
 
 @dataclass(frozen=True)
-class DistillationVariant(Distillation):
-    """Distillation whose loss or batches are others than the core's, to be compared with it."""
+class Distillation(SampledTraining):
+    """The core's distillation."""
 
     def fit(self, run: Run) -> None:
-        IntervalTraining.fit(self, run)
+        config = DistillConfig(self.steps, self.batch, self.lr, temperature=self.temperature, warm_start=self.warm_start)
+        distill(run.world.guider, run.bank, run.images, config, run.folder,
+                StepReport(run.report, len(self.schedule), self.steps))
 
 
 @dataclass(frozen=True)
-class FreshNoise(DistillationVariant):
+class FreshNoise(SampledTraining):
     """The paper's pairs (Go et al. 2023): images, some mirrored, under noise that is drawn anew."""
 
     marks: ClassVar[dict[str, Any]] = {"fresh_noise": True}
@@ -87,7 +84,7 @@ class FreshNoise(DistillationVariant):
 
 
 @dataclass(frozen=True)
-class RepeatedNoise(DistillationVariant):
+class RepeatedNoise(SampledTraining):
     """Several draws of fresh noise for each output of the teacher, in the noisy view."""
 
     draws: int = 1
@@ -104,7 +101,7 @@ class RepeatedNoise(DistillationVariant):
 
 
 @dataclass(frozen=True)
-class Jitter(DistillationVariant):
+class Jitter(SampledTraining):
     """Noise on the experts' inputs, of std `jitter` at high noise levels and less at low ones."""
 
     jitter: float = 0.0
@@ -116,7 +113,7 @@ class Jitter(DistillationVariant):
 
 
 @dataclass(frozen=True)
-class FeatureDistillation(DistillationVariant):
+class FeatureDistillation(SampledTraining):
     """Features before the head are distilled too. features: weight of their error in the loss; 0: the outputs alone."""
 
     features: float = 0.0
@@ -133,7 +130,7 @@ class FeatureDistillation(DistillationVariant):
 
 
 @dataclass(frozen=True)
-class PpapReference(Distillation):
+class PpapReference(SampledTraining):
     """Distillation as the released code of PPAP does it, see `ppap_reference`."""
 
     marks: ClassVar[dict[str, Any]] = {"original": True}

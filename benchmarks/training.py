@@ -134,7 +134,7 @@ class IntervalTraining(ABC):
                          self.run_options(run, index))
 
     def initialize(self, run: Run, index: int) -> None:
-        """Set the weights from which an interval's training starts: those of the neighbour, if it shall start warm."""
+        """Set the weights from which an interval's training starts: its neighbour's for a warm start, else its own."""
         if self.warm_start and index:
             run.bank.load(index, run.bank.weights(index - 1))
 
@@ -175,7 +175,7 @@ class Networks(nn.Module):
         return self.nets[self.schedule.index(float(sigma[0]))](image)
 
     def trainable_share(self) -> float:
-        """All of them."""
+        """1: every weight is trained."""
         return 1.0
 
 
@@ -197,7 +197,7 @@ def viewed(world: TinyWorld, view: View, x: Tensor, sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Reports every hundredth step of a training: (interval, step, loss), as `distill` calls its on_step."""
+    """Reports every hundredth step of a training: the on_step of `distill`, (interval, step, loss)."""
 
     report: Report
     intervals: int
@@ -208,7 +208,7 @@ class StepReport:
             self.report(f"interval {index + 1} of {self.intervals}, step {step + 1} of {self.steps}, loss {loss:.4f}")
 
     def of_interval(self, index: int) -> OnStep:
-        """Reports the steps of one interval, as `optimize` calls its on_step."""
+        """The on_step of `optimize` for one interval."""
         return lambda step, loss, _: self(index, step, loss)
 
 

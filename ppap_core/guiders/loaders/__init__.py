@@ -8,7 +8,7 @@ from .timm import load_timm
 from .transformers import load_transformers
 
 OUTPUTS = ("own", "structure", "style", "embedding")
-"""Outputs that a guider can take from a network: its own, or features of its inner layers. Saved workflows hold these words."""
+"""Outputs that a guider can take from a network: its own, or features of its inner layers. Saved workflows hold these."""
 LOADERS: dict[str, Callable[[Path, str], Guider]] = {"architecture": load_timm, "architectures": load_transformers}
 """Key of config.json by which a library is recognised -> loader of a folder."""
 

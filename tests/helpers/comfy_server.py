@@ -45,12 +45,12 @@ class Server:
     def run(self, graph: dict, seconds: float = 120) -> dict:
         """Run an API graph to its end; its outputs by node id."""
         history = self.wait(self.queue(graph), seconds)
-        failed = [(each["node_type"], each["exception_message"]) for each in messages(history, "execution_error")]
+        failed = [(error["node_type"], error["exception_message"]) for error in messages(history, "execution_error")]
         assert history["status"]["status_str"] == "success", failed
         return history["outputs"]
 
     def error(self, graph: dict) -> str:
-        """The sentence with which a graph fails."""
+        """The message of the error that ends a graph."""
         [failed] = messages(self.wait(self.queue(graph)), "execution_error")
         return failed["exception_message"].strip()
 
@@ -58,22 +58,23 @@ class Server:
         """The pictures that a Save or Preview node reported."""
         from PIL import Image
 
-        return [Image.open(self.folder / each["type"] / each["subfolder"] / each["filename"]) for each in output["images"]]
+        return [Image.open(self.folder / picture["type"] / picture["subfolder"] / picture["filename"])
+                for picture in output["images"]]
 
     @contextmanager
     def listen(self) -> Iterator[Callable[[str], Iterator[tuple[str, Any]]]]:
-        """Everything the server tells its page: until(kind) yields (type, data) up to a message of a kind."""
+        """Listen to the messages for the page: until(kind) yields (type, data) up to a message of a kind."""
         import websocket
 
         stream = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=60)
 
         def until(kind: str) -> Iterator[tuple[str, Any]]:
-            found = ""
-            while found != kind:
+            received = ""
+            while received != kind:
                 message = stream.recv()
                 value = json.loads(message) if isinstance(message, str) else {"type": "preview", "data": message}
-                found = value["type"]
-                yield found, value["data"]
+                received = value["type"]
+                yield received, value["data"]
         try:
             yield until
         finally:

@@ -18,7 +18,7 @@ def node(kind: str, /, **inputs) -> dict:
 
 def quick(graph: dict) -> dict:
     """A copy of a graph with few steps."""
-    return {key: {**each, "inputs": {**each["inputs"], **QUICK.get(each["class_type"], {})}} for key, each in graph.items()}
+    return {key: {**node, "inputs": {**node["inputs"], **QUICK.get(node["class_type"], {})}} for key, node in graph.items()}
 
 
 def sampling(**changes) -> dict:
@@ -54,7 +54,7 @@ def page_of(name: str) -> dict:
 
 def titled(name: str) -> dict[str, str]:
     """The nodes of a workflow file by their titles."""
-    return {each["title"]: str(each["id"]) for each in page_of(name)["nodes"] if "title" in each}
+    return {node["title"]: str(node["id"]) for node in page_of(name)["nodes"] if "title" in node}
 
 
 def workflow(name: str, info: dict) -> dict:
@@ -65,17 +65,17 @@ def workflow(name: str, info: dict) -> dict:
 def posted(page: dict, info: dict) -> dict:
     """The API graph of a workflow file's content."""
     origin = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
-    return {str(each["id"]): _api(each, origin, info[each["type"]]) for each in page["nodes"] if each["type"] in info}
+    return {str(node["id"]): _api(node, origin, info[node["type"]]) for node in page["nodes"] if node["type"] in info}
 
 
-def _api(each: dict, origin: dict, about: dict) -> dict:
-    specs = {**about["input"].get("required", {}), **about["input"].get("optional", {})}
-    values, inputs = iter(each.get("widgets_values", [])), {}
+def _api(node: dict, origin: dict, info: dict) -> dict:
+    specs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    values, inputs = iter(node.get("widgets_values", [])), {}
     for name, (kind, *options) in specs.items():
         if isinstance(kind, list) or kind in WIDGETS:
-            about_it = options[0] if options else {}
-            inputs[name] = next(values, about_it.get("default"))  # a file may be older than the last inputs of a node
-            if about_it.get("control_after_generate") or name in ("seed", "noise_seed"):
+            options_of = options[0] if options else {}
+            inputs[name] = next(values, options_of.get("default"))  # a file may be older than the last inputs of a node
+            if options_of.get("control_after_generate") or name in ("seed", "noise_seed"):
                 next(values, None)  # what the page does with a seed after each run
-    inputs |= {slot["name"]: origin[slot["link"]] for slot in each["inputs"] if slot.get("link") is not None}
-    return {"class_type": each["type"], "inputs": inputs}
+    inputs |= {slot["name"]: origin[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
+    return {"class_type": node["type"], "inputs": inputs}

@@ -37,9 +37,9 @@ class Hub:
         if self.refuse:
             return self.send(request, self.refuse[0], b"", {"X-Error-Code": self.refuse[1]})
         if path.startswith("/api/"):
-            asked = {"": self.about, f"/revision/{SHA}": self.about, f"/tree/{SHA}": self.tree}
-            found = asked[path.removeprefix(f"/api/models/{REPO}")]()
-            return self.send(request, 200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+            answers = {"": self.about, f"/revision/{SHA}": self.about, f"/tree/{SHA}": self.tree}
+            value = answers[path.removeprefix(f"/api/models/{REPO}")]()
+            return self.send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
         resolved = re.fullmatch(rf"/{REPO}/resolve/{SHA}/(.+)", path)
         if resolved and resolved[1].endswith(".safetensors"):  # large files lie on other servers
             return self.send(request, 302, b"", {"Location": f"{self.url}/far/{resolved[1]}"})
@@ -61,13 +61,13 @@ class Hub:
 
     def about(self) -> dict:
         def sibling(name: str, content: bytes) -> dict:
-            found = {"rfilename": name, "size": len(content),
+            entry = {"rfilename": name, "size": len(content),
                      "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
             if name.endswith(".safetensors"):
-                found["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-            return found
+                entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            return entry
         return {"id": REPO, "modelId": REPO, "sha": SHA, "private": False, "tags": [], "downloads": 0, "likes": 0,
-                "siblings": [sibling(*each) for each in self.files.items()]}
+                "siblings": [sibling(*item) for item in self.files.items()]}
 
     def tree(self) -> list[dict]:
         return [{"type": "file", "path": name, "size": len(content), "oid": ""} for name, content in self.files.items()

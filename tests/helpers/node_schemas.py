@@ -23,11 +23,11 @@ def _input(name: str, spec: tuple, optional: bool, sampler: Any) -> dict:
     options = list(kind) if isinstance(kind, list) else settings.pop("options", None)
     stock = [part.get("options") if isinstance(part, dict) else part
              for part in sampler.INPUT_TYPES()["required"].get(name, ())]
-    found = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "optional": optional}
-    found |= {key: settings[key] for key in ("min", "max", *EQUAL) if key in settings}
+    schema = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind, "optional": optional}
+    schema |= {key: settings[key] for key in ("min", "max", *EQUAL) if key in settings}
     if options is not None and options not in stock:  # ComfyUI's own samplers and schedulers are not the pack's
-        found["options"] = options
-    return found
+        schema["options"] = options
+    return schema
 
 
 def lost(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
@@ -38,19 +38,19 @@ def lost(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
 def _lost_of(name: str, old: dict, new: dict | None) -> list[str]:
     if new is None:
         return [f"the node {name} is gone"]
-    names, now = ([each["name"] for each in schema["inputs"]] for schema in (old, new))
+    names, now = ([slot["name"] for slot in schema["inputs"]] for schema in (old, new))
     losses = []
     if now[:len(names)] != names:
         losses.append(f"{name}: the inputs were {names} and are {now}, expected new ones at the end")
-    losses += [f"{name}.{each['name']}: new inputs must be optional" for each in new["inputs"]
-               if each["name"] not in names and not each["optional"]]
+    losses += [f"{name}.{slot['name']}: new inputs must be optional" for slot in new["inputs"]
+               if slot["name"] not in names and not slot["optional"]]
     if new["outputs"][:len(old["outputs"])] != old["outputs"]:
         losses.append(f"{name}: the outputs were {old['outputs']} and are {new['outputs']}, expected new ones at the end")
     if new["output_node"] != old["output_node"]:
         losses.append(f"{name}: output_node was {old['output_node']}")
-    by_name = {each["name"]: each for each in new["inputs"]}
-    return losses + [f"{name}.{each['name']}: {loss}" for each in old["inputs"] if each["name"] in by_name
-                     for loss in _lost_of_input(each, by_name[each["name"]])]
+    by_name = {slot["name"]: slot for slot in new["inputs"]}
+    return losses + [f"{name}.{slot['name']}: {loss}" for slot in old["inputs"] if slot["name"] in by_name
+                     for loss in _lost_of_input(slot, by_name[slot["name"]])]
 
 
 def _lost_of_input(old: dict, new: dict) -> list[str]:
@@ -60,7 +60,7 @@ def _lost_of_input(old: dict, new: dict) -> list[str]:
                if key in old and key in new and not allows(float(new[key]), float(old[key]))]
     losses += [f"{key} {new[key]} is new" for key in bounds if key in new and key not in old]
     options = old.get("options", [])
-    missing = [each for each in options if each not in new.get("options", [])]
+    missing = [slot for slot in options if slot not in new.get("options", [])]
     losses += [f"the options {missing} are gone"] if missing else []
     if options and not missing and "default" not in old and new["options"][0] != options[0]:
         losses.append(f"the first option, which is the default, was {options[0]!r}")

@@ -1,6 +1,7 @@
 """Gradients through ComfyUI's networks: out of inference mode, past dynamic VRAM, within the memory at hand."""
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.controlnet
 import comfy.model_management
@@ -66,7 +67,8 @@ def _replace_inference_tensors(networks: Iterable[torch.nn.Module]) -> None:
     copies: dict[int, torch.Tensor] = {}  # by id: weights that layers share stay shared
     with torch.inference_mode(False):
         for module in (part for net in networks for part in net.modules()):
-            for tensors in (module._parameters, module._buffers):
+            owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in owned:
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.is_inference():
                         if id(tensor) not in copies:

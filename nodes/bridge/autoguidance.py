@@ -80,7 +80,7 @@ class AutoguidedModel(Feature):
     def post_cfg(self, args: dict) -> Tensor:
         """Guide the denoised prediction away from that of the bad model."""
         run = self.runs.current
-        weight = run.settings.weight_at(noise_levels.ve_level(args["model"].model_sampling, args["sigma"][0]))
+        weight = run.settings.weight_at(noise_levels.ve_level(args["model"].model_sampling, float(args["sigma"][0])))
         if weight == 1:
             return args["denoised"]
         return args["denoised"] + autoguidance_delta(args["cond_denoised"], run.predict_bad(args), weight)

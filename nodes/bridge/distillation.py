@@ -15,7 +15,7 @@ from ...ppap_core.experts.checkpoint import save_bank
 from ...ppap_core.experts.distill import DistillConfig, distill
 from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from ...ppap_core.guiders.guider import Guider
-from ...ppap_core.guiders.latents import LatentSpace
+from ...ppap_core.guiders.latents import LatentSpace, View
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.rng import seeded_noise
 from ...ppap_core.schedules import ExpertSchedule
@@ -24,7 +24,7 @@ from .autograd import outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae
 from .hooks import Feature
 from .latents import Patcher
-from .memory import load_to_train
+from .memory import load_to_train, module_of
 from .noise_levels import PURE_NOISE
 from .progress import LossProgress, Progress
 from .sampler import SamplerSettings
@@ -130,7 +130,7 @@ def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: Di
     identity = [samples.store.manifest, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
                 bank.schedule.edges, bank.lora, config]
     folder = paths.output_folder("ppap_distillation", digest(identity))
-    load_to_train([guider.net, bank])
+    load_to_train([module_of(guider), bank])
     with outside_inference_mode():
         losses = distill(guider, bank, samples.store, config, folder, report.on_step)
     return dict(zip(report.losses, losses, strict=True))
@@ -140,7 +140,8 @@ class _DistillationReport:
     """The progress of a distillation, with the losses by interval."""
 
     def __init__(self, schedule: ExpertSchedule, steps: int):
-        self.names, self.steps = [f"sigma {interval.lo:.3g} to {interval.hi:.3g}" for interval in schedule], steps
+        intervals = [schedule[index] for index in range(len(schedule))]
+        self.names, self.steps = [f"sigma {interval.lo:.3g} to {interval.hi:.3g}" for interval in intervals], steps
         self.losses: dict[str, list[float]] = {name: [] for name in self.names}
         self.progress = LossProgress(len(self.names) * steps)
 
@@ -149,7 +150,7 @@ class _DistillationReport:
         self.progress(index * self.steps + step + 1, self.losses)
 
 
-def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: str, seed: int,
+def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: View, seed: int,
              space: LatentSpace | None) -> ExpertBank:
     """Return untrained experts of a plain guider."""
     with outside_inference_mode():

@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import comfy.sd
 import torch
@@ -16,14 +16,15 @@ from ...ppap_core.guidance.gradients import Prediction
 from ...ppap_core.guidance.shift import GuidanceSettings, guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, any_needs_vjp
 from ...ppap_core.guiders.guider import Decode, Guider
+from ...ppap_core.guiders.latents import View
 from ...ppap_core.io.function_fingerprint import hashed_as
 from ...ppap_core.io.hashing import digest
 from . import latents, noise_levels
 from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .fingerprint import fingerprint_network, fingerprint_vae
-from .hooks import GUIDANCE, Feature, Hooks, RunStack, attach, features_of
+from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach, features_of
 from .latents import Patcher
-from .memory import GradientMemory, compute_type, materialize_on, patcher_of
+from .memory import GradientMemory, compute_type, materialize_on, module_of, patcher_of
 from .noise_levels import PURE_NOISE, PercentSchedule
 from .sampler import SamplerSettings
 
@@ -100,8 +101,8 @@ class GuidedModel(Feature):
         """Clone a MODEL with this guidance on it; samplers and other patches work as before."""
         guided = for_gradients(model) if self.backprop_through_model else model.clone()
         memory = GradientMemory(active_guiders(self.terms, self.decoders), self.backprop_through_model, GUIDANCE)
-        wrappers = {WrappersMP.OUTER_SAMPLE: self.on_outer_sample, WrappersMP.PREPARE_SAMPLING: memory.reserve,
-                    WrappersMP.SAMPLER_SAMPLE: self.on_sample}
+        wrappers: dict[str, Hook] = {WrappersMP.OUTER_SAMPLE: self.on_outer_sample,
+                                     WrappersMP.PREPARE_SAMPLING: memory.reserve, WrappersMP.SAMPLER_SAMPLE: self.on_sample}
         if self.backprop_through_model:
             wrappers[WrappersMP.PREDICT_NOISE] = self.on_predict
         attach(guided, GUIDANCE, Hooks(wrappers, self.post_cfg, [patcher_of(net) for net in self.networks], self))
@@ -130,7 +131,7 @@ class GuidedModel(Feature):
     def on_predict(self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Predict with gradients where a term needs them at this noise level."""
         net, run = executor.class_obj.inner_model, self.runs.current
-        sigma = noise_levels.ve_level(net.model_sampling, timestep[0])
+        sigma = noise_levels.ve_level(net.model_sampling, float(timestep[0]))
         if not any_needs_vjp(run.terms_at(sigma), sigma):
             return executor(x, timestep, *args, **kwargs)
         run.gradient_pass = run.gradient_pass or GradientPass(net)
@@ -177,9 +178,9 @@ def require_same_space(guider: Guider, model: Patcher) -> None:
                          f"kind is {kind}: use experts that were distilled for a model of this kind, or the plain guider")
 
 
-def with_view(guider: Guider, view: str) -> Guider:
+def with_view(guider: Guider, view: View | Literal["own"]) -> Guider:
     """Return the guider with another view; "own" keeps its own. ValueError for experts, which know one view only."""
-    if view in ("own", guider.view):
+    if view == "own" or view == guider.view:
         return guider
     if isinstance(guider.net, ExpertBank):
         raise ValueError(f"the experts of {guider.name} were distilled for the {guider.view} view, not the {view} one: "
@@ -198,8 +199,9 @@ def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
     vae_decoder = None
     if vae is not None and any(_uses_vae(term.guider, model) for term in terms):
         vae_decoder = latents.Decoder(vae, model)
-    networks = {id(net): net for net in (*(term.guider.net for term in terms), vae_decoder) if net is not None}
-    return [_decoder_of(term.guider, model, vae_decoder) for term in terms], list(networks.values())
+    networks = {id(net): net for net in map(module_of, (term.guider for term in terms))}
+    decoders = [_decoder_of(term.guider, model, vae_decoder) for term in terms]
+    return decoders, [*networks.values(), *([vae_decoder] if vae_decoder else [])]
 
 
 def _uses_vae(guider: Guider, model: Patcher) -> bool:
@@ -209,7 +211,7 @@ def _uses_vae(guider: Guider, model: Patcher) -> bool:
 def _decoder_of(guider: Guider, model: Patcher, vae_decoder: Decode | None) -> Decode | None:
     if guider.decode or latents.is_pixel(model):
         return guider.decode
-    return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.space_of(model).colors
+    return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.latent_space(model).colors
 
 
 def active_guiders(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:

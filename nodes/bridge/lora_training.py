@@ -12,7 +12,7 @@ from ...ppap_core.io.files import save_tensors
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.training.finetune import FineTune, as_lora, fine_tune
 from ...ppap_core.training.loop import RunOptions
-from ...ppap_core.training.lora import Adapters
+from ...ppap_core.training.lora import LoraUpdate
 from . import latents, noise_levels, paths
 from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .autoguidance import DIFFUSION_MODEL_PREFIX
@@ -56,7 +56,7 @@ class LoraTraining:
         return comfy.sd.load_lora_for_models(self.model, None, lora, 1.0, 0.0)[0], losses
 
     def _train(self, cfg_guider: comfy.samplers.CFGGuider, denoise: Any, noise: Tensor,
-               extra_args: dict) -> tuple[Adapters, list[float]]:
+               extra_args: dict) -> tuple[dict[str, LoraUpdate], list[float]]:
         make_differentiable(cfg_guider)
         net = cfg_guider.inner_model.diffusion_model
         predict = partial(predict_noised, cfg_guider.inner_model.model_sampling, partial(denoise, **extra_args))
@@ -70,7 +70,7 @@ class LoraTraining:
         return RunOptions(run_id, paths.output_folder("ppap_training", f"{state_name}.state.safetensors"),
                           save_every=50, on_step=self._on_step, run_step=gradient_pass.run)
 
-    def _on_step(self, step: int, loss: float, adapters: Adapters) -> None:
+    def _on_step(self, step: int, loss: float, adapters: dict[str, LoraUpdate]) -> None:
         self.losses.append(loss)
         if step + 1 in self.early_steps:
             save_lora(self.early_name(step + 1), adapters)
@@ -92,6 +92,6 @@ def predict_noised(sampling: Any, denoise: Any, images: Tensor, noise: Tensor, s
     return denoise(noised, sigma), noise_levels.to_ve(sampling, images, sigma)[1]
 
 
-def save_lora(name: str, adapters: Adapters) -> None:
+def save_lora(name: str, adapters: dict[str, LoraUpdate]) -> None:
     """Write a LoRA where the stock loaders look for it."""
     save_tensors(paths.new_lora_file(name), as_lora(adapters, DIFFUSION_MODEL_PREFIX), {"made_by": "ComfyUI-PPAP"})

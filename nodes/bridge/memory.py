@@ -27,10 +27,17 @@ class PackData:
     """What this pack keeps on a network."""
 
     patcher: comfy.model_patcher.ModelPatcher | None = None
-    guider: Guider | None = None  # as it was loaded, without its network, which would otherwise hold itself
+    guider: Guider | None = None  # as it was loaded, but without its network, which would otherwise hold itself
 
     def __deepcopy__(self, memo: dict) -> "PackData":
         return PackData()  # a copy of the network is another network
+
+
+def module_of(guider: Guider) -> torch.nn.Module:
+    """Return the network of a guider, which in ComfyUI always is a torch module; a rule is one without weights."""
+    if not isinstance(guider.net, torch.nn.Module):
+        raise ValueError(f"the network of {guider.name} is {type(guider.net).__name__}, expected a torch module")
+    return guider.net
 
 
 def pack_data(net: torch.nn.Module) -> PackData:

@@ -11,23 +11,24 @@ from ...ppap_core.noise import NoiseInterval, expand, flow_to_ve
 from ...ppap_core.schedules import Ramp, Schedule, constant
 from .latents import Patcher
 
-PURE_NOISE = 100.0  # above this noise level nothing can be seen; a flow starts there, at t = 1
+PURE_NOISE = 100.0  # sigma that is treated as pure noise; a flow starts at an infinite one
 
 
 def is_flow(sampling: Any) -> bool:
+    """Tell whether a model's sampling is that of a flow, x = (1 - t) image + t noise."""
     return isinstance(sampling, comfy.model_sampling.CONST)
 
 
 def to_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """ComfyUI's noisy state and noise level in the core's convention, x = image + sigma * noise."""
+    """Convert ComfyUI's noisy state (B, ...) and noise level (B,) to the core's convention."""
     if not is_flow(sampling):
         return x, sigma
-    x, sigma = flow_to_ve(x, sigma.clamp(max=0.9999))  # a flow starts at pure noise, t = 1, which no VE level can say
+    x, sigma = flow_to_ve(x, sigma.clamp(max=0.9999))  # a flow starts at t = 1, where the VE level is infinite
     return x, sigma * getattr(sampling, "noise_scale", 1.0)
 
 
 def from_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """The way back: a noisy state and noise level of the core as ComfyUI's model wants them."""
+    """Convert a noisy state (B, ...) and noise level (B,) of the core to what a model of ComfyUI takes."""
     if not is_flow(sampling):
         return x, sigma
     time = sigma / (sigma + getattr(sampling, "noise_scale", 1.0))
@@ -35,19 +36,19 @@ def from_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ve_level(sampling: Any, sigma: float) -> float:
-    """One noise level of ComfyUI in the core's convention."""
+    """Convert one noise level of ComfyUI to the core's convention."""
     return to_ve(sampling, torch.ones(1, 1), torch.tensor([float(sigma)], dtype=torch.float64))[1].item()
 
 
 def sigma_range(model: Patcher) -> tuple[float, float]:
-    """Lowest and highest noise level of a model."""
+    """Return the lowest and the highest VE noise level of a model."""
     sampling = model.get_model_object("model_sampling")
     return ve_level(sampling, sampling.sigma_min), ve_level(sampling, sampling.sigma_max)
 
 
 @dataclass(frozen=True)
 class PercentSchedule:
-    """When a feature acts, in ComfyUI's percent: shares of the noise schedule, not of the steps. By default always."""
+    """When a feature acts, in ComfyUI's percent: shares of the noise schedule, not of the steps. Neutral: the defaults."""
 
     start: float = 0.0            # 0 takes in the highest noise level
     end: float = 1.0              # 1 takes in the lowest
@@ -56,7 +57,7 @@ class PercentSchedule:
 
     def __post_init__(self) -> None:
         if self.start > self.end:
-            raise ValueError(f"steering would start at {self.start:g} and end at {self.end:g}: expected a start_percent "
+            raise ValueError(f"guidance would start at {self.start:g} and end at {self.end:g}: expected a start_percent "
                              "that is not above end_percent")
 
     def in_sigmas(self, model: Patcher) -> Schedule:
@@ -64,12 +65,12 @@ class PercentSchedule:
         return Schedule(self.window(model.get_model_object("model_sampling")), self.ramp(model))
 
     def window(self, sampling: Any) -> NoiseInterval:
-        """The noise levels from start to end; windows that touch do not overlap."""
+        """Return the noise levels from start to end; windows that touch do not overlap. sampling: of the model."""
         low, high = (ve_level(sampling, sampling.percent_to_sigma(percent)) for percent in (self.end, self.start))
         return NoiseInterval(low, float("inf") if self.start <= 0 else high)
 
     def ramp(self, model: Patcher) -> Callable[[float], float]:
-        """The factor of the weight, over the part of the window that lies within a model's noise levels."""
+        """Return the factor of the weight, over the part of the window that lies within a model's noise levels."""
         window, (lowest, highest) = self.window(model.get_model_object("model_sampling")), sigma_range(model)
         low, high = max(window.lo, lowest), min(window.hi, highest)
         if low >= high or self.factor_at_start == self.factor_at_end == 1:

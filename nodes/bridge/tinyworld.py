@@ -16,12 +16,12 @@ from .memory import patcher
 
 
 def empty_conditioning() -> list:
-    """The CONDITIONING of a model that takes none."""
+    """Return the CONDITIONING of a model that takes none."""
     return [[torch.zeros(1, 1, 1), {}]]
 
 
 def empty_pixels(batch: int, size: int) -> dict:
-    """The LATENT of a pixel model."""
+    """Return an empty LATENT of a pixel model."""
     return {"samples": torch.zeros(batch, 3, size, size)}
 
 
@@ -34,20 +34,20 @@ class Pixels(comfy.latent_formats.LatentFormat):
 
 
 class TinyConfig(comfy.supported_models_base.BASE):
-    """What ComfyUI asks of a kind of model."""
+    """ComfyUI's description of the pixel model."""
 
     sampling_settings = {"sigma_min": loaders.SIGMA_MIN, "sigma_max": loaders.SIGMA_MAX, "sigma_data": PIXEL_SIGMA_DATA}
     latent_format = Pixels
 
 
 class TinyEpsConfig(comfy.supported_models_base.BASE):
-    """The noise-predicting model has Stable Diffusion 1.5's schedule, ComfyUI's default."""
+    """ComfyUI's description of the noise-predicting model, with its default schedule, that of Stable Diffusion 1.5."""
 
     latent_format = comfy.latent_formats.SD3
 
 
 class TinyDiffusion(torch.nn.Module):
-    """The tiny network in the call that ComfyUI makes; there is nothing it could be conditioned on."""
+    """A tiny network behind the call that ComfyUI makes. It takes no conditioning."""
 
     dtype = torch.float32
 
@@ -55,44 +55,44 @@ class TinyDiffusion(torch.nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor, timestep: Tensor, **unused: Any) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, **unused: Any) -> Tensor:
         return self.net(x, timestep)
 
 
 class TinyLatentDiffusion(TinyDiffusion):
-    """The same for the noise-predicting model of latents: the pooled output is its condition, sides are padded to fours."""
+    """The noise-predicting network of latents: its condition is the pooled output; sides are padded to multiples of 4."""
 
-    def forward(self, x: Tensor, timestep: Tensor, y: Tensor, **unused: Any) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor | None = None, **unused: Any) -> Tensor:
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate")
         return self.net(padded, timestep, y)[..., :height, :width]
 
 
 class TinyLatentModel(comfy.model_base.BaseModel):
-    """A model that is conditioned on the pooled output."""
+    """A model that is conditioned on the pooled output of a CONDITIONING."""
 
     def encode_adm(self, **given: Any) -> Tensor:
         return given["pooled_output"]
 
 
 def tinyworld_model(version: str = "denoiser") -> Patcher:
-    """A tiny denoiser as a MODEL: ComfyUI's own EDM preconditioning around the bare network."""
+    """Load a tiny denoiser as a MODEL: ComfyUI's own EDM preconditioning around the bare network."""
     model = comfy.model_base.BaseModel(TinyConfig({"disable_unet_model_creation": True}), comfy.model_base.ModelType.EDM)
     model.diffusion_model = TinyDiffusion(TINY_DENOISERS[version]().net)
     return patcher(model)
 
 
 def tinyworld_eps_model() -> Patcher:
-    """The noise-predicting sibling of the tiny flow model as a MODEL."""
+    """Load the noise-predicting sibling of the tiny flow model as a MODEL."""
     model = TinyLatentModel(TinyEpsConfig({"disable_unet_model_creation": True}), comfy.model_base.ModelType.EPS)
     model.diffusion_model = TinyLatentDiffusion(latents.load_eps())
     return patcher(model)
 
 
-def tinyworld_flow_model(**how: Any) -> Patcher:
-    """The tiny flow model as the stock loader gives it; how: as that loader has it."""
-    model = comfy.sd.load_diffusion_model_state_dict(latents.load_flow().state_dict(), **how)
-    model.cached_patcher_init = (tinyworld_flow_model, ())  # where ComfyUI wants the same weights once more
+def tinyworld_flow_model(**loader_options: Any) -> Patcher:
+    """Load the tiny flow model by the stock loader, with its options."""
+    model = comfy.sd.load_diffusion_model_state_dict(latents.load_flow().state_dict(), **loader_options)
+    model.cached_patcher_init = (tinyworld_flow_model, ())  # by which ComfyUI loads the weights a second time
     return model
 
 
@@ -101,16 +101,16 @@ TINY_MODELS = {"flow": tinyworld_flow_model, "eps": tinyworld_eps_model}
 
 
 def pixel_vae() -> comfy.sd.VAE:
-    """The VAE of models whose latents are pixels already."""
+    """Return the VAE of models whose latents are already pixels."""
     return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
 
 
 def tinyworld_vae() -> comfy.sd.VAE:
-    """The VAE of the latent tiny world."""
+    """Load the VAE of the latent tiny world."""
     return comfy.sd.VAE(sd=latents.load_autoencoder().state_dict())
 
 
 def class_conditioning(labels: Tensor) -> list:
-    """The CONDITIONING of the latent tiny world for labels (B,): -1 asks for nothing."""
-    wanted = loaders.condition(labels)
-    return [[wanted[:, None], {"pooled_output": wanted}]]
+    """Return the CONDITIONING of the latent tiny world for labels (B,); -1 is unconditional."""
+    condition = loaders.condition(labels)
+    return [[condition[:, None], {"pooled_output": condition}]]

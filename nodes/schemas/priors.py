@@ -1,4 +1,6 @@
 """The node of plug-and-play priors: find an image by optimisation."""
+from collections.abc import Sequence
+
 from comfy_api.latest import io
 
 from ...ppap_core.guidance.prior import PriorConfig
@@ -69,7 +71,8 @@ class PPAPPlugAndPlayPrior(io.ComfyNode):
         search = PriorSearch(model, positive, negative, cfg, latent_image, seed, config, terms, vae)
         latent, losses = search.run()
         errors, energies = zip(*losses, strict=True)
-        lines = {"error of the noise": errors} | ({"energy of the terms": energies} if terms else {})
+        lines: dict[str, Sequence[float]] = {"error of the noise": errors}
+        lines |= {"energy of the terms": energies} if terms else {}
         return io.NodeOutput(latent, tensors.image_to_comfy(loss_plot(lines, "Plug-and-play prior: what was lowered")))
 
 

@@ -9,7 +9,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from nodes import common_ksampler
+from nodes import common_ksampler  # type: ignore[attr-defined]  # of ComfyUI; mypy finds this pack's own
 
 from ...ppap_core.experts.bank import ExpertBank
 from ...ppap_core.guidance.gradients import Prediction

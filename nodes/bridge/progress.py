@@ -52,8 +52,8 @@ class LossProgress:
 
 def show_text(node: Any, text: str) -> dict[str, list[str]]:
     """Show a text in a node, and return it for the history, where programs read it."""
-    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     node_id = getattr(node.hidden, "unique_id", None)
-    if node_id and getattr(server, "instance", None):
-        server.instance.send_progress_text(text, node_id)
+    if node_id and server:
+        server.send_progress_text(text, node_id)
     return {"text": [text]}

@@ -87,8 +87,8 @@ def test_labels_are_read_from_names():
 
 @pytest.mark.slow
 def test_the_latent_benchmark_measures_every_way_once(tmp_path):
-    config = LatentBench(images=4, steps=4, batch=4, store=64, edges=(0.1, 1.0, 10.0), rank=2, weights=(0.1, 0.3), raw=(4.0,),
-                         scenes=64, repeats=1, training=DistillConfig(steps=2, batch=4))
+    config = LatentBench(images=4, steps=4, batch=4, store=64, edges=(0.1, 1.0, 10.0), rank=2, weights=(0.1, 0.3),
+                         raw=(4.0,), scenes=64, repeats=1, training=DistillConfig(steps=2, batch=4))
     lines = []
     rows = latent_bench(config, tmp_path, lines.append)
     assert {row["task"] for row in rows} == set(LABELS) and len(rows) == 30

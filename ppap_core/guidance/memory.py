@@ -13,18 +13,16 @@ from ..guiders.guider import Guider
 from .gradients import energy_at
 
 
-def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute_dtype: torch.dtype | None = None,
-                   without: tuple[object, ...] = ()) -> int:
+def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute_dtype: torch.dtype | None = None) -> int:
     """Bytes that autograd keeps between the energy of images and its gradient, without the weights.
 
     shape: of what the guider looks at, (B, C, H, W). compute_dtype: type that the network computes in; None or float32: as
-    it is. without: objects that are attached to the network but not part of it. The backward pass itself needs up to as
-    much again, usually a fifth.
+    it is. The backward pass itself needs up to as much again, usually a fifth.
     """
     saved: dict[int, torch.UntypedStorage] = {}  # by address; held, so that no other storage gets the same one
     with torch.inference_mode(False), torch.enable_grad():
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fake, weights = _fake_guider(guider, mode, without)
+        fake, weights = _fake_guider(guider, mode)
         with mode:
             point = torch.zeros(shape, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(partial(_record_storage, saved), _unchanged):
@@ -43,16 +41,16 @@ def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _fake_guider(guider: Guider, mode: FakeTensorMode, without: tuple[object, ...]) -> tuple[Guider, list[Tensor]]:
+def _fake_guider(guider: Guider, mode: FakeTensorMode) -> tuple[Guider, list[Tensor]]:
     """The guider with networks of fake weights, and these weights."""
-    net, weights = _to_fake(guider.net, mode, without)
+    net, weights = _to_fake(guider.net, mode)
     if isinstance(guider.decode, MethodType) and guider.decode.__self__ is guider.net:  # such as a bank's stems
         return replace(guider, net=net, decode=getattr(net, guider.decode.__name__)), weights
-    decode, more = _to_fake(guider.decode, mode, without)
+    decode, more = _to_fake(guider.decode, mode)
     return replace(guider, net=net, decode=decode), weights + more
 
 
-def _to_fake(net: Any, mode: FakeTensorMode, without: tuple[object, ...]) -> tuple[Any, list[Tensor]]:
+def _to_fake(net: Any, mode: FakeTensorMode) -> tuple[Any, list[Tensor]]:
     """A copy of a network with fake weights, which have a shape but no values, and these weights; functions have none."""
     if not isinstance(net, nn.Module):
         return net, []
@@ -62,4 +60,4 @@ def _to_fake(net: Any, mode: FakeTensorMode, without: tuple[object, ...]) -> tup
     weights = [nn.Parameter(fake, requires_grad=False) if isinstance(real, nn.Parameter) else fake
                for real, fake in zip(tensors, empty, strict=True)]
     replaced = {id(real): fake for real, fake in zip(tensors, weights, strict=True)}
-    return copy.deepcopy(net, {**replaced, **{id(part): None for part in without}}), weights
+    return copy.deepcopy(net, replaced), weights

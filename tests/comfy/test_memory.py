@@ -1,4 +1,5 @@
 """Guiders under ComfyUI's memory management: counted, freed, shared, and with room for their gradients."""
+import copy
 import gc
 import os
 import weakref
@@ -100,6 +101,15 @@ def test_running_out_of_memory_leaves_the_model_as_it_was(world: PixelWorld):
     assert torch.equal(world.sample(), plain) and torch.equal(world.guided(), guided)
     with says(torch.OutOfMemoryError, "own"):
         world.sample(model)
+
+
+def test_a_copied_network_has_a_patcher_of_its_own(comfy, pixels: PixelWorld):
+    """A copy, such as one without values that is measured, takes nothing along that ComfyUI manages."""
+    memory, net = comfy.pack.nodes.bridge.memory, pixels.plain.net
+    patcher = memory.patcher_of(net)
+    copied = copy.deepcopy(net)
+    assert memory.pack_data(copied) == memory.PackData()
+    assert memory.patcher_of(copied).model is copied and memory.patcher_of(net) is patcher
 
 
 # Room for gradients

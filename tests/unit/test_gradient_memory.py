@@ -91,16 +91,6 @@ def test_experts_are_counted_and_stay_as_they_are():
     assert bank.active == 0 and same(snapshot(bank), before) and torch.equal(bank(image, level(0.02, image)), answer)
 
 
-def test_what_hangs_on_the_network_is_left_alone():
-    class Hung:
-        def __deepcopy__(self, known):
-            raise AssertionError("copied")
-
-    guider = small_guider()
-    guider.net.hung = Hung()
-    assert gradient_bytes(guider, (B, 3, H, W), without=(guider.net.hung,)) > 0
-
-
 class Eye(torch.nn.Module):
     """A decoder, whose weights are none of the guider's network."""
 

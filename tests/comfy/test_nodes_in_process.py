@@ -391,13 +391,14 @@ def test_fingerprints_know_controlnets_and_patches(comfy, world: PixelWorld):
 
 
 def test_the_fingerprint_ignores_which_expert_is_active(comfy, world: PixelWorld):
-    experts, recipe = world.experts(), comfy.pack.nodes.bridge.fingerprint
+    experts, bridge = world.experts(), comfy.pack.nodes.bridge
     [model] = comfy("PPAPApplyGuidance", model=world.model, terms=world.term(experts), max_rms=0.0)
     names = []
     for index in (0, 1):
         experts.net.select(index)
-        names.append(recipe.fingerprint_model(model)["model"])
-    first, second = (recipe.fingerprint_terms(world.term(each)) for each in (experts, world.experts(seed=1)))
+        names.append(bridge.fingerprint.fingerprint_model(model)["model"])
+    first, second = (bridge.guidance.fingerprint_terms(world.term(each))
+                     for each in (experts, world.experts(seed=1)))
     assert names[0] == names[1] and first != second
 
 

@@ -284,7 +284,7 @@ def test_latents_without_pictures_are_refused(comfy, world: LatentWorld):
     odd, audio = (world.model("flow").clone() for _ in range(2))
     odd.add_object_patch("latent_format", type("Odd", (formats.LatentFormat,), {"latent_channels": 16})())
     audio.add_object_patch("latent_format", formats.StableAudio1())
-    for model, words in ((audio, ["no pictures"]), (odd, ["Odd", "VAE"])):
+    for model, words in ((audio, ["StableAudio1", "not only pictures"]), (odd, ["Odd", "VAE"])):
         with says(ValueError, *words):
             comfy("PPAPApplyGuidance", model=model, terms=terms, max_rms=0.0)
     [guided] = comfy("PPAPApplyGuidance", model=odd, terms=terms, max_rms=0.0, vae=world.vae)

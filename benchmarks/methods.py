@@ -55,7 +55,7 @@ class Method(Protocol):
 
     @property
     def costs(self) -> Mapping[str, float]:
-        """What its training cost, by COSTS."""
+        """Costs of its training, by the names in COSTS."""
 
     def sample(self, batch: Batch, setting: Setting) -> Tensor:
         """An image (B, 3, H, W) for each scene."""

@@ -106,7 +106,7 @@ class RowRun:
         return {"setting": setting, **asdict(scores)}
 
     def costs(self, setting: Setting) -> Result:
-        """What training and sampling at a setting cost."""
+        """Costs of training and sampling at a setting."""
         return cached_json(self.workspace.folder / "costs" / f"{config_hash(self.identity | {**setting})}.json",
                            partial(self._costs, setting))
 

@@ -160,7 +160,7 @@ def through_step(denoise: Denoiser, guider: Guider, x: Tensor, sigma: Tensor, co
 
 
 def title(column: Row) -> str:
-    """What a column of results holds, in words."""
+    """Title of a column of results."""
     size = f"{column['network']} at {column['pixels']} pixels"
     if column["measure"] == "operations":
         return f"{size}, operations"

@@ -1,4 +1,4 @@
-"""What all trainings of the benchmark's guiders share: where they run, how they are named, and the loop over intervals.
+"""Shared parts of all trainings of the benchmark's guiders: where they run, how they are named, and the loop over intervals.
 
 One class per way to train. Its fields are the options of a row's "training" in rows/*.json; what differs from their defaults
 names the training's folder, so that an option that is added later renames none.

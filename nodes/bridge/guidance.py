@@ -52,7 +52,7 @@ class GuidanceTerm:
 
 @dataclass(frozen=True)
 class Report:
-    """What guidance did in one sampling."""
+    """Record of guidance in one sampling."""
 
     names: tuple[str, ...]            # of the terms
     records: tuple[TermRecord, ...]
@@ -76,7 +76,7 @@ class SamplingRun:
 
 
 class FinishedRun(NamedTuple):
-    """What is kept of a sampling for its report: little, for as long as the guided MODEL lives."""
+    """The little that is kept of a sampling for its report, for as long as the guided MODEL lives."""
 
     records: list[TermRecord]
     sigmas: set[float]

@@ -24,7 +24,7 @@ PACK_DATA = "_ppap"          # attribute of a network
 
 @dataclass
 class PackData:
-    """What this pack keeps on a network."""
+    """Attributes that this pack keeps on a network."""
 
     patcher: comfy.model_patcher.ModelPatcher | None = None
     guider: Guider | None = None  # as it was loaded, but without its network, which would otherwise hold itself

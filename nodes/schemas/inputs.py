@@ -1,4 +1,4 @@
-"""What the schemas of several nodes share: inputs, and names under which a node is also found."""
+"""Shared by the schemas of several nodes: inputs, and names under which a node is also found."""
 from dataclasses import fields
 from typing import Any
 

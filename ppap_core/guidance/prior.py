@@ -50,7 +50,7 @@ class PriorConfig:
                              f"{self.sigma_max} and {self.steps}")
 
     def identity(self) -> dict:
-        """What tells the states of two searches apart, under the names by which the files of 0.1.0 know it."""
+        """The settings that identify a search in its state file, under the names of version 0.1.0."""
         return {"steps": self.steps, "lr": self.learning_rate, "sigma_from": self.sigma_max, "sigma_to": self.sigma_min,
                 "wave": WAVE, "waves": WAVES, "jacobian": self.backprop_through_model, "pairs": False}
 

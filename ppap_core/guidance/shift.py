@@ -22,7 +22,7 @@ ROUNDING = 1e-6  # share of an energy, or of 1 if that is larger, below which a 
 
 
 class Guidance(NamedTuple):
-    """What guidance adds to a prediction, delta (B, C, H, W), and a record for each term that acted."""
+    """The change of a prediction by guidance, delta (B, C, H, W), and a record for each term that acted."""
 
     delta: Tensor
     records: list[TermRecord]

@@ -1,4 +1,4 @@
-"""What identifies a function or a method across processes."""
+"""Identity of functions and methods across processes."""
 import dis
 import inspect
 from collections.abc import Callable, Iterator

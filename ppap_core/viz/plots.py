@@ -20,7 +20,7 @@ SMALL = 12  # size of the font of ticks and labels
 
 
 class Record(Protocol):
-    """What one term did at one step, such as `guidance.terms.TermRecord`."""
+    """Effect of one term at one step, such as `guidance.terms.TermRecord`."""
 
     @property
     def term(self) -> int:
@@ -41,7 +41,7 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Axes:
-    """What the axes of a plot show. A logarithmic axis leaves out points that are not positive."""
+    """Labels and scales of a plot's axes. A logarithmic axis leaves out points that are not positive."""
 
     x_label: str
     y_label: str

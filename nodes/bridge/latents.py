@@ -1,4 +1,4 @@
-"""Everything that a MODEL of ComfyUI diffuses: pixels or latents, how these become images, and the shapes of LATENTs and masks."""
+"""Pixels and latents that a MODEL of ComfyUI diffuses, the images made of them, and shapes of LATENTs and masks."""
 from typing import Any, TypeAlias
 
 import comfy.model_patcher

@@ -2,6 +2,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.controlnet
 import comfy.model_management
@@ -112,6 +113,31 @@ def differentiable_networks() -> Iterator[None]:
         management.in_training, management.NUM_STREAMS = before, streams
 
 
+class _Held(WeakKeyDictionary):
+    """Saved tensors that stay in memory when they are deleted here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deleted: list[torch.Tensor] = []
+
+    def __delitem__(self, key: Any) -> None:
+        self.deleted.append(self[key])
+        super().__delitem__(key)
+
+
+@contextmanager
+def mutation_allowed() -> Iterator[None]:
+    """Context manager: networks may change in place what autograd has saved.
+
+    torch copies a saved tensor before it is changed, lets go of it, and knows it by the identity, address and version of
+    the object. A later tensor can have all three and would be given the wrong copy, and so a wrong gradient, without an
+    error. Here the originals are held until the pass ends.
+    """
+    with torch.autograd.graph.allow_mutation_on_saved_tensors() as context:
+        context.original = _Held()
+        yield
+
+
 class GradientPass:
     """Forward and backward passes through a network of ComfyUI's, which go on when memory runs out.
 
@@ -125,7 +151,7 @@ class GradientPass:
         """Call `step`, which runs the network and may be called a second time, and return its result."""
         if not self.saves_on_cpu:
             try:
-                with differentiable_networks(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+                with differentiable_networks(), mutation_allowed():
                     return step()
             except torch.OutOfMemoryError:
                 log.info("out of memory with a gradient through the model: continuing with main memory, more slowly")

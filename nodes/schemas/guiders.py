@@ -70,6 +70,13 @@ class PPAPDownloadGuider(io.ComfyNode):
         return io.NodeOutput(ui=progress.show_text(cls, f"{outcome}: press R and choose it in Load Guider"))
 
 
+AIMS = {"image": "Aimed at an image", "number": "Aimed at a number", "itself": "Without a target"}
+
+
+def _rules_aimed_at(aim: str) -> str:
+    return "; ".join(f"{name} ({rule.asks})" for name, rule in RULES.items() if rule.aim == aim)
+
+
 class PPAPRule(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -78,9 +85,7 @@ class PPAPRule(io.ComfyNode):
             description="A guider without a network: something that can be measured in any image. It needs no download and "
                         "no training, and costs next to nothing.",
             inputs=[io.Combo.Input("rule", options=list(RULES), default="colours",
-                                   tooltip="colours, layout and edges are aimed at an image; brightness, contrast, "
-                                           "saturation and sharpness at a number; symmetry, seamless tiling and smoothness "
-                                           "need no target.")],
+                                   tooltip="\n".join(f"{words}: {_rules_aimed_at(aim)}." for aim, words in AIMS.items()))],
             outputs=[GuiderType.Output(display_name="guider",
                                        tooltip="The rule, for Aim at Image or Aim at Number, or directly for Guidance Term "
                                                "if it needs no target.")])

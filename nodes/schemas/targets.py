@@ -10,12 +10,14 @@ from ...ppap_core.guiders.targets import (
     number_target,
     with_cutouts,
 )
+from ...ppap_core.guiders.tasks import TASKS
 from ...ppap_core.viz.colors import palette
 from ..bridge import autograd, guider_cache, paths, tensors
 from .io_types import GuiderType
 
 CATEGORY = "PPAP/targets"
 PICTURE, MAP = "a picture", "a map"
+DRAWN = ", ".join(f"{name} ({task.drawn_as})" for name, task in TASKS.items() if task.from_map)
 
 
 def aimed_output() -> io.Output:
@@ -74,9 +76,7 @@ class PPAPAimAtImage(io.ComfyNode):
                     io.Image.Input("image", tooltip="One image for the whole batch, or one for each image of it."),
                     io.Combo.Input("image_is", options=[PICTURE, MAP], default=PICTURE,
                                    tooltip="a picture: the guider looks at it, and its output becomes the target. a map: "
-                                           "the image is the target itself, for guiders of depth (grey, near is white), "
-                                           "regions (the colours that Preview Guider shows) and masks (white where the "
-                                           "thing should be).")],
+                                           f"the image is the target itself, for guiders of {DRAWN}.")],
             outputs=[aimed_output()])
 
     @classmethod

@@ -29,15 +29,14 @@ class Guider:
     task: str                       # a key of TASKS
     labels: tuple[str, ...] = ()    # names of the classes, if it has any
     view: View = "denoised"         # judges the "noisy" state on the variance-preserving scale, or the "denoised" prediction
-    target: Tensor | None = None    # class (B|1,) long or weights (B|1, K); depth, mask (B|1, 1, h, w); segmentation
-    #                                 (B|1, h, w) long; embedding (B|1, D); number (B|1, 1); otherwise like the output
+    target: Tensor | None = None    # for the loss of its task, of one image for all or one for each, (B|1, ...)
     prompt: Tensor | None = None    # (B|1, D), for networks that are asked for a text
     read_text: Callable[[str], Tensor] | None = None  # text -> (1, D), for networks that know texts
     cutouts: int = 0                # square parts of the image that are judged beside the whole; 0: only the whole
     decode: Decode | None = None    # makes images of latents; None for models of pixels
 
     def aim(self, target: Tensor) -> "Guider":
-        """This guider with a target; its shape is that of the field."""
+        """This guider with a target for the loss of its task, (1, ...) for all images or (B, ...) for each."""
         return replace(self, target=target)
 
     def to_image(self, latent: Tensor, sigma: Tensor) -> Tensor:
@@ -91,12 +90,19 @@ class Guider:
                              "sampled: give one target for all, or one for each")
         target = _fit_for_autograd(self.target, image)
         if TASKS[self.task].dense:
-            height, width = output.shape[-2:]
-            return resize_map(target, (height, width))
+            return self._resized(target, output)
         if target[0].numel() > 1 and target.shape[1:] != output.shape[1:]:
             raise ValueError(f"the target of {self.name} has the shape {tuple(target.shape[1:])} but its outputs have "
                              f"{tuple(output.shape[1:])}: aim it at an image of the size that is sampled")
         return target
+
+    def _resized(self, target: Tensor, output: Tensor) -> Tensor:
+        own = TASKS[self.task].target_of(output[:1].detach())
+        if target.ndim != own.ndim or target.shape[1:-2] != own.shape[1:-2]:
+            expected = ", ".join([*map(str, own.shape[1:-2]), "height", "width"])
+            raise ValueError(f"the target of {self.name} has the shape {tuple(target.shape[1:])}: expected ({expected}), as "
+                             f"{self.task} needs it; aim it at an image or at a map for this task")
+        return resize_map(target, (output.shape[-2], output.shape[-1]))
 
 
 def _fit_for_autograd(tensor: Tensor, image: Tensor) -> Tensor:

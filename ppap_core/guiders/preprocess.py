@@ -93,14 +93,18 @@ class Preprocess:
         image = ((image + 1) / 2 - mean) / std
         return image.flip(1) if self.bgr else image
 
-    def frame(self, image: Tensor, interpolation: str = "") -> Tensor:
-        """Resize and crop only, for images and for maps that belong to them: (B, C, H, W) -> (B, C, h, w)."""
+    def frame(self, image: Tensor, interpolation: str = "", beyond: float = -1.0) -> Tensor:
+        """Resize and crop only, for images and for maps that belong to them: (B, C, H, W) -> (B, C, h, w).
+
+        interpolation: "": that of the network. beyond: the value around an image that is smaller than the crop: -1 is black
+        for images in [-1, 1]; maps and masks in [0, 1] take 0.
+        """
         height, width = image.shape[-2:]
         size, mode = FITS[self.fit]((height, width), self.size, self.multiple), interpolation or self.interpolation
         if (height, width) != size:
             smooth = {"antialias": self.antialias, "align_corners": self.align_corners} if mode != "nearest-exact" else {}
             image = F.interpolate(image, size, mode=mode, **smooth)
-        return _crop_middle(image, self.crop, self.crop_rounds) if self.crop else image
+        return _crop_middle(image, self.crop, self.crop_rounds, beyond) if self.crop else image
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, for files; beyond the first four only those that differ from their defaults."""
@@ -109,11 +113,11 @@ class Preprocess:
                 for field in fields(self) if field.name in always or getattr(self, field.name) != field.default}
 
 
-def _crop_middle(image: Tensor, crop: Size, rounds: bool) -> Tensor:
-    """The middle (height, width) of images, padded with black where they are smaller."""
+def _crop_middle(image: Tensor, crop: Size, rounds: bool, beyond: float) -> Tensor:
+    """The middle (height, width) of images, padded where they are smaller."""
     spare = [side - wanted for side, wanted in zip(image.shape[-2:], crop, strict=True)]
     top, left = (round(pixels / 2) if rounds else int(pixels / 2) for pixels in spare)
-    return F.pad(image, (-left, left - spare[1], -top, top - spare[0]), value=-1.0)
+    return F.pad(image, (-left, left - spare[1], -top, top - spare[0]), value=beyond)
 
 
 INTERPOLATIONS = {0: "nearest-exact", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # PIL's numbers; lanczos is nearly bicubic

@@ -5,7 +5,7 @@ mean times the number of values of the image, so that a weight means the same at
 that it means nearly the same for each of them: 4 moves images clearly, 16 most of the way. Sharpness and smoothness compare
 neighbouring pixels: their effect depends on the size of the picture.
 
-A new rule is one function and one row of `RULES`.
+A new rule is one function and one row of `RULES`; the place of the row in the table does not matter.
 """
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -126,8 +126,9 @@ def roughness(image: Tensor) -> Tensor:
 class Rule(NamedTuple):
     """A measurement of images, and how it is aimed and shown."""
 
-    read: Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [-1, 1] -> features (B, ...)
+    read: Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [-1, 1] -> features (B, ...); a number is (B, 1)
     aim: Literal["image", "number", "itself"]  # the features of another image; a number; "itself": the target is zero
+    asks: str  # in a few words, what it asks of an image; for a number, what its values mean
     preview: Callable[[Tensor, Tensor], Tensor] | None = None  # (images, features) -> pictures; None: as its task is shown
 
 
@@ -136,14 +137,18 @@ def _edge_preview(images: Tensor, strengths: Tensor) -> Tensor:
 
 
 RULES: dict[str, Rule] = {
-    "colours": Rule(colors, "image", color_stripes),
-    "layout": Rule(layout, "image", enlarged),
-    "edges": Rule(edges, "image", _edge_preview),
-    "brightness": Rule(brightness, "number"), "contrast": Rule(contrast, "number"),
-    "saturation": Rule(saturation, "number"), "sharpness": Rule(sharpness, "number"),
-    "symmetry left-right": Rule(left_right, "itself"), "symmetry top-bottom": Rule(top_bottom, "itself"),
-    "symmetry half turn": Rule(half_turn, "itself"), "seamless tiling": Rule(seams, "itself"),
-    "smoothness": Rule(roughness, "itself"),
+    "colours": Rule(colors, "image", "the same colours in the same shares, wherever they are", color_stripes),
+    "layout": Rule(layout, "image", "light, dark and colour in the same places", enlarged),
+    "edges": Rule(edges, "image", "outlines in the same places", _edge_preview),
+    "brightness": Rule(brightness, "number", "0 is black, 1 is white"),
+    "contrast": Rule(contrast, "number", "0 is flat, 0.5 is half black and half white"),
+    "saturation": Rule(saturation, "number", "0 is grey"),
+    "sharpness": Rule(sharpness, "number", "0 is blurred, photographs have 0.05 to 0.1"),
+    "symmetry left-right": Rule(left_right, "itself", "the image equals its mirror image"),
+    "symmetry top-bottom": Rule(top_bottom, "itself", "the image equals itself upside down"),
+    "symmetry half turn": Rule(half_turn, "itself", "the image equals itself turned by 180 degrees"),
+    "seamless tiling": Rule(seams, "itself", "the image continues across its border when laid beside itself"),
+    "smoothness": Rule(roughness, "itself", "less texture"),
 }
 """Name of a rule, as saved workflows have it -> the rule."""
 
@@ -156,7 +161,8 @@ class RuleNet(nn.Module):
         self.rule = rule
 
     def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
-        return self.rule.read(image)
+        features = self.rule.read(image)
+        return features[:, None] if features.ndim == 1 else features
 
 
 def rule_guider(name: str) -> Guider:

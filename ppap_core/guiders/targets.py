@@ -97,8 +97,8 @@ def image_target(guider: Guider, picture: Tensor) -> Tensor:
 def map_target(guider: Guider, picture: Tensor) -> Tensor:
     """A drawn map (B, 3, H, W) in [-1, 1] as a target, resized and cropped as the network's image.
 
-    depth: grey, near is white -> (B, 1, h, w); segmentation: the colours of `label_picture` -> (B, h, w) long;
-    mask: white inside -> (B, 1, h, w) in [0, 1]. ValueError for guiders of other tasks.
+    How it is drawn, and what it becomes, is up to the guider's task (`Task.drawn_as`, `Task.from_map`). ValueError for
+    tasks that take no drawn map.
     """
     from_map = TASKS[guider.task].from_map
     if from_map is None:
@@ -109,8 +109,8 @@ def map_target(guider: Guider, picture: Tensor) -> Tensor:
 def mask_target(guider: Guider, mask: Tensor, name: str) -> Tensor:
     """A mask (B, H, W) in [0, 1] as a target.
 
-    segmentation: the class of this name inside, any class outside -> (B, h, w) long; mask: the mask itself, (B, 1, h, w),
-    whatever the name. ValueError for guiders of other tasks, an unknown name or an empty mask.
+    name: the class that is wanted inside, by name or number; not used by guiders without labels. What the mask becomes is up
+    to the guider's task (`Task.from_mask`). ValueError for tasks that take no mask, an unknown name or an empty mask.
     """
     from_mask = TASKS[guider.task].from_mask
     if from_mask is None:

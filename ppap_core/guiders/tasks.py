@@ -14,8 +14,10 @@ IGNORE = -100  # label of the pixels that no energy counts
 
 Compare = Callable[[Tensor, Tensor], Tensor]
 """(output, target or another output) -> (B,)"""
-DrawnTarget = Callable[[Tensor, Preprocess, int], Tensor]
-"""(drawing (B, C, H, W), preprocessing of the image, number of labels or label) -> target"""
+FromMap = Callable[[Tensor, Preprocess, int], Tensor]
+"""(drawn map (B, 3, H, W) in [-1, 1], preprocessing of the image, number of labels) -> target"""
+FromMask = Callable[[Tensor, Preprocess, int], Tensor]
+"""(mask (B, 1, H, W) in [0, 1], preprocessing of the image, index of the label that is wanted inside) -> target"""
 
 
 def _itself(output: Tensor) -> Tensor:
@@ -24,16 +26,23 @@ def _itself(output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of prediction: how it is compared, aimed and shown. Losses, distances and scores are (B,)."""
+    """A kind of prediction: how it is compared, aimed and shown. Losses, distances and scores are (B,).
+
+    `dense`: for maps (B, C, h, w) that follow the image place by place, whose targets may have another height and width.
+    `croppable`: where a part of an image has the same output as the whole, as a class or a style; not where the output says
+    at which places things are. `sum_over_pixels`: for squared differences of features or numbers, so that a weight means the
+    same at every size of image; not for cross-entropies and correlations, which mean the same anyway.
+    """
 
     loss: Compare                        # (output, target): the energy, which guidance lowers
     distance: Compare                    # (student's output, teacher's output): what distillation lowers
     score: Compare                       # (output, target) in [0, 1], 1 = the image meets the target
     target_of: Callable[[Tensor], Tensor] = _itself  # output -> the target that it meets
-    from_map: DrawnTarget | None = None  # drawing (B, 3, H, W) in [-1, 1], number of labels; None: takes no drawn map
-    from_mask: DrawnTarget | None = None  # mask (B, 1, H, W) in [0, 1], label inside it; None: takes no mask
+    from_map: FromMap | None = None      # None: takes no drawn map
+    drawn_as: str = ""                   # in a few words, how such a map is drawn
+    from_mask: FromMask | None = None    # None: takes no mask
     preview: Callable[[Tensor, tuple[str, ...]], Tensor] | None = None  # (output, labels) -> pictures; None: told in words
-    dense: bool = False                  # one output for each pixel: targets are resized to it
+    dense: bool = False                  # maps (B, C, h, w): targets are resized to the output
     is_logits: bool = False              # a distillation temperature divides the teacher's output
     has_prompt: bool = False             # a text is what the network is asked for, not its target
     croppable: bool = False              # parts of an image have it as much as the whole: cut-outs help
@@ -156,7 +165,7 @@ def _depth_from_map(picture: Tensor, preprocess: Preprocess, labels: int) -> Ten
 
 
 def _mask_from_map(picture: Tensor, preprocess: Preprocess, labels: int) -> Tensor:
-    return ((_depth_from_map(picture, preprocess, labels) + 1) / 2).clamp(0, 1)
+    return ((_depth_from_map(picture, preprocess, labels) + 1) / 2).clamp(0, 1)  # black beyond the picture: outside
 
 
 def _labels_from_map(picture: Tensor, preprocess: Preprocess, labels: int) -> Tensor:
@@ -164,11 +173,11 @@ def _labels_from_map(picture: Tensor, preprocess: Preprocess, labels: int) -> Te
 
 
 def _mask_from_mask(mask: Tensor, preprocess: Preprocess, label: int) -> Tensor:
-    return preprocess.frame(mask, "bilinear").clamp(0, 1)
+    return preprocess.frame(mask, "bilinear", beyond=0).clamp(0, 1)
 
 
 def _labels_from_mask(mask: Tensor, preprocess: Preprocess, label: int) -> Tensor:
-    inside = preprocess.frame(mask, "nearest-exact")[:, 0] > 0.5
+    inside = preprocess.frame(mask, "nearest-exact", beyond=0)[:, 0] > 0.5
     if not bool(inside.flatten(1).any(1).all()):
         raise ValueError("the mask is empty in at least one image: paint white where the class shall be")
     return torch.where(inside, label, IGNORE)
@@ -182,11 +191,12 @@ _FEATURES = Task(half_mse, normalized_mse, proximity, sum_over_pixels=True)
 TASKS: dict[str, Task] = {
     "class": Task(cross_entropy, kl, probability, most_probable, preview=class_bars, is_logits=True, croppable=True),
     "depth": Task(depth_difference, depth_difference, _positive_correlation, from_map=_depth_from_map,
-                  preview=_depth_preview, dense=True),
-    "segmentation": Task(pixel_cross_entropy, kl, pixel_accuracy, most_probable, _labels_from_map, _labels_from_mask,
-                         label_map, dense=True, is_logits=True),
-    "mask": Task(mask_cross_entropy, mask_kl, mask_agreement, torch.sigmoid, _mask_from_map, _mask_from_mask,
-                 mask_picture, dense=True, is_logits=True, has_prompt=True),
+                  drawn_as="grey, near is white", preview=_depth_preview, dense=True),
+    "segmentation": Task(pixel_cross_entropy, kl, pixel_accuracy, most_probable, _labels_from_map,
+                         "in the colours of its preview", _labels_from_mask, label_map, dense=True, is_logits=True),
+    "mask": Task(mask_cross_entropy, mask_kl, mask_agreement, torch.sigmoid, _mask_from_map,
+                 "white where the thing should be", _mask_from_mask, mask_picture, dense=True, is_logits=True,
+                 has_prompt=True),
     "embedding": Task(cosine_energy, cosine_distance, _positive_cosine, croppable=True),
     "number": Task(half_mse, half_mse, proximity, croppable=True, sum_over_pixels=True),
     "features": _FEATURES,

@@ -1,6 +1,8 @@
 """Small deterministic networks and images for the tests. Sizes are odd and distinct, so that a swapped axis fails."""
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -48,22 +50,23 @@ def made_up_trajectories(images: Tensor, seed: int = 0, levels: Sequence[float] 
 
 
 class SmallNet(nn.Module):
-    """Convolutions, batch norms and a head; one output for each image, or one for each pixel when dense."""
+    """Convolutions, batch norms and a head; outputs of this shape for each image, or channels for each pixel when dense."""
 
-    def __init__(self, outputs: int = CLASSES, dense: bool = False, width: int = 8):
+    def __init__(self, shape: tuple[int, ...] = (CLASSES,), dense: bool = False, width: int = 8):
         super().__init__()
+        outputs = shape[0] if dense else math.prod(shape)
         self.conv_1 = nn.Conv2d(3, width, 3, 2, 1)
         self.norm_1 = nn.BatchNorm2d(width)
         self.conv_2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm_2 = nn.BatchNorm2d(width)
         self.mix = nn.Conv2d(width, width, 1)
         self.head = nn.Conv2d(width, outputs, 1) if dense else nn.Linear(width, outputs)
-        self.dense = dense
+        self.dense, self.shape = dense, shape
 
     def forward(self, image: Tensor) -> Tensor:
         h = nn.functional.silu(self.norm_1(self.conv_1(image)))
         h = nn.functional.silu(self.norm_2(self.conv_2(h)) + self.mix(h))
-        return self.head(h if self.dense else h.mean(dim=(2, 3)))
+        return self.head(h) if self.dense else self.head(h.mean(dim=(2, 3))).unflatten(1, self.shape)
 
 
 def fixed_weights(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -81,21 +84,34 @@ def fixed_weights(net: nn.Module, seed: int = 0) -> nn.Module:
     return net
 
 
-LABELS = {"class": ("red fox", "grey fox", "tabby", "tiger", "goldfish"), "segmentation": ("wall", "thing")}
-OUTPUTS = {"class": CLASSES, "depth": 1, "segmentation": 2, "mask": 1, "embedding": 6, "number": 1, "features": 4,
-           "style": 7, "structure": 9}
-DENSE = ("depth", "segmentation", "mask", "features")  # tasks with one output for each pixel
-TARGETS = {"class": torch.tensor([2]), "depth": randn(1, 1, 6, 8, seed=5),
-           "segmentation": randn(1, 6, 8, seed=6).gt(0).long(), "mask": randn(1, 1, 6, 8, seed=7).sigmoid(),
-           "embedding": randn(1, 6, seed=8), "number": torch.tensor([[0.8]]), "features": randn(1, 4, 6, 8, seed=9),
-           "style": randn(1, 7, seed=10), "structure": randn(1, 9, seed=11)}
+class Example(NamedTuple):
+    """Small outputs of a task, for one image: their shape (a map of 6 x 8 where it is one), a target, names of classes."""
+
+    shape: tuple[int, ...]
+    target: Tensor
+    labels: tuple[str, ...] = ()
+
+
+EXAMPLES = {
+    "class": Example((CLASSES,), torch.tensor([2]), ("red fox", "grey fox", "tabby", "tiger", "goldfish")),
+    "depth": Example((1, 6, 8), randn(1, 1, 6, 8, seed=5)),
+    "segmentation": Example((2, 6, 8), randn(1, 6, 8, seed=6).gt(0).long(), ("wall", "thing")),
+    "mask": Example((1, 6, 8), randn(1, 1, 6, 8, seed=7).sigmoid()),
+    "embedding": Example((6,), randn(1, 6, seed=8)),
+    "number": Example((1,), torch.tensor([[0.8]])),
+    "features": Example((4, 6, 8), randn(1, 4, 6, 8, seed=9)),
+    "style": Example((7,), randn(1, 7, seed=10)),
+    "structure": Example((3, 3), randn(1, 3, 3, seed=11)),
+}
+"""Name of each task -> its example; all that is tested of every task runs on it."""
 
 
 def small_guider(task: str = "class", view: str = "denoised", seed: int = 0, dtype: torch.dtype = torch.float32) -> Guider:
     """An aimed guider with what troubles experts: batch norms, a resize, and statistics of its own."""
-    net = fixed_weights(SmallNet(OUTPUTS[task], dense=task in DENSE), seed).to(dtype)
+    shape, target, labels = EXAMPLES[task]
+    net = fixed_weights(SmallNet(shape, dense=shape[1:] == (6, 8)), seed).to(dtype)
     preprocess = Preprocess((12, 16), (0.48, 0.45, 0.4), (0.22, 0.23, 0.24))
-    return Guider(f"small/{task}", IgnoreSigma(net), preprocess, task, LABELS.get(task, ()), view, TARGETS[task])
+    return Guider(f"small/{task}", IgnoreSigma(net), preprocess, task, labels, view, target)
 
 
 def snapshot(net: nn.Module) -> dict[str, Tensor]:

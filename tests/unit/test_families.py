@@ -19,6 +19,7 @@ from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.transformers import semantic_logits
 from ppap_core.guiders.targets import class_target, image_target
+from ppap_core.guiders.tasks import TASKS, most_probable
 from ppap_core.noise import to_vp
 from ppap_core.schedules import ExpertSchedule
 
@@ -51,7 +52,7 @@ def guider(name: str, written) -> Guider:
 @EVERY
 def test_a_folder_is_recognised_and_its_network_frozen(name: str, guider: Guider):
     assert guider.task == FAMILIES[name].task
-    assert guider.labels == (LABELS if guider.task in ("class", "segmentation") else ())
+    assert guider.labels == (LABELS if TASKS[guider.task].target_of is most_probable else ())
     assert not any(parameter.requires_grad for parameter in guider.net.parameters()) and not guider.net.training
     assert not any(module.training for module in guider.net.modules())
 

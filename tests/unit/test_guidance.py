@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TARGETS, VIEWS, B, H, W, disturb, images, level, randn, says, small_guider
+from helpers import EXAMPLES, VIEWS, B, H, W, disturb, images, level, randn, says, small_guider
 from helpers.gaussian import GaussianMixture
 from torch import Tensor
 
@@ -421,7 +421,7 @@ def test_guidance_works_under_inference_mode(view, task):
     expected = guide([Term(guider, 2.0, mask=torch.full((1, 1, H, W), 0.5))], x, sigma, denoised).delta
     with torch.inference_mode():
         x, sigma, denoised = situation()
-        term = Term(guider.aim(TARGETS[task].clone()), 2.0, mask=torch.full((1, 1, H, W), 0.5))
+        term = Term(guider.aim(EXAMPLES[task].target.clone()), 2.0, mask=torch.full((1, 1, H, W), 0.5))
         assert term.guider.target.is_inference() and x.is_inference()
         out = guide([term], x, sigma, denoised, max_rms=1e3).delta
         assert torch.equal(out + 0, expected)

@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from helpers import TARGETS, H, SmallNet, W, fixed_weights, images, level, randn, says, small_guider
+from helpers import EXAMPLES, H, SmallNet, W, fixed_weights, images, level, randn, says, small_guider
 from torch import Tensor, nn
 
 from ppap_core.guiders.cutouts import cut_outs
@@ -28,9 +28,9 @@ def test_a_plain_network_is_frozen_and_ignores_noise_levels():
 def test_energy_and_score_see_the_preprocessed_image(task):
     guider, image = small_guider(task), images()
     output = guider.net.net(guider.preprocess(image))
-    loss = TASKS[task].loss(output, TARGETS[task])
+    loss = TASKS[task].loss(output, EXAMPLES[task].target)
     assert torch.equal(guider.energy(image, clean(image)), loss * (3 * H * W) if TASKS[task].sum_over_pixels else loss)
-    assert torch.equal(guider.score(image, clean(image)), TASKS[task].score(output, TARGETS[task]))
+    assert torch.equal(guider.score(image, clean(image)), TASKS[task].score(output, EXAMPLES[task].target))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -57,7 +57,7 @@ def test_a_guider_without_a_target_is_refused():
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_target_for_another_number_of_images_is_refused(task, count):
-    target = TARGETS[task].repeat(count, *(1,) * (TARGETS[task].ndim - 1))
+    target = EXAMPLES[task].target.repeat(count, *(1,) * (EXAMPLES[task].target.ndim - 1))
     with says(ValueError, f"for {count} images", "but 3"):
         small_guider(task).aim(target).energy(images(), torch.zeros(3))
 
@@ -65,11 +65,20 @@ def test_a_target_for_another_number_of_images_is_refused(task, count):
 @pytest.mark.parametrize("height, width", [(8, 6), (12, 16), (3, 16)])
 @pytest.mark.parametrize("task", sorted(DENSE))
 def test_a_target_map_of_another_size_than_the_output_is_resized(task, height, width):
-    target = resize_map(TARGETS[task].flip(-1), (height, width))
+    target = resize_map(EXAMPLES[task].target.flip(-1), (height, width))
     guider, image = small_guider(task), images()
     expected = guider.aim(resize_map(target, (6, 8)))
     assert torch.equal(guider.aim(target).energy(image, clean(image)), expected.energy(image, clean(image)))
     assert torch.equal(guider.aim(target).score(image, clean(image)), expected.score(image, clean(image)))
+
+
+@pytest.mark.parametrize("task, shape", [
+    ("depth", (1, 3, 6, 8)), ("depth", (1, 6, 8)), ("depth", (1, 1)), ("mask", (1, 2, 6, 8)),
+    ("segmentation", (1, 2, 6, 8)), ("segmentation", (1, 2))])
+def test_a_target_map_with_other_channels_is_refused(task, shape):
+    expected = "(height, width)" if task == "segmentation" else "(1, height, width)"
+    with says(ValueError, f"small/{task}", str(shape[1:]), expected, "aim it"):
+        small_guider(task).aim(torch.zeros(shape)).energy(images(), torch.zeros(3))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -79,7 +88,7 @@ def test_an_image_meets_its_own_target_best(task):
     aimed = guider.aim(image_target(guider, image))
     own = aimed.energy(image, clean(image))
     assert not aimed.target.requires_grad
-    for other in (TARGETS[task], image_target(guider, image.flip(0)), image_target(guider, -image)):
+    for other in (EXAMPLES[task].target, image_target(guider, image.flip(0)), image_target(guider, -image)):
         assert bool((own <= guider.aim(other).energy(image, clean(image))).all())
     if task != "class":
         torch.testing.assert_close(aimed.score(image, clean(image)), torch.ones(3))

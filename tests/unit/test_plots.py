@@ -138,7 +138,7 @@ def ask(guider):
     """A mask guider that was asked about a text; others as they are."""
     net = guider.net
     asked = replace(guider, prompt=randn(1, 6), net=lambda image, sigma, prompt: net(image, sigma))
-    return asked if guider.task == "mask" else guider
+    return asked if TASKS[guider.task].has_prompt else guider
 
 
 def is_batch(pictures: torch.Tensor, count: int) -> bool:
@@ -151,7 +151,7 @@ def test_what_any_guider_sees_is_one_picture_for_each_image(task, count):
     guider, image = ask(small_guider(task)), images(count)
     aimed, free = visualize(guider, image), visualize(replace(guider, target=None), image)
     assert is_batch(aimed, count) and is_batch(free, count)
-    assert torch.equal(aimed, free) == (task in ("class", "depth", "segmentation", "mask"))
+    assert torch.equal(aimed, free) == (TASKS[task].preview is not None)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -161,7 +161,7 @@ def test_what_any_rule_reads_is_one_picture_for_each_image(name):
         assert is_batch(visualize(each, image), 3)
 
 
-@pytest.mark.parametrize("task", ["depth", "segmentation", "mask"])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.dense and task.from_map])
 def test_a_map_that_a_guider_sees_can_be_its_target(task):
     guider, image = ask(small_guider(task)), images()
     own, other = (guider.aim(map_target(guider, visualize(guider, each))) for each in (image, image.flip(0)))

@@ -1,7 +1,7 @@
 """The comparisons of each kind of network, against their definitions."""
 import pytest
 import torch
-from helpers import images, randn, says
+from helpers import EXAMPLES, images, randn, says
 
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.preprocess import Preprocess
@@ -9,22 +9,24 @@ from ppap_core.guiders.targets import image_target, map_target, mask_target, wit
 from ppap_core.guiders.tasks import IGNORE, TASKS, Task, half_mse, normalized_mse, proximity, resize_map
 from ppap_core.guiders.visualize import visualize
 
-SHAPES = {"class": (3, 5), "depth": (3, 1, 6, 9), "segmentation": (3, 4, 6, 9), "mask": (3, 1, 6, 9), "embedding": (3, 7),
-          "number": (3, 1), "features": (3, 2, 6, 9), "style": (3, 11), "structure": (3, 4, 4)}
+SHAPES = {task: (3, *example.shape) for task, example in EXAMPLES.items()}
+LABEL_MAPS = randn(3, 6, 8, seed=8).gt(0).long() + 1
 SQUARES = ("number", "features", "style", "structure")
 
 
 def target_of(task: str, count: int = 3) -> torch.Tensor:
-    if task == "class":
-        return torch.tensor([2, 0, 4])[:count]
-    if task == "segmentation":
-        return randn(count, 6, 9, seed=8).gt(0).long() + 1
-    target = randn(3, *SHAPES[task][1:], seed=7)[:count]
-    return target.sigmoid() if task == "mask" else target
+    return TASKS[task].target_of(randn(*SHAPES[task], seed=7))[:count]
 
 
 def test_every_task_is_tested():
-    assert set(SHAPES) == set(TASKS)
+    """Each has a row in EXAMPLES in tests/helpers, of a shape and a target that belong together."""
+    assert set(EXAMPLES) == set(TASKS), "give each task a row in EXAMPLES in tests/helpers"
+    assert all(example.target.shape == target_of(task, 1).shape for task, example in EXAMPLES.items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_that_takes_a_drawn_map_says_how_it_is_drawn(task):
+    assert bool(TASKS[task].drawn_as) == (TASKS[task].from_map is not None)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -83,21 +85,21 @@ def test_classes_are_distilled_by_the_divergence():
 
 def test_segmentations_are_distilled_by_mean_divergence():
     """The loss is the mean divergence of the pixels."""
-    student, teacher = randn(3, 4, 6, 9), randn(3, 4, 6, 9, seed=1)
-    pixels = [TASKS["class"].distance(student[:, :, i, j], teacher[:, :, i, j]) for i in range(6) for j in range(9)]
+    student, teacher = randn(3, 4, 6, 8), randn(3, 4, 6, 8, seed=1)
+    pixels = [TASKS["class"].distance(student[:, :, i, j], teacher[:, :, i, j]) for i in range(6) for j in range(8)]
     torch.testing.assert_close(TASKS["segmentation"].distance(student, teacher), torch.stack(pixels).mean(0))
 
 
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (300.0, 7.0), (0.01, -5.0)])
 def test_depth_is_judged_without_regard_to_its_scale_and_shift(scale, shift):
-    depth, target = randn(3, 1, 6, 9), target_of("depth")
+    depth, target = randn(3, 1, 6, 8), target_of("depth")
     expected = TASKS["depth"].loss(depth, target)
     torch.testing.assert_close(TASKS["depth"].loss(depth * scale + shift, target), expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(TASKS["depth"].loss(target * scale + shift, target), torch.zeros(3), rtol=0, atol=1e-4)
 
 
 def test_the_energy_of_depth_is_one_minus_its_correlation():
-    depth, target = randn(3, 1, 6, 9), target_of("depth")
+    depth, target = randn(3, 1, 6, 8), target_of("depth")
     expected = torch.stack([torch.corrcoef(torch.stack([depth[i].flatten(), target[i].flatten()]))[0, 1] for i in range(3)])
     torch.testing.assert_close(TASKS["depth"].loss(depth, target), 1 - expected)
     torch.testing.assert_close(TASKS["depth"].loss(-target, target), torch.full((3,), 2.0))
@@ -105,14 +107,14 @@ def test_the_energy_of_depth_is_one_minus_its_correlation():
 
 
 def test_distilling_depth_ignores_scale_and_shift():
-    student, teacher = randn(3, 1, 6, 9), randn(3, 1, 6, 9, seed=1)
+    student, teacher = randn(3, 1, 6, 8), randn(3, 1, 6, 8, seed=1)
     distance = TASKS["depth"].distance
     torch.testing.assert_close(distance(1000 * student + 3, teacher), distance(student, teacher), rtol=1e-3, atol=0)
     torch.testing.assert_close(distance(student, 0.01 * teacher - 7), distance(student, teacher), rtol=1e-2, atol=0)
     assert TASKS["depth"].distance(-teacher, teacher).min() > 1.99
 
 
-@pytest.mark.parametrize("depth", [torch.zeros(3, 1, 6, 9), torch.full((3, 1, 6, 9), 1e4)])
+@pytest.mark.parametrize("depth", [torch.zeros(3, 1, 6, 8), torch.full((3, 1, 6, 8), 1e4)])
 def test_a_flat_depth_map_has_a_finite_energy_and_gradient(depth):
     depth = depth.clone().requires_grad_()
     energy = TASKS["depth"].loss(depth, target_of("depth"))
@@ -122,7 +124,7 @@ def test_a_flat_depth_map_has_a_finite_energy_and_gradient(depth):
 
 
 def test_ignored_pixels_do_not_count():
-    logits, target = randn(3, 4, 6, 9), target_of("segmentation")
+    logits, target = randn(3, 4, 6, 8), LABEL_MAPS
     half = target.clone()
     half[:, :, 4:] = IGNORE
     for compare in (TASKS["segmentation"].loss, TASKS["segmentation"].score):
@@ -130,14 +132,14 @@ def test_ignored_pixels_do_not_count():
 
 
 def test_a_map_of_ignored_pixels_only_gives_no_gradient():
-    logits = randn(3, 4, 6, 9).requires_grad_()
-    energy = TASKS["segmentation"].loss(logits, torch.full((3, 6, 9), IGNORE))
+    logits = randn(3, 4, 6, 8).requires_grad_()
+    energy = TASKS["segmentation"].loss(logits, torch.full((3, 6, 8), IGNORE))
     energy.sum().backward()
     assert torch.equal(energy.detach(), torch.zeros(3)) and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 def test_the_score_of_a_segmentation_is_its_pixel_accuracy():
-    target = target_of("segmentation")
+    target = LABEL_MAPS
     logits = torch.nn.functional.one_hot(target, 4).permute(0, 3, 1, 2).float()
     logits[1, :, :2] = torch.tensor([9.0, 0.0, 0.0, 0.0])[:, None, None]  # label 0 is in no target: 2 of 6 rows wrong
     torch.testing.assert_close(TASKS["segmentation"].score(logits, target), torch.tensor([1.0, 2 / 3, 1.0]))
@@ -196,7 +198,7 @@ def test_the_score_of_several_classes_is_a_geometric_mean():
 # Masks
 
 def test_the_energy_of_a_mask_is_the_mean_cross_entropy():
-    logits, target = randn(3, 1, 6, 9), target_of("mask")
+    logits, target = randn(3, 1, 6, 8), target_of("mask")
     p = logits.double().sigmoid()
     each = -(target * p.log() + (1 - target) * (1 - p).log())
     torch.testing.assert_close(TASKS["mask"].loss(logits, target), each.mean((1, 2, 3)).float())
@@ -205,7 +207,7 @@ def test_the_energy_of_a_mask_is_the_mean_cross_entropy():
 
 def test_masks_are_distilled_by_the_mean_divergence():
     """The loss is the mean divergence of the two outcomes."""
-    student, teacher = randn(3, 1, 6, 9), randn(3, 1, 6, 9, seed=1)
+    student, teacher = randn(3, 1, 6, 8), randn(3, 1, 6, 8, seed=1)
     both = [torch.cat([logits, torch.zeros_like(logits)], dim=1) for logits in (student, teacher)]
     torch.testing.assert_close(TASKS["mask"].distance(student, teacher), TASKS["segmentation"].distance(*both))
 
@@ -214,7 +216,7 @@ def test_masks_are_distilled_by_the_mean_divergence():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_embeddings_are_compared_by_their_direction(scale):
-    embedding, target = randn(3, 7), target_of("embedding")
+    embedding, target = randn(3, 6), target_of("embedding")
     cosine = torch.stack([a @ b / (a.norm() * b.norm()) for a, b in zip(embedding, target, strict=True)])
     torch.testing.assert_close(TASKS["embedding"].loss(scale * embedding, target), 100 * (1 - cosine))
     torch.testing.assert_close(TASKS["embedding"].distance(embedding, scale * target), 1 - cosine)
@@ -239,10 +241,6 @@ def test_distillation_of_features_does_not_depend_on_their_range(task):
     torch.testing.assert_close(distance(1000 * student, 1000 * teacher), distance(student, teacher))
     torch.testing.assert_close(distance(torch.zeros_like(teacher), teacher), torch.ones(3))
     assert bool(distance(student, torch.zeros_like(teacher)).isfinite().all())
-
-
-def test_only_numbers_and_features_are_summed_over_pixels():
-    assert {task for task in TASKS if TASKS[task].sum_over_pixels} == set(SQUARES)
 
 
 # Maps of another size
@@ -284,7 +282,7 @@ def _points_of(picture: torch.Tensor, preprocess: Preprocess, labels: int) -> to
     return (places[None] + 0.5) / 4 - 1
 
 
-KEYPOINTS = Task(half_mse, normalized_mse, proximity, from_map=_points_of, preview=_draw_points, croppable=True)
+POINTS = Task(half_mse, normalized_mse, proximity, from_map=_points_of, preview=_draw_points, croppable=True)
 
 
 class CentreOfMass(torch.nn.Module):
@@ -303,8 +301,8 @@ class CentreOfMass(torch.nn.Module):
 
 def test_a_new_task_is_one_value(monkeypatch):
     """Energy, distillation, targets from images and drawings, cut-outs and the preview follow from it alone."""
-    monkeypatch.setitem(TASKS, "keypoints", KEYPOINTS)
-    guider = Guider("test/keypoints", IgnoreSigma(CentreOfMass()), Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3), "keypoints",
+    monkeypatch.setitem(TASKS, "example", POINTS)
+    guider = Guider("test/example", IgnoreSigma(CentreOfMass()), Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3), "example",
                     labels=("red", "green", "blue"))
     image, sigma = images(), torch.zeros(3)
     points = guider.predict(image, sigma)
@@ -314,7 +312,7 @@ def test_a_new_task_is_one_value(monkeypatch):
     assert own.energy(image, sigma).max() < 1e-6 < other.energy(image, sigma).min()
     assert bool((own.score(image, sigma) > 0.999).all())
 
-    still, moved = (TASKS["keypoints"].distance(points, guider.predict(seen, sigma)) for seen in (image, image.flip(3)))
+    still, moved = (TASKS["example"].distance(points, guider.predict(seen, sigma)) for seen in (image, image.flip(3)))
     assert still.max() < 1e-6 < moved.min()
 
     drawn = torch.full((1, 3, 8, 8), -1.0)
@@ -326,5 +324,5 @@ def test_a_new_task_is_one_value(monkeypatch):
 
     assert visualize(guider, image).shape == (3, 3, 8, 8)
     assert with_cutouts(own, 2).energy(image, sigma).shape == (3,)
-    with says(ValueError, "keypoints", "a mask", "segmentation or mask"):
+    with says(ValueError, "example", "a mask"):
         mask_target(guider, torch.ones(1, 8, 8), "red")

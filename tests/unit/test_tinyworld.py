@@ -203,7 +203,7 @@ CONFIG = TrainConfig(steps=6, batch=2, seed=3)
 
 
 def train(folder, loss, config: TrainConfig = CONFIG) -> None:
-    fit("small", Network(partial(SmallNet, len(CLASSES)), loss, config), folder, torch.device("cpu"), save_every=2)
+    fit("small", Network(partial(SmallNet, (len(CLASSES),)), loss, config), folder, torch.device("cpu"), save_every=2)
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, capsys):

@@ -596,7 +596,7 @@ def test_a_batch_is_guided_in_parts_where_memory_is_short(room, asked, task, vie
     small, mask = cramped(guider, room), randn(5, 1, H, W).sigmoid()
     whole = guide([Term(guider, 2.0, mask=mask)], *situation(count=5))
     parts = guide([Term(small, 2.0, mask=mask)], *situation(count=5))
-    torch.testing.assert_close(parts.delta, whole.delta, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts.delta, whole.delta, rtol=1e-4, atol=1e-5 * float(whole.delta.abs().max()))
     torch.testing.assert_close(parts.records[0].energy, whole.records[0].energy)
     assert small.net.counts == asked
 

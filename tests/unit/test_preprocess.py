@@ -387,3 +387,9 @@ def test_cut_outs_reach_pixels_beyond_a_centre_crop():
             preprocess(part).sum().backward()
     reached = image.grad.abs().sum((0, 1)) > 0
     assert bool(reached.any(0).all()) and bool(reached.any(1).all())
+
+
+@pytest.mark.parametrize("settings, value", [({}, -1.0), ({"beyond": 0.0}, 0.0)])
+def test_a_crop_beyond_the_image_is_filled(settings, value):
+    framed = Preprocess((6, 8), crop=(10, 8)).frame(torch.ones(1, 1, 6, 8), **settings)
+    assert framed[0, 0, :, 0].tolist() == [value] * 2 + [1.0] * 6 + [value] * 2

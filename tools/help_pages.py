@@ -16,12 +16,17 @@ PAGES = ROOT / "web" / "docs"
 
 def page(schema: Any, old: str = "") -> str:
     """The help page of a node (a ComfyUI `io.Schema`), with the prose of the old page."""
-    inputs = [f"- **{each.id}**{' (optional)' if each.optional else ''}: {each.tooltip}" for each in schema.inputs or ()]
-    outputs = [f"- **{each.display_name or each.get_io_type()}**: {each.tooltip}" for each in schema.outputs or ()]
+    inputs = [_item(f"**{slot.id}**{' (optional)' if slot.optional else ''}", slot.tooltip) for slot in schema.inputs or ()]
+    outputs = [_item(f"**{slot.display_name or slot.get_io_type()}**", slot.tooltip) for slot in schema.outputs or ()]
     parts = [f"# {schema.display_name}", schema.description, prose(old)]
     parts += ["## Inputs\n\n" + "\n".join(inputs)] if inputs else []
     parts += ["## Outputs\n\n" + "\n".join(outputs)] if outputs else []
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _item(name: str, tooltip: str) -> str:
+    lines = tooltip.splitlines()
+    return f"- {name}: {tooltip}" if len(lines) == 1 else "\n  - ".join([f"- {name}:", *lines])
 
 
 def prose(text: str) -> str:

@@ -88,7 +88,7 @@ def plot_teacher_distance(guiders: dict[str, Guider], world: TinyWorld, store: S
         for name, guider in guiders.items()}
     plot = line_plot(series, f"Distance from the answer on the finished image, {view} view",
                      Axes("noise level sigma", "KL, lower is better", log_x=True))
-    save_picture(plot, folder / f"disagreement_{view}.png")
+    save_picture(plot, folder / f"teacher_distance_{view}.png")
 
 
 @dataclass(frozen=True)

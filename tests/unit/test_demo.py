@@ -34,7 +34,7 @@ def test_the_demo_counts_every_method_and_keeps_experts(small, tmp_path):
         assert sheet.width > 8 * 32 and sheet.height > len(ROWS) * 32
     assert {file.name for file in tmp_path.glob("experts_*.safetensors")} == {"experts_noisy.safetensors",
                                                                              "experts_denoised.safetensors"}
-    assert (tmp_path / "disagreement_noisy.png").exists() and str(tmp_path) in lines[-1]
+    assert (tmp_path / "teacher_distance_noisy.png").exists() and str(tmp_path) in lines[-1]
 
     again = []
     demo(tmp_path, again.append)

@@ -36,9 +36,9 @@ def score(judge: Guider, images: Tensor, scenes: Scenes) -> Tensor:
     return overlap(output.argmax(1) > 0, scenes.segmentation > 0)
 
 
-def overlap(found: Tensor, wanted: Tensor) -> Tensor:
+def overlap(region: Tensor, wanted: Tensor) -> Tensor:
     """Intersection over union of masks (B, H, W), as the mean of that of the object and that of the wall, (B,)."""
-    return (_iou(found, wanted) + _iou(~found, ~wanted)) / 2
+    return (_iou(region, wanted) + _iou(~region, ~wanted)) / 2
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:

@@ -57,10 +57,10 @@ def speed(report: Report) -> list[Row]:
 
 def measurements() -> list[Callable[[], Row]]:
     """Operations at full size; seconds at full size on a GPU, else at a reduced size, where the whole VAE takes too long."""
-    full: list[Callable[[], Row]] = [partial(counted, name, pixels) for name, pixels in SIZES.items()]
+    full: list[Callable[[], Row]] = [partial(count_flops, name, pixels) for name, pixels in SIZES.items()]
     if torch.cuda.is_available():
         return [*full, *(partial(timed, name, pixels, "cuda", best_half()) for name, pixels in SIZES.items())]
-    return [*full, partial(counted, *REDUCED), partial(timed, *REDUCED, ways=[way for way in ROWS if way != "vae"])]
+    return [*full, partial(count_flops, *REDUCED), partial(timed, *REDUCED, ways=[way for way in ROWS if way != "vae"])]
 
 
 def best_half() -> torch.dtype:
@@ -68,7 +68,7 @@ def best_half() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def counted(name: str, pixels: int) -> Row:
+def count_flops(name: str, pixels: int) -> Row:
     """Operations of one step in every way, counted on the meta device: shapes without numbers, so without delay."""
     costs = {way: float(operations(step)) for way, step in steps(name, pixels, "meta").items()}
     return {"network": name, "pixels": pixels, "measure": "operations", "plain": costs["plain"],

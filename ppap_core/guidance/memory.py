@@ -46,8 +46,8 @@ def _fake_guider(guider: Guider, mode: FakeTensorMode) -> tuple[Guider, list[Ten
     net, weights = _to_fake(guider.net, mode)
     if isinstance(guider.decode, MethodType) and guider.decode.__self__ is guider.net:  # such as a bank's stems
         return replace(guider, net=net, decode=getattr(net, guider.decode.__name__)), weights
-    decode, more = _to_fake(guider.decode, mode)
-    return replace(guider, net=net, decode=decode), weights + more
+    decode, decoder_weights = _to_fake(guider.decode, mode)
+    return replace(guider, net=net, decode=decode), weights + decoder_weights
 
 
 def _to_fake(net: Any, mode: FakeTensorMode) -> tuple[Any, list[Tensor]]:

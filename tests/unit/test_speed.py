@@ -124,7 +124,7 @@ def test_on_a_gpu_both_networks_are_measured_at_their_full_size(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     asked = {"measure": "operations", "plain": 1e12, "ratios": dict.fromkeys(ROWS, 1.0)}
-    monkeypatch.setattr(module, "counted", lambda name, pixels: {"network": name, "pixels": pixels, **asked})
+    monkeypatch.setattr(module, "count_flops", lambda name, pixels: {"network": name, "pixels": pixels, **asked})
     monkeypatch.setattr(module, "timed", lambda name, pixels, device, dtype: {
         "network": name, "pixels": pixels, **asked, "measure": "seconds", "place": device, "dtype": str(dtype), "rounds": 9})
     found = [(column["network"], column["pixels"], column.get("place"), column.get("dtype")) for column in speed(print)]

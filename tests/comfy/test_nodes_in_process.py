@@ -493,9 +493,8 @@ def test_damaged_and_foreign_experts_are_refused(comfy, world: PixelWorld):
 def test_heavy_libraries_wait_until_they_are_needed(fresh_process):
     code = ("import sys, asyncio; sys.path.insert(0, {comfyui!r})\n"
             "from comfy.cli_args import args; args.cpu = True\n"
-            "import utils.extra_config, nodes, time; before, start = set(sys.modules), time.process_time()\n"
+            "import utils.extra_config, nodes; before = set(sys.modules)\n"
             "assert asyncio.run(nodes.load_custom_node({root!r}))\n"
-            "print(time.process_time() - start, *set(sys.modules) - before)")
-    seconds, *added = fresh_process(code).split()
+            "print(*set(sys.modules) - before)")
+    added = fresh_process(code).split()
     assert not {"peft", "timm", "transformers", "matplotlib", "PIL.ImageFont"} & set(added)
-    assert float(seconds) < 0.5, "the pack adds 0.2 s of a processor to the start of ComfyUI"

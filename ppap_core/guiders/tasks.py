@@ -31,7 +31,9 @@ class Task:
     `dense`: for maps (B, C, h, w) that follow the image place by place, whose targets may have another height and width.
     `croppable`: where a part of an image has the same output as the whole, as a class or a style; not where the output says
     at which places things are. `sum_over_pixels`: for squared differences of features or numbers, so that a weight means the
-    same at every size of image; not for cross-entropies and correlations, which mean the same anyway.
+    same at every size of image; not for cross-entropies and correlations, which mean the same anyway. `is_logits`: for
+    outputs that become probabilities by a softmax or sigmoid. `has_prompt`: for networks that mark what a text asks for.
+    `distance`: `normalized_mse` for features of any range, else the loss or a divergence.
     """
 
     loss: Compare                        # (output, target): the energy, which guidance lowers

@@ -103,11 +103,11 @@ class Decoder(torch.nn.Module):
 
 
 def mask_for(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Resize a MASK (B|1, H, W), or the noise mask of a LATENT (B|1, 1, H, W), to what is diffused: (B|1, 1, h, w).
+    """Resize a mask (B|1, H, W) in [0, 1] to what is diffused: (B|1, 1, h, w).
 
     shape: (B, C, h, w) of what is diffused.
     """
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    mask = mask[:, None].float()
     if mask.shape[-2:] == shape[-2:]:
         return mask
     return F.interpolate(mask, shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)

@@ -22,6 +22,7 @@ from .latents import Patcher
 from .memory import GradientMemory, materialize_on, patcher_of
 from .progress import Progress
 from .sampler import new_cfg_guider, run_inside_sampler
+from .tensors import mask_from_comfy
 
 
 @dataclass
@@ -83,7 +84,7 @@ class PriorSearch:
 
     def _mask(self, start: Tensor) -> Tensor | None:
         mask = self.latent.get("noise_mask")
-        return None if mask is None else latents.mask_for(mask, start.shape)
+        return None if mask is None else latents.mask_for(mask_from_comfy(mask), start.shape)
 
     def _run_options(self, gradient_pass: GradientPass) -> RunOptions:
         run_id = {**fingerprint_model(self.model, self.positive, self.negative), "cfg": self.cfg,

@@ -6,6 +6,7 @@ from ..bridge import guidance
 from ..bridge.guidance import GuidanceTerm
 from ..bridge.noise_levels import PercentSchedule
 from ..bridge.sampler import SamplerSettings
+from ..bridge.tensors import mask_from_comfy
 from .inputs import (
     IN_PREDICTION,
     THROUGH_MODEL,
@@ -58,8 +59,8 @@ class PPAPGuidanceTerm(io.ComfyNode):
     def execute(cls, guider, weight, start_percent, end_percent, factor_at_start, factor_at_end, view, mask=None, terms=(),
                 strength=BALANCED, gradient=IN_PREDICTION):
         schedule = PercentSchedule(start_percent, end_percent, factor_at_start, factor_at_end)
-        term = GuidanceTerm(guidance.with_view(guider, view), weight, schedule, mask, normalized=strength == BALANCED,
-                            backprop_through_model=gradient == THROUGH_MODEL)
+        term = GuidanceTerm(guidance.with_view(guider, view), weight, schedule,
+                            None if mask is None else mask_from_comfy(mask), strength == BALANCED, gradient == THROUGH_MODEL)
         return io.NodeOutput((*terms, term))
 
 

@@ -104,7 +104,7 @@ class PPAPAimAtMask(io.ComfyNode):
     @classmethod
     def execute(cls, guider, mask, name):
         with autograd.outside_inference_mode():
-            return io.NodeOutput(guider.aim(mask_target(guider, mask, name)))
+            return io.NodeOutput(guider.aim(mask_target(guider, tensors.mask_from_comfy(mask), name)))
 
 
 class PPAPAimAtNumber(io.ComfyNode):

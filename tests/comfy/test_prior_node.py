@@ -81,6 +81,16 @@ def test_a_mask_says_what_may_change(pixels: PixelWorld):
     assert not torch.isclose(found[..., 20:], start["samples"][..., 20:]).all(1).any()
 
 
+def test_a_noise_mask_of_another_pack_is_read(pixels: PixelWorld):
+    """A mask in bytes whose last dimension is its channel."""
+    mask = torch.zeros(1, 32, 32)
+    mask[..., 20:] = 1
+    start = {"samples": torch.full((1, 3, 32, 32), 0.1)}
+    sound, foreign = (search(pixels, pixels.conditioned(latent_image={**start, "noise_mask": form}), pixels.term())
+                      for form in (mask, (255 * mask).to(torch.uint8)[..., None]))
+    assert torch.equal(sound, foreign) and not torch.equal(sound, start["samples"])
+
+
 @pytest.mark.parametrize("side", [128, 160])
 def test_a_painted_mask_may_have_any_size(pixels: PixelWorld, side: int):
     """The mask is resized, and another mask is another search."""

@@ -2,6 +2,7 @@
 #   make demo        distil five experts on the bundled world and guide with them (no ComfyUI needed)
 #   make test        all tests; those of the nodes run where a ComfyUI is at hand
 #   make test-fast   the tests of the core without those that train, sample or measure: under a minute
+#   make test-real   the tests with real pretrained networks: installs one, or takes the folder at PPAP_REAL
 #   make lint        ruff and mypy
 #   make comfyui     start ComfyUI with this pack in it
 #   make bench       the short table of the benchmark
@@ -18,7 +19,7 @@ export COMFYUI_PATH
 NAME := $(notdir $(CURDIR))
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-fast lint comfyui bench pictures help-pages archive
+.PHONY: demo test test-fast test-real lint comfyui bench pictures help-pages archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -31,6 +32,10 @@ test: .venv/ready .venv/comfyui
 
 test-fast: .venv/ready
 	$(PYTEST) tests/unit -m "not slow"
+
+test-real: .venv/ready .venv/comfyui
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
+	$(PYTEST) -m real
 
 lint: .venv/ready
 	$(BIN)/ruff check .

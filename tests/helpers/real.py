@@ -61,9 +61,9 @@ def _write_lite0(target: Path) -> Path:
     if importlib.util.find_spec(PACKAGE) is None:
         pytest.skip("no real networks: 'make test-real' installs some, or set PPAP_REAL to a folder of them")
     [file] = files(PACKAGE).joinpath("models").glob("*.pth")
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
     weights = torch.load(file, weights_only=True).values()  # in the order of timm's, under other names
-    save_file(dict(zip(timm.create_model("tf_efficientnet_lite0").state_dict(), weights, strict=True)),
-              target / "model.safetensors")
+    save_file({name: weight.contiguous() for name, weight in zip(names, weights, strict=True)}, target / "model.safetensors")
     half = [0.5, 0.5, 0.5]
     write_json(target / "config.json", {
         "architecture": "tf_efficientnet_lite0", "num_classes": 1000, "pretrained_cfg": {

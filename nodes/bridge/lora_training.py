@@ -19,7 +19,7 @@ from .autoguidance import DIFFUSION_MODEL_PREFIX
 from .fingerprint import fingerprint_model
 from .hooks import LORA, Hooks, attach
 from .latents import Patcher
-from .memory import GradientMemory
+from .memory import GradientMemory, log
 from .progress import LossProgress
 from .sampler import new_cfg_guider, run_inside_sampler
 
@@ -41,6 +41,7 @@ class LoraTraining:
         for file_name in (name, *map(self.early_name, self.early_steps)):
             paths.new_lora_file(file_name)
         self.losses: list[float] = []
+        self.unsaved: dict[str, dict[str, Tensor]] = {}  # early states whose files could not be written, by name
         self.progress = LossProgress(config.steps)
 
     def run(self) -> tuple[Patcher, list[float]]:
@@ -51,8 +52,9 @@ class LoraTraining:
         cfg_guider = new_cfg_guider(trained, self.positive, self.positive, 1.0)
         shape = (self.config.batch, *self.images.shape[1:])
         adapters, losses = run_inside_sampler(cfg_guider, shape, self.config.seed, partial(self._train, cfg_guider))
-        save_lora(self.name, adapters)
         lora = as_lora(adapters, DIFFUSION_MODEL_PREFIX)
+        for file_name, tensors in {self.name: lora, **self.unsaved}.items():
+            save_lora(file_name, tensors)
         return comfy.sd.load_lora_for_models(self.model, None, lora, 1.0, 0.0)[0], losses
 
     def _train(self, cfg_guider: comfy.samplers.CFGGuider, denoise: Any, noise: Tensor,
@@ -73,8 +75,15 @@ class LoraTraining:
     def _on_step(self, step: int, loss: float, adapters: dict[str, LoraUpdate]) -> None:
         self.losses.append(loss)
         if step + 1 in self.early_steps:
-            save_lora(self.early_name(step + 1), adapters)
+            self._save_early(self.early_name(step + 1), as_lora(adapters, DIFFUSION_MODEL_PREFIX))
         self.progress(step + 1, {"loss": self.losses})
+
+    def _save_early(self, name: str, lora: dict[str, Tensor]) -> None:
+        try:
+            save_lora(name, lora)
+        except OSError as error:
+            log.warning("%s The training goes on, and tries again at its end.", error)
+            self.unsaved[name] = lora
 
     def early_name(self, step: int) -> str:
         """Return the name of the LoRA as it was after so many steps."""
@@ -92,6 +101,6 @@ def predict_noised(sampling: Any, denoise: Any, images: Tensor, noise: Tensor, s
     return denoise(noised, sigma), noise_levels.to_ve(sampling, images, sigma)[1]
 
 
-def save_lora(name: str, adapters: dict[str, LoraUpdate]) -> None:
-    """Write a LoRA where the stock loaders look for it."""
-    save_tensors(paths.new_lora_file(name), as_lora(adapters, DIFFUSION_MODEL_PREFIX), {"made_by": "ComfyUI-PPAP"})
+def save_lora(name: str, lora: dict[str, Tensor]) -> None:
+    """Write a LoRA where the stock loaders look for it. OSError in words if the file cannot be written."""
+    save_tensors(paths.new_lora_file(name), lora, {"made_by": "ComfyUI-PPAP"})

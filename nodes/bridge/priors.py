@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...ppap_core.guidance.prior import PriorConfig, PriorObjective, optimize_images
 from ...ppap_core.io.hashing import digest
-from ...ppap_core.training.loop import Losses, RunOptions
+from ...ppap_core.training.loop import RunOptions
+from ...ppap_core.training.state import Losses
 from . import latents, noise_levels, paths
 from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae

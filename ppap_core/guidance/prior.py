@@ -15,7 +15,8 @@ from ..guiders.guider import clean
 from ..noise import PIXEL_SIGMA_DATA, expand
 from ..rng import seeded, seeded_noise
 from ..sampling import Denoiser, karras_sigmas, sample_euler
-from ..training.loop import Losses, RunOptions, optimize
+from ..training.loop import RunOptions, optimize
+from ..training.state import Losses, all_finite
 from .gradients import energy_gradient, predict, rms, zero_nonfinite
 from .shift import GuidanceSettings, checked_mask, term_gradient
 from .terms import Term
@@ -170,7 +171,7 @@ def optimize_images(objective: PriorObjective, start: Tensor, config: PriorConfi
 
     seeds: one for each search, B * config.particles of them; all images of the first particle come first.
     mask (B|1, 1, H, W) in [0, 1]: where images may change; None: everywhere. options: as in `run_prior`.
-    Returns the images (B, C, H, W) and [noise error, energy] of every step.
+    Returns the images (B, C, H, W) and [noise error, energy] of every step. ValueError for images that are not finite.
     """
     start = start.repeat(config.particles, 1, 1, 1)
     _require_seeds(seeds, start)
@@ -183,6 +184,9 @@ def optimize_images(objective: PriorObjective, start: Tensor, config: PriorConfi
     images = renoise_and_sample(objective.denoise, render(points) if render else points, config.renoise_sigma,
                                 config.sigma_min, config.renoise_steps, seeds)
     images = render(images) if render else images
+    if not all_finite([images]):
+        raise ValueError("the images that were found are not finite: expected numbers; lower the learning rate or the noise "
+                         "that is added at the end, or check the model")
     energies = objective.energy(images).unflatten(0, (-1, config.frames)).mean(1)
     return best_of(images.unflatten(0, (-1, config.frames)), energies, config.particles).flatten(0, 1), losses
 

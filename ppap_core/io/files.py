@@ -1,8 +1,9 @@
 """Reading and writing: safetensors with JSON metadata, written beside the name and then renamed."""
 import json
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -10,25 +11,46 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+RENAMING_PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds between attempts: virus scanners and indexers let go of a file soon
+
+
+class FileInUseError(PermissionError):
+    """A file cannot be replaced because something holds it open, as only Windows forbids."""
+
 
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Write beside the name and rename, so that a reader sees the old file or the new one, whole.
 
-    Missing folders are made. OSError in words when the disk is full or the folder cannot be written; nothing half-written
-    is left behind.
+    Missing folders are made. OSError in words when the disk is full or the folder cannot be written, `FileInUseError` when
+    the old file is held open; nothing half-written is left behind.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
-        os.replace(part, path)
+        _rename(part, path)
+    except FileInUseError:
+        raise
     except OSError as error:
         raise OSError(f"could not write {path.name} into {path.parent}: {error}. Free some disk space or choose "
                       "another folder; what was there before is untouched.") from error
     finally:
-        if part.exists():
-            part.unlink()
+        with suppress(OSError):  # a scanner may hold this one, too
+            part.unlink(missing_ok=True)
+
+
+def _rename(part: Path, path: Path) -> None:
+    for pause in (*RENAMING_PAUSES, None):
+        try:
+            os.replace(part, path)
+            return
+        except PermissionError as error:
+            if pause is None:
+                raise FileInUseError(f"could not write {path.name} into {path.parent}: the file is held open ({error}), by "
+                                     "a model that was loaded from it or by another program. Close what uses it and try "
+                                     "again; what was there before is untouched.") from error
+            time.sleep(pause)
 
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], header: dict) -> None:

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors, with_prefix, without_prefix
-
-Losses = list[Any]
-"""The loss of every step: a float each, or a list of floats where a loss has several parts."""
+from .state import Losses, TrainingState, all_finite
 
 RunStep = Callable[[Callable[[], Tensor]], Tensor]
 """Runs a closure (forward and backward pass) and returns its loss; may call it twice, after running out of memory, say."""
@@ -75,63 +72,65 @@ def optimize(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
         never stopped.
     learning_rate: the first step's, from where it falls to zero along a cosine; an `AdamW` for anything else.
     name: of what is trained, for error messages.
-    ValueError for the state of another training, and for a loss that is not finite.
+    A state that cannot be written on the way is told in the log. ValueError for the state of another training, and for a
+    loss, gradient or result that is not finite; the last good state is then kept, and the same training at a lower rate goes
+    on from there.
     """
     settings = learning_rate if isinstance(learning_rate, AdamW) else AdamW(partial(cosine, learning_rate, steps))
     with torch.inference_mode(False), torch.enable_grad():
         optimizer = torch.optim.AdamW(parameters.values(), weight_decay=settings.weight_decay)
-        losses = _resume(options, parameters, optimizer)
-        first = len(losses)
+        state = TrainingState(options.run_id, options.state_file, settings.learning_rate(0),
+                              {"trained": parameters, "extra": options.extra_state}, optimizer)
+        state.resume()
+        first = len(state.losses)
         try:
             for step in range(first, steps):
-                closure = partial(_backward, optimizer, loss, step, name)
-                value = options.run_step(closure) if options.run_step else closure()
+                closure = partial(_backward, optimizer, loss, step)
+                value = (options.run_step(closure) if options.run_step else closure()).tolist()
+                _require_finite_gradient(parameters, step)
+                state.remember(value)
+                if step > first and step % options.save_every == 0:  # only now is that state known to be good
+                    state.save()
                 optimizer.param_groups[0]["lr"] = settings.learning_rate(step)
                 optimizer.step()
-                losses.append(value.tolist())
+                state.losses.append(value)
                 if options.on_step:
-                    options.on_step(step, losses[-1], parameters)
-                if len(losses) % options.save_every == 0:
-                    _save(options, parameters, optimizer, losses)
-        finally:
-            if len(losses) > first:
-                _save(options, parameters, optimizer, losses)
-    return losses
+                    options.on_step(step, value, parameters)
+            if not all_finite(parameters.values()):
+                raise _NotFiniteError(f"the result became infinite in step {steps - 1}")
+        except _NotFiniteError as error:
+            raise ValueError(_failure(name, error, state.save_failed() if len(state.losses) > first else None)) from error
+        except BaseException:
+            _save_last(state, first)
+            raise
+        _save_last(state, first)
+    return state.losses
 
 
-def _backward(optimizer: torch.optim.Optimizer, loss: Callable[[int], Tensor], step: int, name: str) -> Tensor:
+class _NotFiniteError(ArithmeticError):
+    """A training that went wrong."""
+
+
+def _save_last(state: TrainingState, first: int) -> None:
+    if len(state.losses) > first:
+        state.save(is_last=True)
+
+
+def _failure(name: str, error: Exception, kept: int | None) -> str:
+    kept_words = "" if kept is None else f". The state of step {kept} is kept, and a lower rate goes on from there"
+    return (f"the training of {name} failed: {error}, expected finite numbers; lower the learning rate, or check the "
+            f"network{kept_words}")
+
+
+def _backward(optimizer: torch.optim.Optimizer, loss: Callable[[int], Tensor], step: int) -> Tensor:
     optimizer.zero_grad()
     value = loss(step)
     if not torch.isfinite(value).all():
-        raise ValueError(f"the loss of {name} became {value.tolist()} in step {step}: expected a finite number; "
-                         "lower the learning rate, or check the network")
+        raise _NotFiniteError(f"the loss became {value.tolist()} in step {step}")
     value.sum().backward()
     return value
 
 
-def _resume(options: RunOptions, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Losses:
-    if not options.state_file or not Path(options.state_file).exists():
-        return []
-    file = Path(options.state_file)
-    tensors, run_id = load_tensors(file)
-    losses = run_id.pop("losses", [])
-    if run_id != options.run_id:
-        changed = next(key for key in {**options.run_id, **run_id} if run_id.get(key) != options.run_id.get(key))
-        raise ValueError(f"{file.name} is the state of another training ({changed} is {run_id.get(changed)}, "
-                         f"expected {options.run_id.get(changed)}): delete it or use another folder")
-    for prefix, own in (("trained", parameters), ("extra", options.extra_state)):
-        saved = without_prefix(prefix, tensors)
-        if saved.keys() != own.keys():
-            raise ValueError(f"{file.name} holds {len(saved)} of {len(own)} {prefix} tensors, or others: "
-                             "delete it or use another folder")
-        for key, value in saved.items():
-            own[key].data.copy_(value)
-    restore_optimizer(optimizer, without_prefix("optimizer", tensors))
-    return losses
-
-
-def _save(options: RunOptions, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, losses: Losses) -> None:
-    if options.state_file:
-        tensors = (with_prefix("trained", parameters) | with_prefix("optimizer", optimizer_tensors(optimizer))
-                   | with_prefix("extra", dict(options.extra_state)))
-        save_tensors(options.state_file, tensors, {**options.run_id, "losses": losses})
+def _require_finite_gradient(parameters: Mapping[str, Tensor], step: int) -> None:
+    if not all_finite(tensor.grad for tensor in parameters.values() if tensor.grad is not None):
+        raise _NotFiniteError(f"the gradient became infinite or nan in step {step}")

@@ -1,4 +1,5 @@
 """Autoguidance with ComfyUI's own kinds of models: the formula, bad models of every make, memory, and company."""
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -6,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import says
+from helpers import same, says
 from helpers.features import FEATURES, MIXING, with_lora
 from helpers.model_families import FAMILIES, lora, small
 from helpers.workbench import EPS, FLOW, VIDEO, Scene, Workbench, autoguided, ksampler, train_lora, with_guider, with_lora_at
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KINDS = [EPS, "SDXL", FLOW, "Flux", VIDEO]
@@ -238,6 +239,60 @@ def test_a_lora_of_another_origin_is_not_lost(bench: Workbench, tmp_path: Path, 
     assert "another name" in bench.comfy.registered["PPAPTrainLora"].validate_inputs(name=name)
     train_lora(bench, scene, "own", steps=8)
     train_lora(bench, scene, "own", steps=8, seed=1)  # its own are replaced
+
+
+def refuse_to_replace(monkeypatch: pytest.MonkeyPatch, module: Any, held: dict[str, int]) -> None:
+    """Let os.replace fail for some names of files, as often as said: Windows does where something holds them open."""
+    def replace_file(source: Any, target: Any, real: Callable = os.replace) -> None:
+        if held.get(Path(target).name, 0) > 0:
+            held[Path(target).name] -= 1
+            raise PermissionError(13, "Access is denied")
+        real(source, target)
+    monkeypatch.setattr(module.os, "replace", replace_file)
+    monkeypatch.setattr(module, "RENAMING_PAUSES", (0.0,))
+
+
+def test_an_early_lora_that_is_held_is_written_at_the_end(bench: Workbench, monkeypatch: pytest.MonkeyPatch,
+                                                          caplog: pytest.LogCaptureFixture):
+    """The training goes on and is the same; a LoRA that is still held at the end is told, and the finished one is safe."""
+    import folder_paths
+
+    scene, folder = bench.scene(EPS), Path(folder_paths.get_folder_paths("loras")[0])
+    train_lora(bench, scene, "free", seed=6)
+    refuse_to_replace(monkeypatch, bench.comfy.pack.ppap_core.io.files, {"held_2.safetensors": 2, "busy_2.safetensors": 99,
+                                                                         "own.safetensors": 2})
+    train_lora(bench, scene, "held", seed=6)
+    assert "held_2.safetensors" in caplog.text and "held open" in caplog.text
+    for suffix in ("", "_2", "_8"):
+        assert same(load_file(folder / f"held{suffix}.safetensors"), load_file(folder / f"free{suffix}.safetensors"))
+    with says(OSError, "busy_2.safetensors", "held open", "loaded from it"):
+        train_lora(bench, scene, "busy", seed=6)
+    assert same(load_file(folder / "busy.safetensors"), load_file(folder / "free.safetensors"))
+    with says(OSError, "own.safetensors", "held open"):
+        train_lora(bench, scene, "own", seed=6)
+    train_lora(bench, scene, "own", seed=6)  # its state is kept, and only saved
+    assert same(load_file(folder / "own.safetensors"), load_file(folder / "free.safetensors"))
+
+
+def test_after_nan_a_lora_of_a_lower_rate_goes_on(bench: Workbench, monkeypatch: pytest.MonkeyPatch):
+    """No LoRA of NaN is saved, also not of the last step; the sentence says what is kept."""
+    import folder_paths
+
+    scene, module = bench.scene(EPS), bench.comfy.pack.nodes.bridge.lora_training
+    folder, broken, steps = Path(folder_paths.get_folder_paths("loras")[0]), [31], []
+
+    def noised(*args: Any, real: Callable = module.predict_noised) -> tuple[Tensor, Tensor]:
+        prediction, sigma = real(*args)
+        steps.append(len(steps))
+        return prediction * (float("nan") if steps[-1] in broken else 1.0), sigma
+    monkeypatch.setattr(module, "predict_noised", noised)
+    with says(ValueError, "step 31", "step 30 is kept", "lower"):
+        train_lora(bench, scene, "broken", seed=7)
+    assert not (folder / "broken.safetensors").exists()
+    broken.clear()
+    steps.clear()
+    train_lora(bench, scene, "broken", seed=7, learning_rate=1e-4)
+    assert len(steps) == 2 and all(each.isfinite().all() for each in load_file(folder / "broken.safetensors").values())
 
 
 def test_the_toy_is_a_picture(bench: Workbench):

@@ -376,6 +376,21 @@ def test_a_broken_network_is_reported_and_steps_are_kept(store, tmp_path):
         distill_expert(guider, bank, 0, store, CONFIG, RunOptions(state_file=tmp_path / "other.safetensors"))
 
 
+def test_after_nan_experts_of_a_lower_rate_go_on(store, tmp_path):
+    """Each expert goes on where the last good state of the other rate is, in the folder beside."""
+    net, fast, steps = NanAfter(10**6), replace(CONFIG, steps=15), []
+    guider = replace(small_guider(), net=IgnoreSigma(net))
+    net.left = 2 * fast.steps - 1  # of the teacher: the last step of the second expert breaks
+    with says(ValueError, "expert 1", f"step {fast.steps - 1}", "step 10 is kept"):
+        distill(guider, make_bank(guider), store, fast, tmp_path / "fast")
+    net.left, slow = 10**6, replace(fast, lr=fast.lr / 10)
+    bank = make_bank(guider)
+    distill(guider, bank, store, slow, tmp_path / "slow", lambda index, step, _: steps.append((index, step)))
+    assert [step for index, step in steps if index == 1] == list(range(10, fast.steps))
+    assert [step for index, step in steps if index == 0] == list(range(fast.steps))
+    assert all(bool(value.isfinite().all()) for index in range(3) for value in bank.weights(index).values())
+
+
 @pytest.mark.parametrize("change, word", [
     ("seed", "config"), ("steps", "config"), ("rank", "lora"), ("view", "view"), ("edges", "edges"), ("guider", "guider"),
     ("weights", "fingerprint"), ("expert", "index"), ("images", "images"), ("store", "store"),

@@ -312,3 +312,12 @@ def test_a_model_that_answers_nonsense_stops_the_search_in_words():
         return denoised
     with says(ValueError, "the prior", "nan"):
         solve(broken, [], randn(2, 3, 5, 4))
+
+
+def test_images_that_end_as_nan_are_not_handed_out():
+    """The search is fine, and the sampling after it breaks."""
+    def broken(x: Tensor, sigma: Tensor) -> Tensor:
+        return gaussian_denoise(x, sigma) * (float("nan") if float(sigma[0]) == 3.0 else 1.0)
+    config = replace(SHORT, sigma_max=2.0, renoise_sigma=3.0, renoise_steps=2)
+    with says(ValueError, "not finite", "lower"):
+        optimize_images(PriorObjective(broken), randn(1, 3, 5, 4), config, [1])

@@ -1,0 +1,164 @@
+"""State of a training: in its file, and the last good one in memory, which a lower learning rate goes back to."""
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..io.files import (
+    FileInUseError,
+    load_tensors,
+    optimizer_tensors,
+    read_header,
+    restore_optimizer,
+    save_tensors,
+    with_prefix,
+    without_prefix,
+)
+
+Losses = list[Any]
+"""The loss of every step: a float each, or a list of floats where a loss has several parts."""
+
+REMEMBER_EVERY = 10  # steps between two states that are remembered in memory
+EXPLODED = 10.0      # times the median loss: a state with a greater one is not worth going back to
+
+log = logging.getLogger(__name__)
+
+
+class TrainingState:
+    """The parameters, the optimiser and the losses of a training, and the file that keeps them.
+
+    run_id: what tells this training from others, as JSON values. file: None keeps nothing. rate: its first learning rate.
+    tensors: by group and name, "trained" and "extra".
+    """
+
+    def __init__(self, run_id: dict, file: Path | None, rate: float, tensors: Mapping[str, Mapping[str, Tensor]],
+                 optimizer: torch.optim.Optimizer):
+        self.run_id, self.file, self.rate = run_id, Path(file) if file else None, rate
+        self.groups, self.optimizer = tensors, optimizer
+        self.losses: Losses = []
+        self._good: tuple[int, dict[str, Tensor]] | None = None
+        self._told = False
+
+    def resume(self) -> None:
+        """Load the state in the file; without one, the last good state of the same training at a higher rate, which failed.
+
+        ValueError for the state of another training.
+        """
+        if self.file and self.file.exists():
+            self._load(self.file)
+        elif self.file:
+            failed = next((each for each in _states_beside(self.file) if self._is_slower_than(_header(each))), None)
+            if failed:
+                self._load(failed)
+
+    def _load(self, file: Path) -> None:
+        tensors, header = load_tensors(file)
+        run_id = dict(header)
+        losses, failed = run_id.pop("losses", []), run_id.pop("failed", None)
+        if run_id != self.run_id:
+            if not self._is_slower_than(header):
+                changed = next(key for key in {**self.run_id, **run_id} if run_id.get(key) != self.run_id.get(key))
+                raise ValueError(f"{file.name} is the state of another training ({changed} is {run_id.get(changed)}, "
+                                 f"expected {self.run_id.get(changed)}): delete it or use another folder")
+            tensors, losses = without_prefix("good", tensors), losses[:failed["step"]]
+            log.warning("this training did not stay finite at a learning rate of %g: it goes on at %g from step %d, where "
+                        "it was in order", failed["rate"], self.rate, failed["step"])
+        self._restore(file.name, tensors)
+        self.losses[:] = losses
+
+    def _restore(self, name: str, tensors: dict[str, Tensor]) -> None:
+        for prefix, own in self.groups.items():
+            saved = without_prefix(prefix, tensors)
+            if saved.keys() != own.keys():
+                raise ValueError(f"{name} holds {len(saved)} of {len(own)} {prefix} tensors, or others: "
+                                 "delete it or use another folder")
+            for key, value in saved.items():
+                own[key].data.copy_(value)
+        restore_optimizer(self.optimizer, without_prefix("optimizer", tensors))
+
+    def _is_slower_than(self, other: dict) -> bool:
+        """Whether a header is that of this training at a higher rate, at which it failed."""
+        failed = other.get("failed")
+        run_id = {key: value for key, value in other.items() if key not in ("losses", "failed")}
+        return (failed is not None and self.rate < failed["rate"]
+                and _without_rate(run_id) == _without_rate(self.run_id))
+
+    def remember(self, loss: Any) -> None:
+        """Keep a copy of the state that has just given a finite loss, now and then, unless that shows it going wrong."""
+        usual = median(abs(_total(each)) for each in self.losses) if self.losses else float("inf")
+        is_due = self._good is None or len(self.losses) % REMEMBER_EVERY == 0
+        if self.file and is_due and abs(_total(loss)) <= EXPLODED * usual:
+            self._good = len(self.losses), {name: value.detach().to("cpu", copy=True)
+                                            for name, value in self._tensors().items()}
+
+    def save(self, is_last: bool = False) -> None:
+        """Write the file. A state on the way that cannot be written is told in the log, and so is one that is held open.
+
+        is_last: OSError in words if it cannot be written for another reason.
+        """
+        try:
+            self._write(self._tensors(), {"losses": self.losses})
+        except OSError as error:
+            if is_last and not isinstance(error, FileInUseError):
+                raise
+            if not self._told:
+                log.warning("%s The training itself goes on.", error)
+            self._told = True
+
+    def save_failed(self) -> int | None:
+        """Write the state before a step that was not finite, and the last good one; returns the step of that, or None."""
+        if self._good is None:
+            return None
+        step, good = self._good
+        reached = self._tensors() if all_finite(self.groups["trained"].values()) else good
+        losses = self.losses if reached is not good else self.losses[:step]
+        try:
+            self._write(reached | with_prefix("good", good), {"losses": losses, "failed": {"step": step, "rate": self.rate}})
+        except OSError as error:  # the failure of the training itself is to be told
+            log.warning("%s", error)
+            return None
+        return step
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = with_prefix("optimizer", optimizer_tensors(self.optimizer))
+        for prefix, own in self.groups.items():
+            tensors |= with_prefix(prefix, dict(own))
+        return tensors
+
+    def _write(self, tensors: dict[str, Tensor], header: dict) -> None:
+        if self.file:
+            save_tensors(self.file, tensors, {**self.run_id, **header})
+
+
+def all_finite(tensors: Any) -> bool:
+    """Whether no value of some tensors is NaN or infinite."""
+    peaks = [tensor.detach().abs().amax().float() for tensor in tensors if tensor.numel()]
+    return bool(torch.stack(peaks).isfinite().all()) if peaks else True
+
+
+def _total(loss: Any) -> float:
+    return sum(loss) if isinstance(loss, list) else float(loss)
+
+
+def _without_rate(run_id: dict) -> dict:
+    return {key: {name: each for name, each in value.items() if name != "lr"} if isinstance(value, dict) else value
+            for key, value in run_id.items()}
+
+
+def _states_beside(file: Path) -> Iterator[Path]:
+    """Yield the states of other trainings: in the same folder, and of the same name in the folders beside it."""
+    yield from sorted(file.parent.glob("*.state.safetensors"))
+    yield from sorted(file.parent.parent.glob(f"*/{file.name}"))
+
+
+def _header(file: Path) -> dict:
+    try:
+        header = json.loads(read_header(file)[1].get("ppap", "{}"))
+    except (OSError, ValueError):  # another one's damage is no concern of this training
+        return {}
+    return header if isinstance(header, dict) else {}

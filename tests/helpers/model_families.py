@@ -96,9 +96,15 @@ class Small(NamedTuple):
 
 def small(name: str, dtype: torch.dtype = torch.float32) -> Small:
     """One of the families; the test is skipped where this ComfyUI does not have it."""
-    family = FAMILIES[name]
-    return Small(_model(name, family, dtype), conditioning(1, family.extra), conditioning(2, family.extra),
-                 {"samples": torch.zeros(family.latent)})
+    model = unfilled(name, dtype)
+    fill(model.model.diffusion_model)
+    return with_conditioning(name, model)
+
+
+def with_conditioning(name: str, model: Any) -> Small:
+    """A MODEL of a family with what it is sampled from."""
+    extra = FAMILIES[name].extra
+    return Small(model, conditioning(1, extra), conditioning(2, extra), {"samples": torch.zeros(FAMILIES[name].latent)})
 
 
 def without_network(latent_format: str, kind: str = "FLOW") -> Any:
@@ -150,11 +156,17 @@ def lora(model: Any, rank: int = 2) -> dict:
     return tensors
 
 
-def _model(name: str, family: Family, dtype: torch.dtype) -> Any:
+def unfilled(name: str, dtype: torch.dtype, compute: torch.dtype | None = None, operations: Any = None) -> Any:
+    """A MODEL whose weights are memory as it happens to be.
+
+    dtype: of the weights. compute: what they are cast to; None: nothing. operations: classes of its layers, as a loader
+    sets them; None: ComfyUI's own.
+    """
     import comfy.latent_formats
     import comfy.model_base
     import comfy.supported_models
 
+    family = FAMILIES[name]
     if not hasattr(comfy.supported_models, family.config):
         pytest.skip(f"this ComfyUI has no {name}")
     config = getattr(comfy.supported_models, family.config)(_supported(family))
@@ -162,11 +174,10 @@ def _model(name: str, family: Family, dtype: torch.dtype) -> Any:
     config.sampling_settings.update(family.sampling)
     if family.latent_format:
         config.latent_format = getattr(comfy.latent_formats, family.latent_format)()
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, compute)
+    config.custom_operations = operations
     kind = {"model_type": comfy.model_base.ModelType[family.kind]} if family.kind else {}
-    model = getattr(comfy.model_base, family.base)(config, **kind)
-    fill(model.diffusion_model)
-    return _patcher(model)
+    return _patcher(getattr(comfy.model_base, family.base)(config, **kind))
 
 
 def _supported(family: Family) -> dict:

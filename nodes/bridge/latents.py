@@ -7,9 +7,9 @@ import comfy.sample
 import comfy.sd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...ppap_core.guiders.latents import PIXELS, LatentSpace
+from ...ppap_core.guiders.resize import resize
 from ...ppap_core.noise import PIXEL_SIGMA_DATA
 from .memory import private_copy
 
@@ -107,10 +107,7 @@ def mask_for(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     shape: (B, C, h, w) of what is diffused.
     """
-    mask = mask[:, None].float()
-    if mask.shape[-2:] == shape[-2:]:
-        return mask
-    return F.interpolate(mask, shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
+    return resize(mask[:, None].float(), (shape[-2], shape[-1])).clamp(0, 1)
 
 
 def resize_empty_latent(model: Patcher, latent: dict) -> Tensor:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_sampling
-import torch
 from torch import Tensor
 
 from ...ppap_core.noise import NoiseInterval, expand, flow_to_ve
 from ...ppap_core.schedules import Ramp, Schedule, constant
 from .latents import Patcher
 
+LAST_TIME = 0.9999  # of a flow, which starts at t = 1, where the VE level is infinite
 PURE_NOISE = 100.0  # sigma that is treated as pure noise; a flow starts at an infinite one
 
 
@@ -23,7 +23,7 @@ def to_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Convert ComfyUI's noisy state (B, ...) and noise level (B,) to the core's convention."""
     if not is_flow(sampling):
         return x, sigma
-    x, sigma = flow_to_ve(x, sigma.clamp(max=0.9999))  # a flow starts at t = 1, where the VE level is infinite
+    x, sigma = flow_to_ve(x, sigma.clamp(max=LAST_TIME))
     return x, sigma * getattr(sampling, "noise_scale", 1.0)
 
 
@@ -37,7 +37,10 @@ def from_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 def ve_level(sampling: Any, sigma: float) -> float:
     """Convert one noise level of ComfyUI to the core's convention."""
-    return to_ve(sampling, torch.ones(1, 1), torch.tensor([float(sigma)], dtype=torch.float64))[1].item()
+    if not is_flow(sampling):
+        return float(sigma)
+    time = min(float(sigma), LAST_TIME)
+    return time / (1 - time) * getattr(sampling, "noise_scale", 1.0)
 
 
 def sigma_range(model: Patcher) -> tuple[float, float]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Size = tuple[int, int]
+from .resize import Size, resize
+
 Color = tuple[float, float, float]
 
 
@@ -101,9 +102,7 @@ class Preprocess:
         """
         height, width = image.shape[-2:]
         size, mode = FITS[self.fit]((height, width), self.size, self.multiple), interpolation or self.interpolation
-        if (height, width) != size:
-            smooth = {"antialias": self.antialias, "align_corners": self.align_corners} if mode != "nearest-exact" else {}
-            image = F.interpolate(image, size, mode=mode, **smooth)
+        image = resize(image, size, mode, self.antialias, self.align_corners)
         return _crop_middle(image, self.crop, self.crop_rounds, beyond) if self.crop else image
 
     def to_dict(self) -> dict[str, Any]:

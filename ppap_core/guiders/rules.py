@@ -18,6 +18,7 @@ from ..viz.colors import depth_picture
 from ..viz.previews import color_stripes, enlarged
 from .guider import Guider
 from .preprocess import Preprocess
+from .resize import resize
 
 
 def grey(image: Tensor) -> Tensor:
@@ -69,25 +70,15 @@ def layout(image: Tensor, cells: int = 8) -> Tensor:
 
     Cells overlap, so that guidance draws no grid.
     """
-    return shrink(image, cells)
+    return resize(image, (cells, cells))
 
 
 def edges(image: Tensor, size: int = 64) -> Tensor:
     """Strength of the edges in each place (Sobel), (B, 1, size, size)."""
-    small = shrink(grey(image), size)
+    small = resize(grey(image), (size, size))
     across = image.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])[None, None] / 2
     padded = F.pad(small, (1, 1, 1, 1), mode="replicate")
     return (F.conv2d(padded, across).square() + F.conv2d(padded, across.mT).square() + 1e-6).sqrt()
-
-
-def shrink(image: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, size, size), smoothly.
-
-    Large images are averaged down first: torch's antialiasing on CUDA reaches across at most 94 pixels.
-    """
-    height, width = (min(side, 64 * size) for side in image.shape[-2:])
-    small = F.adaptive_avg_pool2d(image, (height, width))
-    return F.interpolate(small, (size, size), mode="bilinear", antialias=True)
 
 
 def left_right(image: Tensor) -> Tensor:

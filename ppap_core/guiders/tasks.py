@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..viz.colors import depth_picture, labels_of_picture
 from ..viz.previews import class_bars, label_map, mask_picture
 from .preprocess import Preprocess
+from .resize import resize, resize_labels
 
 IGNORE = -100  # label of the pixels that no energy counts
 
@@ -210,8 +211,4 @@ TASKS: dict[str, Task] = {
 
 def resize_map(target: Tensor, size: tuple[int, int]) -> Tensor:
     """A map (B, C, h, w) or a label map (B, h, w) long at another (height, width); labels are never mixed."""
-    if tuple(target.shape[-2:]) == tuple(size):
-        return target
-    if target.is_floating_point():
-        return F.interpolate(target, size, mode="bilinear", antialias=True)
-    return F.interpolate(target[:, None].double(), size, mode="nearest-exact")[:, 0].long()
+    return resize(target, size) if target.is_floating_point() else resize_labels(target, size)

@@ -4,7 +4,6 @@ Written against transformers 4.50 to 5: where the two differ, the loaded object 
 """
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from ...io.files import read_json, read_safetensors, weight_files
 from ..guider import Guider, IgnoreSigma, short_labels
 from ..preprocess import Preprocess, processor_preprocess
+from ..resize import without_autocast
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ def semantic_logits(model: Any, image: Tensor, **task: Tensor) -> Tensor:
     Semantic inference (Cheng et al. 2021), as `post_process_semantic_segmentation` does it, with a gradient.
     """
     output = model(pixel_values=image, **task)
-    device = image.device.type  # in full precision: float16 cannot hold the gradient of a small share
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with without_autocast(image.device.type):  # float16 cannot hold the gradient of a small share
         classes = output.class_queries_logits.float().softmax(-1)[..., :-1]
         masks = output.masks_queries_logits.float().sigmoid()
         return torch.einsum("bqk,bqhw->bkhw", classes, masks).clamp_min(SMALLEST_SHARE).log()

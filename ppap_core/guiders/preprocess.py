@@ -72,6 +72,10 @@ The keys are part of the format of expert banks.
 """
 
 
+LATER_FIELDS = ("square", "fill")
+"""Fields of `Preprocess` that came after version 0.1.0."""
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """Image (B, 3, H, W) in [-1, 1] -> resized, cropped, and normalised as in the training of a network."""
@@ -87,19 +91,24 @@ class Preprocess:
     antialias: bool = True
     align_corners: bool = False       # the centres of the corner pixels stay in their places
     bgr: bool = False                 # blue first
+    square: bool = False              # made square before it is resized, in the middle of `fill`
+    fill: Color = (0.0, 0.0, 0.0)     # colour in [0, 1] around an image that is made square or is smaller than the crop
 
     def __call__(self, image: Tensor) -> Tensor:
-        image = self.frame(image)
-        mean, std = (torch.tensor(values).to(image)[:, None, None] for values in (self.mean, self.std))
+        fill, mean, std = (torch.tensor(values).to(image)[:, None, None] for values in (self.fill, self.mean, self.std))
+        image = self.frame(image, beyond=fill * 2 - 1)
         image = ((image + 1) / 2 - mean) / std
         return image.flip(1) if self.bgr else image
 
-    def frame(self, image: Tensor, interpolation: str = "", beyond: float = -1.0) -> Tensor:
-        """Resize and crop only, for images and for maps that belong to them: (B, C, H, W) -> (B, C, h, w).
+    def frame(self, image: Tensor, interpolation: str = "", beyond: float | Tensor = -1.0) -> Tensor:
+        """Pad, resize and crop only, for images and for maps that belong to them: (B, C, H, W) -> (B, C, h, w).
 
-        interpolation: "": that of the network. beyond: the value around an image that is smaller than the crop: -1 is black
+        interpolation: "": that of the network. beyond: the value around an image, for all channels or (C, 1, 1): -1 is black
         for images in [-1, 1]; maps and masks in [0, 1] take 0.
         """
+        if self.square:
+            edge = max(image.shape[-2:])
+            image = _crop_middle(image, (edge, edge), False, beyond)
         height, width = image.shape[-2:]
         size, mode = FITS[self.fit]((height, width), self.size, self.multiple), interpolation or self.interpolation
         image = resize(image, size, mode, self.antialias, self.align_corners)
@@ -111,12 +120,19 @@ class Preprocess:
         return {field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
                 for field in fields(self) if field.name in always or getattr(self, field.name) != field.default}
 
+    def fingerprint_fields(self) -> dict[str, object]:
+        """Fields for `digest`: all that version 0.1.0 had, of the later ones those that differ from their defaults."""
+        neutral = {field.name: field.default for field in fields(self) if field.name in LATER_FIELDS}
+        return {name: value for name, value in vars(self).items() if name not in neutral or value != neutral[name]}
 
-def _crop_middle(image: Tensor, crop: Size, rounds: bool, beyond: float) -> Tensor:
+
+def _crop_middle(image: Tensor, crop: Size, rounds: bool, beyond: float | Tensor) -> Tensor:
     """The middle (height, width) of images, padded where they are smaller."""
     spare = [side - wanted for side, wanted in zip(image.shape[-2:], crop, strict=True)]
     top, left = (round(pixels / 2) if rounds else int(pixels / 2) for pixels in spare)
-    return F.pad(image, (-left, left - spare[1], -top, top - spare[0]), value=beyond)
+    edges = (-left, left - spare[1], -top, top - spare[0])
+    inside = F.pad(image.new_ones(1, 1, *image.shape[-2:]), edges) > 0
+    return torch.where(inside, F.pad(image, edges), beyond)
 
 
 INTERPOLATIONS = {0: "nearest-exact", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # PIL's numbers; lanczos is nearly bicubic

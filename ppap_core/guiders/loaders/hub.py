@@ -6,18 +6,21 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from . import require_loadable
+from .contents import INDEX, WHOLE, require_config, weight_names
 
 Report = Callable[[int, int], None]
 """(bytes done, bytes in all), after every piece; may raise to stop."""
 
-WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors"  # the files that loaders read; without any, every safetensors file is fetched
-DESCRIPTIONS = {
-    "config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model"}
+DECIDING = {"config.json", "preprocessor_config.json", "processor_config.json", INDEX}
+"""Small files that say whether a loader can load the network: fetched first."""
+DESCRIPTIONS = DECIDING | {
+    "selected_tags.csv", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.model",
+    "sentencepiece.bpe.model"}
 PIECE_SIZE = 2**24  # bytes in one request: the most that a stopped download loses
 
 
@@ -40,25 +43,21 @@ def folder_name(repo: str) -> str:
 
 def files_to_fetch(repo: str, names: Iterable[str]) -> list[str]:
     """Names of a repository's files that a loader reads. ValueError without a config.json or without safetensors."""
-    names = list(names)
-    weights = [name for name in names if re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII)]
-    weights = [name for name in weights if re.fullmatch(WEIGHTS, name)] or weights
-    if not weights:
-        raise ValueError(f"{repo} has no weights in safetensors, only such as can hold code or none at all: expected "
-                         "model.safetensors; choose another network, or a copy of this one that has them")
-    if "config.json" not in names:
-        raise ValueError(f"{repo} has no config.json, which says what network it is: expected one beside the weights; "
-                         "choose another network")
-    return sorted(DESCRIPTIONS & set(names)) + sorted(weights)
+    names = set(names)
+    with _as_value_error():
+        weights = weight_names(repo, names)
+    require_config(repo, names)
+    described = DESCRIPTIONS & names - ({INDEX} if weights == [WHOLE] else set())
+    return sorted(described) + weights
 
 
 def download(repo: str, folder: Path, report: Report, endpoint: str | None = None) -> Path:
     """Fetch owner/name from the hub into a folder, which appears once it is complete; an existing folder is left alone.
 
-    A stopped download resumes where it stopped. report: see `Report`. endpoint: address of the hub, None for the usual one.
-    ImportError without huggingface_hub, ConnectionError when the hub cannot be reached, ValueError for everything else.
+    A stopped download resumes where it stopped. What no loader could load is refused before its weights are fetched.
+    report: see `Report`. endpoint: address of the hub, None for the usual one. ImportError without huggingface_hub or the
+    network's own library, ConnectionError when the hub cannot be reached, ValueError for everything else.
     """
-    part = folder.with_name(f".{folder_name(repo)}")
     if folder.exists():
         return folder
     try:
@@ -66,30 +65,78 @@ def download(repo: str, folder: Path, report: Report, endpoint: str | None = Non
     except ImportError as error:
         raise ImportError(f"downloading needs the package huggingface_hub ({error}): install it with 'pip install "
                           f"huggingface_hub', or copy the files into {folder} by hand") from error
-    revision, files = _list_files(repo, endpoint)
+    part = folder.with_name(f".{folder_name(repo)}")
+    listing = _list_files(repo, endpoint)
     part.mkdir(parents=True, exist_ok=True)
-    total, done = sum(file.size for file in files), 0
-    _require_space(part, total)
-    hub = HfFileSystem(endpoint=endpoint, skip_instance_cache=True)
-    for file in files:
-        with _in_words(repo):
-            remote = hub.open(f"{repo}/{file.name}", revision=revision, cache_type="none")
-        _fetch_rest(remote, part / file.name, repo, partial(_report_file, report, done, total))
-        _require_intact(part / file.name, file, repo)
-        done += file.size
+    _require_space(part, listing.total)
+    fetch = _Fetch(HfFileSystem(endpoint=endpoint, skip_instance_cache=True), repo, listing, part, report)
+    fetch.all(file for file in listing.files if file.name in DECIDING)
+    _require_loadable(part, repo, listing)
+    fetch.all(file for file in listing.files if file.name not in DECIDING)
     part.rename(folder)
     return folder
 
 
-def _list_files(repo: str, endpoint: str | None) -> tuple[str | None, list[HubFile]]:
-    """Revision of a repository, and its files to fetch."""
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Say of a page of the hub as ValueError what a loader says of files that are not there."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+def _require_loadable(part: Path, repo: str, listing: "Listing") -> None:
+    """Ask the loaders, and leave none of the small files behind if they refuse."""
+    try:
+        with _as_value_error():
+            require_loadable(part, {file.name for file in listing.files}, repo)
+    except (ValueError, ImportError):
+        for name in DECIDING:
+            (part / name).unlink(missing_ok=True)
+        if not any(part.iterdir()):
+            part.rmdir()
+        raise
+
+
+class Listing(NamedTuple):
+    """Files of a repository to fetch, at one revision."""
+
+    revision: str | None
+    files: list[HubFile]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(file.size for file in self.files)
+
+
+class _Fetch:
+    """Fetches files of one repository, and reports what is done of all of them."""
+
+    def __init__(self, hub: Any, repo: str, listing: Listing, part: Path, report: Report):
+        self.hub, self.repo, self.listing, self.part, self.report, self.done = hub, repo, listing, part, report, 0
+
+    def all(self, files: Iterable[HubFile]) -> None:
+        for file in files:
+            with _in_words(self.repo):
+                remote = self.hub.open(f"{self.repo}/{file.name}", revision=self.listing.revision, cache_type="none")
+            _fetch_rest(remote, self.part / file.name, self.repo, self._report_file)
+            _require_intact(self.part / file.name, file, self.repo)
+            self.done += file.size
+
+    def _report_file(self, done: int) -> None:
+        self.report(self.done + done, self.listing.total)
+
+
+def _list_files(repo: str, endpoint: str | None) -> Listing:
     from huggingface_hub import HfApi
 
     with _in_words(repo):
         info = HfApi(endpoint=endpoint).model_info(repo, files_metadata=True, timeout=30)
     files = {file.rfilename: HubFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None, file.blob_id)
              for file in info.siblings or ()}
-    return info.sha, [files[name] for name in files_to_fetch(repo, files)]
+    return Listing(info.sha, [files[name] for name in files_to_fetch(repo, files)])
 
 
 def _require_space(part: Path, total: int) -> None:
@@ -97,10 +144,6 @@ def _require_space(part: Path, total: int) -> None:
     if missing > free:
         raise ValueError(f"{missing / 1e9:.1f} GB are to be downloaded but {free / 1e9:.1f} GB are free in {part.parent}: "
                          "make room, or choose a folder on another disk")
-
-
-def _report_file(report: Report, before: int, total: int, done: int) -> None:
-    report(before + done, total)
 
 
 def _fetch_rest(remote: IO[bytes], path: Path, repo: str, report: Callable[[int], None]) -> None:

@@ -1,7 +1,8 @@
 """Networks of timm from a local folder: the class of an image, its style, its structure, or its embedding."""
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...io.files import read_json, read_safetensors, weight_files
+from ...io.files import read_json
 from ..guider import Guider, IgnoreSigma, short_labels
 from ..preprocess import timm_preprocess
+from .offline import offline
+from .weights import Loaded, read_weights, require_unused, tensors_without_weights, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +101,13 @@ def load_timm(folder: Path, output: str = "own") -> Guider:
     output: "own" is its classes, or its embedding if it has none; "embedding", "style" or "structure" are read inside it.
     ValueError or FileNotFoundError for a folder that does not fit, and where the network has no such output.
     """
-    net, config = _load(folder)
+    (net, missing), config = _load(folder)
+    guider = _guider(folder, net, config, output)
+    require_unused(guider, missing, _misfit(folder, config["architecture"]))
+    return guider
+
+
+def _guider(folder: Path, net: Any, config: dict[str, Any], output: str) -> Guider:
     guider = partial(Guider, f"timm/{folder.name}", preprocess=timm_preprocess(_data_config(config, net)))
     if output == "own" and net.num_classes > 0:
         return guider(IgnoreSigma(net), task="class", labels=_labels(folder.name, config, net))
@@ -117,39 +126,129 @@ def _feature_maps(net: Any, architecture: str, output: str) -> nn.Module:
     return IntermediateFeatures(net, fine if output == "style" else [len(net.feature_info) - 1])
 
 
-def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
+def check_timm(folder: Path, name: str) -> None:
+    """Refuse a network by its config.json in a folder. name: of the folder or repository, for sentences.
+
+    ImportError without timm; ValueError for an architecture that it does not know, or settings that are none.
+    """
+    _architecture(read_json(folder / "config.json"), name)
+
+
+def _architecture(config: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    """The name of an architecture and its settings."""
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"this guider needs the package timm ({error}): install it with 'pip install timm>=1.0.15'"
                           ) from error
 
-    config = read_json(folder / "config.json")
     architecture = config.get("architecture") or ""
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} knows no architecture {config.get('architecture')!r} (from "
-                         f"{folder.name}/config.json): expected one of timm.list_models(); a newer timm may have it")
+                         f"{name}/config.json): expected one of timm.list_models(); a newer timm may have it")
     options = {"num_classes": config.get("num_classes", 1000)} | config.get("model_args", {})
-    foreign = [name for name in inspect.signature(timm.create_model).parameters if name in options]
+    foreign = [option for option in inspect.signature(timm.create_model).parameters if option in options]
     if foreign:  # checkpoint_path may be a pickle, pretrained downloads
-        raise ValueError(f"model_args in {folder.name}/config.json holds {foreign[0]}, which is no setting of the network: "
+        raise ValueError(f"model_args in {name}/config.json holds {foreign[0]}, which is no setting of the network: "
                          "take it out; the weights are those of model.safetensors, whatever it says")
-    net = timm.create_model(architecture, pretrained=False, **options)
-    _load_weights(net, folder, architecture)
-    return net, config
+    return architecture, options
 
 
-def _load_weights(net: nn.Module, folder: Path, architecture: str) -> None:
-    weights = {name: tensor for file in weight_files(folder) for name, tensor in read_safetensors(file)[0].items()}
+def _load(folder: Path) -> tuple[Loaded, dict[str, Any]]:
+    config = read_json(folder / "config.json")
+    architecture, options = _architecture(config, folder.name)
+    import timm
+
+    with offline():
+        net = timm.create_model(architecture, pretrained=False, **options)
+    return Loaded(net, _load_weights(net, folder, architecture)), config
+
+
+def _load_weights(net: Any, folder: Path, architecture: str) -> dict[str, Tensor]:
+    """Fill a network from a folder, and return its tensors that the files do not hold."""
+    saved = read_weights(folder)
+    weights = _best_layout(net, saved, architecture)
+    if weights.keys() != saved.keys():
+        log.warning("%s: the names of its weights are of another layout; they were changed to timm's of today", folder.name)
     own = net.state_dict()
     wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     if wrong:
-        raise ValueError(f"{folder.name}/model.safetensors does not fit {architecture}: {wrong[0]} is "
-                         f"{tuple(weights[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}; copy the folder again")
+        raise ValueError(f"{_misfit(folder, architecture)}: {wrong[0]} is {tuple(weights[wrong[0]].shape)}, expected "
+                         f"{tuple(own[wrong[0]].shape)}; copy the folder again")
     missing, unexpected = net.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"{folder.name}/model.safetensors does not fit {architecture}: {len(missing)} weights are missing "
-                         f"and {len(unexpected)} unexpected, such as {(missing + unexpected)[0]}; copy the folder again")
+    if unexpected:
+        raise ValueError(f"{_misfit(folder, architecture)}: {len(missing)} weights are missing and {len(unexpected)} "
+                         f"unexpected, such as {(missing + unexpected)[0]}; copy the folder again")
+    return tensors_without_weights(net, missing)
+
+
+def _misfit(folder: Path, architecture: str) -> str:
+    return f"{folder.name}/model.safetensors does not fit {architecture}"
+
+
+def _best_layout(net: Any, weights: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """The weights under the names that fit a network best: as they are, out of a wrapper, or by timm's own conversion."""
+    own, best = net.state_dict(), _without_tables(net, weights)
+    for layout in _layouts(net, weights, architecture):
+        layout = _without_tables(net, layout)
+        if _misfits(own, layout) < _misfits(own, best):
+            best = layout
+        if not _misfits(own, best):
+            break
+    return best
+
+
+def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int:
+    wrong = sum(own[name].shape != weights[name].shape for name in own.keys() & weights.keys())
+    return len(own.keys() ^ weights.keys()) + wrong
+
+
+def _layouts(net: Any, weights: dict[str, Tensor], architecture: str) -> Iterator[dict[str, Tensor]]:
+    for inner in (weights, *unwrapped(weights)):
+        yield inner
+        yield _with_named_head(net, inner)
+        for convert in _conversions(architecture):
+            try:
+                yield _with_named_head(net, convert(dict(inner), net))
+            except Exception as error:  # written for files that its author had at hand
+                log.debug("timm's %s does not take these weights: %s", convert, error)
+
+
+def _conversions(architecture: str) -> Iterator[Callable[..., dict[str, Tensor]]]:
+    """Functions (weights, net) -> weights that timm has for older files of an architecture."""
+    import timm
+
+    for name, function in vars(sys.modules[timm.model_entrypoint(architecture).__module__]).items():
+        if "filter_fn" in name and callable(function):
+            yield function
+            if "adapt_layer_scale" in inspect.signature(function).parameters:
+                yield partial(function, adapt_layer_scale=True)
+
+
+def _with_named_head(net: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the classifier's name as this release has it, where another is all that is missing."""
+    own = net.state_dict()
+    missing, unexpected = (sorted(a.keys() - b.keys()) for a, b in ((own, weights), (weights, own)))
+    if [own[name].shape for name in missing] != [weights[name].shape for name in unexpected]:
+        return weights
+    heads = _classifiers(net)
+    if not all(name.rpartition(".")[0] in heads for name in missing):
+        return weights
+    return {dict(zip(unexpected, missing, strict=True)).get(name, name): tensor for name, tensor in weights.items()}
+
+
+def _classifiers(net: Any) -> tuple[str, ...]:
+    named = net.default_cfg.get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _without_tables(net: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what a network makes itself, and without the head of one that has no classes."""
+    own = net.state_dict()
+    buffers = {name for name, _ in net.named_buffers()}
+    heads = tuple(f"{name}." for name in _classifiers(net)) if not net.num_classes else ()
+    return {name: tensor for name, tensor in weights.items()
+            if name in own or not (name in buffers or not tensor.is_floating_point() or (heads and name.startswith(heads)))}
 
 
 def _data_config(config: Mapping[str, Any], net: nn.Module) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 Written against transformers 4.50 to 5: where the two differ, the loaded object is asked, not the version.
 """
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...io.files import read_json, read_safetensors, weight_files
+from ...io.files import read_json, read_safetensors, write_json
 from ..guider import Guider, IgnoreSigma, short_labels
 from ..preprocess import Preprocess, processor_preprocess
 from ..resize import without_autocast
+from .offline import offline, settled
+from .weights import Loaded, read_weights, require_unused, tensors_without_weights, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +133,15 @@ def load_transformers(folder: Path, output: str = "own") -> Guider:
     output: "own" is what the network was made to predict; "structure" or "embedding" are read inside it. ValueError or
     FileNotFoundError for a folder that does not fit, and where the network has no such output.
     """
-    model = _load(folder)
-    architecture = model.config.architectures[0]
+    model, missing = _load(folder)
+    architecture = read_json(folder / "config.json")["architectures"][0]
+    guider = _guider(folder, model, architecture, output)
+    text = partial(_text_features, _text_model(model), torch.zeros(1, 1, dtype=torch.long)) if guider.read_text else None
+    require_unused(guider, missing, _misfit(folder, architecture), text)
+    return guider
+
+
+def _guider(folder: Path, model: Any, architecture: str, output: str) -> Guider:
     guider = partial(Guider, f"transformers/{folder.name}", preprocess=_preprocess(folder))
     if architecture in DUAL_ENCODERS and output in ("own", "embedding"):
         return _dual_encoder(guider, folder, model)
@@ -177,40 +187,106 @@ def _with_task_head(guider: MakeGuider, folder: Path, model: Any, architecture: 
     return guider(IgnoreSigma(ForwardNet(model, forward_fn)), task=task, labels=labels)
 
 
-def _load(folder: Path) -> Any:
-    """The frozen model. Nothing is downloaded, only safetensors are read, no code of the folder is run."""
-    import transformers
+def check_transformers(folder: Path, name: str) -> None:
+    """Refuse a network by the small files in a folder. name: of the folder or repository, for sentences.
 
-    architecture = (read_json(folder / "config.json").get("architectures") or ["none"])[0]
+    ImportError without transformers; ValueError or FileNotFoundError for what cannot guide, whatever its weights are.
+    """
+    config = read_json(folder / "config.json")
+    _architecture(config, name)
+    settled(config, name)
+    _preprocess(folder, name)
+
+
+def _architecture(config: Mapping[str, Any], name: str) -> str:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"this guider needs the package transformers ({error}): install it with 'pip install "
+                          "transformers>=4.50.3'") from error
+
+    architecture = (config.get("architectures") or ["none"])[0]
     supported = (*DUAL_ENCODERS, PROMPTED, *BACKBONES)
     if architecture not in supported and not architecture.endswith(tuple(TASK_HEADS)):
-        raise ValueError(f"{folder.name}/config.json says the architecture is {architecture}, which answers nothing that "
+        raise ValueError(f"{name}/config.json says the architecture is {architecture}, which answers nothing that "
                          f"can guide: expected one such as ...{', ...'.join(TASK_HEADS)}, {', '.join(supported)}")
     if not hasattr(transformers, architecture):
-        raise ValueError(f"transformers {transformers.__version__} knows no {architecture} (from {folder.name}/config.json)"
+        raise ValueError(f"transformers {transformers.__version__} knows no {architecture} (from {name}/config.json)"
                          ": expected one it knows; a newer transformers may have it")
-    weight_files(folder)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ValueError(f"the weights of {name} are quantised ({method}), and no gradient passes through them: expected "
+                         "plain numbers; choose the network that they were made from")
+    return architecture
+
+
+def _load(folder: Path) -> Loaded:
+    """The frozen model. Nothing is downloaded, only safetensors are read, no code of the folder is run."""
+    said = read_json(folder / "config.json")
+    architecture, config = _architecture(said, folder.name), settled(said, folder.name)
+    weights = read_weights(folder)
     try:
-        model, loading = getattr(transformers, architecture).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder.name} cannot be loaded as {architecture} ({' '.join(str(error).split())[:200]}): "
+        with offline():
+            model, loading = _filled(architecture, _config(architecture, config), weights)
+    except Exception as error:  # each release and each architecture has errors of its own
+        raise ValueError(f"{folder.name} cannot be loaded as {architecture} ({' '.join(str(error).split())[:300]}): "
                          "copy the folder again from the network's own page") from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ValueError(f"the weights in {folder.name} do not fit {architecture}: {len(missing)} are missing, such as "
-                         f"{missing[0]}; copy the folder again")
-    return model.float().eval().requires_grad_(False)
+    wrong = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{_misfit(folder, architecture)}: {len(wrong)} are of another shape than config.json says, such "
+                         f"as {min(wrong)}; copy the folder again")
+    model = model.float().eval().requires_grad_(False)
+    _warn_of_unused(folder.name, weights, loading["unexpected_keys"])
+    return Loaded(model, tensors_without_weights(model, loading["missing_keys"]))
 
 
-def _preprocess(folder: Path) -> Preprocess:
+def _misfit(folder: Path, architecture: str) -> str:
+    return f"the weights in {folder.name} do not fit {architecture}"
+
+
+def _config(architecture: str, config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    kind = getattr(transformers, architecture).config_class
+    with TemporaryDirectory() as place:  # only from a file is it read as the library reads it
+        write_json(Path(place) / "config.json", {key: value for key, value in config.items() if not key.endswith("dtype")})
+        return kind.from_pretrained(place, local_files_only=True)
+
+
+def _filled(architecture: str, config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """A model with its weights, and what the library says of how they fit: of all wrappers the one that fits best."""
+    import transformers
+
+    filled = []
+    for layout in (weights, *unwrapped(weights)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what no file holds is the same each time
+            filled.append(getattr(transformers, architecture).from_pretrained(
+                None, config=config, state_dict=dict(layout), output_loading_info=True, ignore_mismatched_sizes=True))
+        if not filled[-1][1]["missing_keys"]:
+            break
+    return min(filled, key=_count_missing)
+
+
+def _count_missing(filled: tuple[Any, dict[str, Any]]) -> int:
+    return len(filled[1]["missing_keys"])
+
+
+def _warn_of_unused(name: str, weights: Mapping[str, Tensor], unexpected: Collection[str]) -> None:
+    unused = sorted(key for key in unexpected if key not in weights or weights[key].is_floating_point())
+    if unused:
+        log.warning("%s: the network that config.json describes has no place for %d of its weights, such as %s; it was "
+                    "loaded without them", name, len(unused), unused[0])
+
+
+def _preprocess(folder: Path, name: str = "") -> Preprocess:
     file = folder / "preprocessor_config.json"
     if file.exists():
         return processor_preprocess(read_json(file))
     if (folder / "processor_config.json").exists():
         return processor_preprocess(read_json(folder / "processor_config.json").get("image_processor", {}))
-    raise FileNotFoundError(f"{folder.name} has no preprocessor_config.json: expected the file that says how large and how "
-                            "bright the network wants its images; copy it from the network's own page")
+    raise FileNotFoundError(f"{name or folder.name} has no preprocessor_config.json: expected the file that says how large "
+                            "and how bright the network wants its images; copy it from the network's own page")
 
 
 def _labels(name: str, id2label: Mapping[int, str]) -> tuple[str, ...]:
@@ -253,7 +329,15 @@ def _read_text(folder: Path, model: Any, text: str) -> Tensor:
     """The embedding of a text, (1, D)."""
     length, padded = model.config.text_config.max_position_embeddings, "siglip" in model.config.model_type
     tokens = _tokens(folder, text, length, padded)
-    features = model.get_text_features(input_ids=tokens["input_ids"])  # no mask: SigLIP was trained to read its padding
+    return _text_features(model, tokens["input_ids"])
+
+
+def _text_model(model: Any) -> Any:
+    return getattr(model, "clip", model)
+
+
+def _text_features(model: Any, tokens: Tensor) -> Tensor:
+    features = model.get_text_features(input_ids=tokens)  # no mask: SigLIP was trained to read its padding
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
@@ -270,7 +354,8 @@ def _tokens(folder: Path, text: str, length: int, padded: bool) -> Mapping[str, 
         raise FileNotFoundError(f"{folder.name} has no tokenizer: expected one of {', '.join(TOKENIZERS)}; copy the "
                                 "tokenizer's files from the network's own page")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with offline():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(f"the tokenizer in {folder.name} cannot be read ({' '.join(str(error).split())[:150]}): copy its "
                          "files again from the network's own page") from error

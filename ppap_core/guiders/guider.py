@@ -1,6 +1,8 @@
 """A guider: a network that judges images, with its preprocessing, its task and its target."""
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from torch import Tensor, nn
 
@@ -125,14 +127,25 @@ class IgnoreSigma(nn.Module):
 def short_labels(descriptions: Sequence[str]) -> tuple[str, ...]:
     """Unique short labels without commas: the first synonym that no class before it has, else "name index".
 
-    descriptions: of each class its synonyms, separated by commas, such as "crane, heron". Case does not count.
+    descriptions: of each class its synonyms, separated by commas, such as "crane, heron". Names are compared by `fold_name`.
     """
     names: dict[str, str] = {}
     for index, description in enumerate(descriptions):
-        choices = [*(part.strip() for part in description.split(",")), f"{description.split(',')[0]} {index}"]
-        name = next(name for name in choices if name.lower() not in names)
-        names[name.lower()] = name
+        name = next(name for name in _choices(description, index) if name and fold_name(name) not in names)
+        names[fold_name(name)] = name
     return tuple(names.values())
+
+
+def _choices(description: str, index: int) -> Iterator[str]:
+    synonyms = [part.strip() for part in description.split(",")]
+    yield from synonyms
+    yield f"{synonyms[0]} {index}".strip()
+    yield from (f"{synonyms[0]} {index}.{more}".strip() for more in count(1))
+
+
+def fold_name(name: str) -> str:
+    """A name as it is compared with others: without regard to case, and to how an accented letter is encoded."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def require_prompt(guider: Guider) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .guider import Guider, clean, has_network, require_prompt
+from .guider import Guider, clean, fold_name, has_network, require_prompt
 from .tasks import TASKS
 
 
@@ -18,16 +18,39 @@ def _wrong_task(guider: Guider, target: str, tasks: Iterable[str]) -> ValueError
 
 
 def label_index(guider: Guider, name: str) -> int:
-    """Index of a class by its name, in any case, or its number. ValueError with similar names, else the first ones."""
-    indices = {label.lower(): index for index, label in enumerate(guider.labels)}
-    if name.lower() in indices:
-        return indices[name.lower()]
+    """Index of a class by its name, in any case, or its number. ValueError with similar names, else the first ones.
+
+    Spaces and underscores are the same where no two names differ by them alone.
+    """
+    index = _named(guider, name)
+    if index is not None:
+        return index
     if name.isdecimal() and int(name) < len(guider.labels):
         return int(name)
-    close = [label for label in indices if name and name.lower() in label][:8] \
-        or difflib.get_close_matches(name.lower(), indices, n=5) or list(indices)[:8]
-    raise ValueError(f"{guider.name} has no class '{name}': expected a number below {len(guider.labels)} "
-                     f"or a name such as {', '.join(close)}")
+    raise ValueError(f"{guider.name} has no class '{name}': expected {_choices(guider, name)}")
+
+
+def _named(guider: Guider, name: str) -> int | None:
+    """Index of the class that has this name itself."""
+    for fold in (fold_name, _without_underscores):
+        indices = {fold(label): index for index, label in reversed(list(enumerate(guider.labels)))}
+        if fold(name) in indices:
+            return indices[fold(name)]
+    return None
+
+
+def _without_underscores(name: str) -> str:
+    return fold_name(name).replace("_", " ")
+
+
+def _choices(guider: Guider, name: str) -> str:
+    labels = [fold_name(label) for label in guider.labels]
+    number = f"a number below {len(labels)}"
+    if all(label.isdecimal() for label in labels):
+        return f"{number}, because its classes have no other names"
+    close = [label for label in labels if name and fold_name(name) in label][:8] \
+        or difflib.get_close_matches(fold_name(name), labels, n=5) or labels[:8]
+    return f"{number} or a name such as {', '.join(close)}"
 
 
 def class_target(guider: Guider, words: str) -> Tensor:
@@ -35,10 +58,10 @@ def class_target(guider: Guider, words: str) -> Tensor:
 
     A comma separates images: 'star, disk'. A plus adds a class to the same image, with its weight after a colon: in
     'star + ring:0.5' the ring counts half, in 'star + ring:-1' it is avoided. ValueError for an unknown class or a weight
-    that is no number, and for guiders of other tasks.
+    that is no number, and for guiders whose task names no classes.
     """
-    if guider.task != "class":
-        raise _wrong_task(guider, "a class", ["class"])
+    if not TASKS[guider.task].names_classes:
+        raise _wrong_task(guider, "a class", (name for name, task in TASKS.items() if task.names_classes))
     images = [part.strip() for part in words.split(",") if part.strip()]
     if not images:
         raise ValueError(f"no class was given: expected one or more names of {guider.name}, separated by commas")
@@ -52,16 +75,18 @@ def class_target(guider: Guider, words: str) -> Tensor:
 
 
 def _class_weights(guider: Guider, words: str) -> dict[int, float]:
-    if words.lower() in map(str.lower, guider.labels):  # a name may hold a plus or a colon itself
-        return {label_index(guider, words): 1.0}
+    whole = _named(guider, words)  # a name may hold a plus or a colon itself
+    if whole is not None:
+        return {whole: 1.0}
     weights: dict[int, float] = {}
-    for part in words.split("+"):
-        name, colon, weight = part.strip().rpartition(":")
-        factor = _finite(weight) if colon else 1.0
+    for part in map(str.strip, words.split("+")):
+        name, colon, weight = part.rpartition(":")
+        if not colon or _named(guider, part) is not None:
+            name, weight = part, "1"
+        factor = _finite(weight)
         if factor is None:
-            raise ValueError(f"'{weight}' in '{part.strip()}' is no weight: expected a number after the colon, such as "
-                             "star:0.5")
-        index = label_index(guider, (name if colon else weight).strip())
+            raise ValueError(f"'{weight}' in '{part}' is no weight: expected a number after the colon, such as star:0.5")
+        index = label_index(guider, name.strip())
         weights[index] = weights.get(index, 0.0) + factor
     return weights
 
@@ -120,11 +145,22 @@ def mask_target(guider: Guider, mask: Tensor, name: str) -> Tensor:
     return from_mask(mask[:, None].float(), guider.preprocess, label)
 
 
-def number_target(guider: Guider, number: float) -> Tensor:
-    """A number as a target (1, 1), such as a brightness or an aesthetic score. ValueError for guiders of other tasks."""
+def number_target(guider: Guider, number: float, name: str = "") -> Tensor:
+    """A number as a target (1, 1), such as a brightness or an aesthetic score; (1, K) where the network gives K of them.
+
+    name: which of several numbers, by name or index; all others stay free (NaN). "": the only one. ValueError for guiders of
+    other tasks, and where the name is missing or unknown.
+    """
     if guider.task != "number":
         raise _wrong_task(guider, "a number", ["number"])
-    return torch.tensor([[float(number)]])
+    if len(guider.labels) < 2:
+        return torch.tensor([[float(number)]])
+    if not name.strip():
+        raise ValueError(f"{guider.name} gives {len(guider.labels)} numbers: expected the name of one, such as "
+                         f"{', '.join(guider.labels[:8])}")
+    target = torch.full((1, len(guider.labels)), math.nan)
+    target[0, label_index(guider, name.strip())] = float(number)
+    return target
 
 
 def with_cutouts(guider: Guider, count: int) -> Guider:

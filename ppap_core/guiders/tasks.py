@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..viz.colors import depth_picture, labels_of_picture
-from ..viz.previews import class_bars, label_map, mask_picture
+from ..viz.previews import class_bars, label_map, mask_picture, tag_bars
 from .preprocess import Preprocess
 from .resize import resize, resize_labels
 
@@ -34,6 +34,7 @@ class Task:
     at which places things are. `sum_over_pixels`: for squared differences of features or numbers, so that a weight means the
     same at every size of image; not for cross-entropies and correlations, which mean the same anyway. `is_logits`: for
     outputs that become probabilities by a softmax or sigmoid. `has_prompt`: for networks that mark what a text asks for.
+    `names_classes`: for outputs (B, K) whose classes are chosen by name, one or several with weights.
     `distance`: `normalized_mse` for features of any range, else the loss or a divergence.
     """
 
@@ -50,6 +51,7 @@ class Task:
     has_prompt: bool = False             # a text is what the network is asked for, not its target
     croppable: bool = False              # parts of an image have it as much as the whole: cut-outs help
     sum_over_pixels: bool = False        # the energy is the loss times the number of values of the image
+    names_classes: bool = False          # targets are classes of the whole image: (B,) long, or weights (B, K)
 
 
 def _full(x: Tensor) -> Tensor:  # energies of half-precision networks are summed in at least float32
@@ -71,6 +73,40 @@ def probability(logits: Tensor, target: Tensor) -> Tensor:
     """p(target), (B,); for several classes their weighted geometric mean."""
     total = target.clamp_min(0).sum(1).clamp_min(1e-6) if target.ndim > 1 else 1
     return (-cross_entropy(logits, target) / total).exp().clamp_max(1)
+
+
+def tag_weights(logits: Tensor, target: Tensor) -> Tensor:
+    """Weights (B|1, K) of a target of tags for logits (B, K): those given, or 1 for the tag that a (B|1,) long names."""
+    return F.one_hot(target, logits.shape[1]).to(logits) if target.ndim == 1 else target.to(logits)
+
+
+def tag_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-log p of each tag aimed at, by a sigmoid of its own: logits (B, K), target (B|1,) long or weights (B|1, K) -> (B,).
+
+    A weight above 0 wants the tag, one below 0 wants it absent, -log(1 - p); with 0 the tag is free.
+    """
+    logits = _full(logits)
+    weights = tag_weights(logits, target)
+    return (weights.abs() * F.softplus(-logits * weights.sign())).sum(1)
+
+
+def tag_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of independent tags, summed over them: logits (B, K) -> (B,)."""
+    student, teacher = _full(student), _full(teacher)
+    probability = teacher.sigmoid()
+    present, absent = F.logsigmoid(teacher) - F.logsigmoid(student), F.logsigmoid(-teacher) - F.logsigmoid(-student)
+    return (probability * present + (1 - probability) * absent).sum(1)
+
+
+def tag_probability(logits: Tensor, target: Tensor) -> Tensor:
+    """p(tag), or 1 - p of an avoided one, (B,); for several tags their weighted geometric mean."""
+    total = tag_weights(_full(logits), target).abs().sum(1).clamp_min(1e-6)
+    return (-tag_cross_entropy(logits, target) / total).exp()
+
+
+def tags_present(logits: Tensor) -> Tensor:
+    """Weights of the tags of an image, (B, K): 1 for the probable ones, -1 for the others."""
+    return torch.where(logits > 0, 1.0, -1.0)
 
 
 def correlation(depth: Tensor, target: Tensor) -> Tensor:
@@ -130,6 +166,13 @@ def half_mse(output: Tensor, target: Tensor) -> Tensor:
     return (_full(output) - _full(target)).square().flatten(1).mean(1) / 2
 
 
+def aimed_half_mse(numbers: Tensor, target: Tensor) -> Tensor:
+    """Half the mean squared difference of numbers (B, K) from those of a target (B|1, K) that are not NaN, (B,)."""
+    free = target.isnan()
+    difference = half_mse(numbers, torch.where(free, _full(numbers.detach()), _full(target)))
+    return difference * (free.shape[1] / (~free).sum(1).clamp_min(1))
+
+
 def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared difference over the teacher's mean square, (B,): blind to the range of the output."""
     return half_mse(student, teacher) / half_mse(teacher, torch.zeros_like(teacher)).clamp_min(1e-6)
@@ -138,6 +181,11 @@ def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
 def proximity(output: Tensor, target: Tensor) -> Tensor:
     """1 / (1 + root mean square difference), (B,): 1 where output and target are equal, 1/2 where they differ by 1."""
     return 1 / (1 + (2 * half_mse(output, target)).sqrt())
+
+
+def aimed_proximity(numbers: Tensor, target: Tensor) -> Tensor:
+    """1 / (1 + root mean square difference) of numbers (B, K) from those of a target (B|1, K) that are not NaN, (B,)."""
+    return 1 / (1 + (2 * aimed_half_mse(numbers, target)).sqrt())
 
 
 def _positive_correlation(depth: Tensor, target: Tensor) -> Tensor:
@@ -192,7 +240,10 @@ def _depth_preview(depth: Tensor, labels: tuple[str, ...]) -> Tensor:
 
 _FEATURES = Task(half_mse, normalized_mse, proximity, sum_over_pixels=True)
 TASKS: dict[str, Task] = {
-    "class": Task(cross_entropy, kl, probability, most_probable, preview=class_bars, is_logits=True, croppable=True),
+    "class": Task(cross_entropy, kl, probability, most_probable, preview=class_bars, is_logits=True, croppable=True,
+                  names_classes=True),
+    "tags": Task(tag_cross_entropy, tag_kl, tag_probability, tags_present, preview=tag_bars, is_logits=True, croppable=True,
+                 names_classes=True),
     "depth": Task(depth_difference, depth_difference, _positive_correlation, from_map=_depth_from_map,
                   drawn_as="grey, near is white", preview=_depth_preview, dense=True),
     "segmentation": Task(pixel_cross_entropy, kl, pixel_accuracy, most_probable, _labels_from_map,
@@ -201,7 +252,7 @@ TASKS: dict[str, Task] = {
                  "white where the thing should be", _mask_from_mask, mask_picture, dense=True, is_logits=True,
                  has_prompt=True),
     "embedding": Task(cosine_energy, cosine_distance, _positive_cosine, croppable=True),
-    "number": Task(half_mse, half_mse, proximity, croppable=True, sum_over_pixels=True),
+    "number": Task(aimed_half_mse, half_mse, aimed_proximity, croppable=True, sum_over_pixels=True),
     "features": _FEATURES,
     "style": replace(_FEATURES, croppable=True),
     "structure": _FEATURES,

@@ -16,6 +16,11 @@ def class_bars(logits: Tensor, labels: tuple[str, ...], count: int = 8) -> Tenso
     return torch.cat([bar_chart(_most_probable(row, labels, count)) for row in logits.softmax(1)])
 
 
+def tag_bars(logits: Tensor, labels: tuple[str, ...], count: int = 8) -> Tensor:
+    """The most probable tags as bars, each with a probability of its own; logits (B, K), K labels."""
+    return torch.cat([bar_chart(_most_probable(row, labels, count)) for row in logits.sigmoid()])
+
+
 def _most_probable(shares: Tensor, labels: tuple[str, ...], count: int) -> dict[str, float]:
     top = shares.topk(min(count, len(shares)))
     return {labels[index]: value for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)}

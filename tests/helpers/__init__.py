@@ -94,6 +94,7 @@ class Example(NamedTuple):
 
 EXAMPLES = {
     "class": Example((CLASSES,), torch.tensor([2]), ("red fox", "grey fox", "tabby", "tiger", "goldfish")),
+    "tags": Example((CLASSES,), torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0]]), ("1girl", "solo", "long_hair", ":d", "+_+")),
     "depth": Example((1, 6, 8), randn(1, 1, 6, 8, seed=5)),
     "segmentation": Example((2, 6, 8), randn(1, 6, 8, seed=6).gt(0).long(), ("wall", "thing")),
     "mask": Example((1, 6, 8), randn(1, 1, 6, 8, seed=7).sigmoid()),

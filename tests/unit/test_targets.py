@@ -6,7 +6,7 @@ import torch
 from helpers import H, W, images, randn, says, small_guider
 from torch.nn import functional as F
 
-from ppap_core.guiders.guider import clean
+from ppap_core.guiders.guider import clean, short_labels
 from ppap_core.guiders.preprocess import Preprocess
 from ppap_core.guiders.rules import rule_guider
 from ppap_core.guiders.targets import (
@@ -21,7 +21,7 @@ from ppap_core.guiders.targets import (
 from ppap_core.guiders.tasks import IGNORE, TASKS
 from ppap_core.viz.colors import label_picture, palette
 
-OTHERS = sorted(set(TASKS) - {"class"})
+OTHERS = sorted(name for name, task in TASKS.items() if not task.names_classes)
 DRAWN, MASKED = ([name for name, task in TASKS.items() if aims(task)] for aims in (
     lambda task: task.from_map, lambda task: task.from_mask))
 
@@ -92,6 +92,50 @@ def test_an_unknown_class_or_weight_is_refused(words, hints):
 def test_a_class_for_a_guider_without_classes_is_refused(task):
     with says(ValueError, f"small/{task}", "a class", "another kind of target"):
         class_target(small_guider(task), "tabby")
+
+
+@pytest.mark.parametrize("words, target", [
+    ("solo", [1]), ("long hair", [2]), ("LONG_HAIR", [2]), (":d", [3]), ("+_+", [4]), ("1girl, solo", [0, 1]), ("1", [1]),
+    ("solo + long hair:0.5", [[0, 1, 0.5, 0, 0]]), ("solo + :d", [[0, 1, 0, 1, 0]]), (":d:-1 + 1girl", [[1, 0, 0, -1, 0]]),
+])
+def test_tags_are_chosen_by_name_with_or_without_underscores(words, target):
+    assert class_target(small_guider("tags"), words).tolist() == target
+
+
+@pytest.mark.parametrize("words, hints", [("long", ["'long'", "long_hair"]), ("sola", ["'sola'", "solo"])])
+def test_an_unknown_tag_is_refused_with_similar_ones(words, hints):
+    with says(ValueError, *hints):
+        class_target(small_guider("tags"), words)
+
+
+def test_tags_that_are_aimed_at_leave_all_others_alone():
+    """The gradient is that of the tag alone, whatever the others are."""
+    guider, image = small_guider("tags"), images().requires_grad_()
+    [gradient] = torch.autograd.grad(guider.aim(class_target(guider, "solo")).energy(image, clean(image)).sum(), image)
+    [own] = torch.autograd.grad(-F.logsigmoid(guider.predict(image, clean(image))[:, 1]).sum(), image)
+    torch.testing.assert_close(gradient, own)
+
+
+def test_where_classes_have_no_names_the_message_asks_for_a_number():
+    with says(ValueError, "'goldfish'", "a number below 3", "no other names"):
+        class_target(replace(small_guider(), labels=("0", "1", "2")), "goldfish")
+
+
+@pytest.mark.parametrize("name", ["Straße", "STRASSE", "cafe\u0301", "caf\u00e9", "\u732b"])
+def test_names_in_any_script_are_found(name):
+    labels = short_labels(["Stra\u00dfe", "Caf\u00e9", "\u732b"])
+    index = label_index(replace(small_guider(), labels=labels), name)
+    assert index == (0 if "s" in name.lower() else 1 if "c" in name else 2)
+
+
+@pytest.mark.parametrize("names", [
+    ["cat", "cat", "Cat"], ["a", "a 2", "a"], ["", "", "cat"], [",", "cat, feline", "cat"], ["a 1", "a", "a", "a 2", "a"],
+    ["1", "0", "1"], ["Stra\u00dfe", "STRASSE"], ["+", ":", "a+b"],
+])
+def test_every_class_is_reached_by_its_own_label(names):
+    """Whatever the names are: the same twice, empty, commas only, or those that a number would be given."""
+    guider = replace(small_guider(), labels=short_labels(names))
+    assert [class_target(guider, label).tolist() for label in guider.labels] == [[index] for index in range(len(names))]
 
 
 def test_a_class_is_found_by_its_name_in_any_case():
@@ -244,6 +288,17 @@ def test_a_number_is_a_target_for_what_measures_one():
 def test_a_number_for_a_guider_that_measures_none_is_refused(task):
     with says(ValueError, f"small/{task}", "a number"):
         number_target(small_guider(task), 3)
+
+
+def test_one_of_several_numbers_is_chosen_by_name_or_index():
+    guider = replace(small_guider("number"), labels=("valence", "arousal", "3"))
+    for name in ("Arousal", "1", " arousal "):
+        target = number_target(guider, 0.5, name)
+        assert target.shape == (1, 3) and target[0, 1] == 0.5 and target.isnan().tolist() == [[True, False, True]]
+    with says(ValueError, "3 numbers", "valence, arousal"):
+        number_target(guider, 0.5)
+    with says(ValueError, "'arousel'", "arousal"):
+        number_target(guider, 0.5, "arousel")
 
 
 # Palettes

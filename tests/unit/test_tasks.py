@@ -1,4 +1,6 @@
 """The comparisons of each kind of network, against their definitions."""
+import math
+
 import pytest
 import torch
 from helpers import EXAMPLES, images, randn, says
@@ -195,6 +197,41 @@ def test_the_score_of_several_classes_is_a_geometric_mean():
     torch.testing.assert_close(score, (p[:, 0] ** 3 * p[:, 2]) ** 0.25)
 
 
+# Tags
+
+def test_the_energy_of_a_tag_is_minus_its_own_log_probability():
+    """All other tags are free: none of the push removes one that is true."""
+    logits = randn(3, 5).requires_grad_()
+    energy = TASKS["tags"].loss(logits, torch.tensor([1]))
+    torch.testing.assert_close(energy, -logits[:, 1].sigmoid().log())
+    energy.sum().backward()
+    assert bool((logits.grad[:, 1] < 0).all()) and not logits.grad[:, [0, 2, 3, 4]].any()
+
+
+def test_an_avoided_tag_is_wanted_absent():
+    logits, weights = randn(3, 5), torch.tensor([[1.0, 0.0, 0.5, 0.0, -0.25]])
+    p = logits.sigmoid()
+    expected = -p[:, 0].log() - 0.5 * p[:, 2].log() - 0.25 * (1 - p[:, 4]).log()
+    torch.testing.assert_close(TASKS["tags"].loss(logits, weights), expected)
+    torch.testing.assert_close(TASKS["tags"].score(logits, weights), (-expected / 1.75).exp())
+
+
+def test_tags_are_distilled_each_by_a_divergence_of_its_own():
+    student, teacher = randn(3, 5), randn(3, 5, seed=1)
+    p, q = teacher.sigmoid(), student.sigmoid()
+    each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    torch.testing.assert_close(TASKS["tags"].distance(student, teacher), each.sum(1))
+
+
+@pytest.mark.parametrize("logit", [-300.0, 300.0])
+def test_certain_tags_have_finite_energies_and_gradients(logit):
+    logits = torch.full((1, 5), logit, requires_grad=True)
+    for value in (TASKS["tags"].loss(logits, torch.tensor([[1.0, -1.0, 0.0, 0.5, -2.0]])),
+                  TASKS["tags"].distance(logits, -logits.detach())):
+        [gradient] = torch.autograd.grad(value.sum(), logits)
+        assert bool(value.isfinite()) and bool(gradient.isfinite().all()) and bool(gradient.any())
+
+
 # Masks
 
 def test_the_energy_of_a_mask_is_the_mean_cross_entropy():
@@ -232,6 +269,22 @@ def test_numbers_and_features_are_compared_by_half_the_mse(task):
     torch.testing.assert_close(TASKS[task].loss(output, target), ((output - target) ** 2).flatten(1).mean(1) / 2)
     assert TASKS[task].sum_over_pixels and torch.equal(TASKS[task].score(target, target), torch.ones(3))
     torch.testing.assert_close(TASKS[task].score(target + 1, target), torch.full((3,), 0.5))
+
+
+def test_the_energy_of_a_number_is_half_the_square():
+    numbers, target = randn(3, 1), torch.tensor([[0.8]])
+    assert torch.equal(TASKS["number"].loss(numbers, target), half_mse(numbers, target))
+    torch.testing.assert_close(TASKS["number"].score(target + 1, target), torch.tensor([0.5]))
+
+
+def test_numbers_that_nobody_aimed_at_are_free():
+    numbers = randn(3, 4).requires_grad_()
+    target = torch.tensor([[math.nan, 2.0, math.nan, math.nan]])
+    for compare in (TASKS["number"].score, TASKS["number"].loss):
+        value = compare(numbers, target)
+        torch.testing.assert_close(value, compare(numbers[:, 1:2], target[:, 1:2]))
+    value.sum().backward()
+    assert torch.equal(numbers.grad != 0, torch.tensor([[False, True, False, False]]).expand(3, 4))
 
 
 @pytest.mark.parametrize("task", [name for name in SQUARES if TASKS[name].distance is not half_mse])

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...io.files import read_json
-from ..guider import Guider, IgnoreSigma, short_labels
+from ..guider import Guider, IgnoreSigma
 from ..preprocess import timm_preprocess
+from .labels import Head, imagenet_labels, read_head
 from .offline import offline
 from .weights import Loaded, read_weights, require_unused, tensors_without_weights, unwrapped
 
 log = logging.getLogger(__name__)
 
+LABEL_KEYS = ("label_names", "labels", "id2label", "label2id")  # of config.json, in the order in which they count
 FINE_STRIDE = 16  # layers with at most so many pixels between two places show textures
 
 
@@ -110,7 +112,8 @@ def load_timm(folder: Path, output: str = "own") -> Guider:
 def _guider(folder: Path, net: Any, config: dict[str, Any], output: str) -> Guider:
     guider = partial(Guider, f"timm/{folder.name}", preprocess=timm_preprocess(_data_config(config, net)))
     if output == "own" and net.num_classes > 0:
-        return guider(IgnoreSigma(net), task="class", labels=_labels(folder.name, config, net))
+        head = _head(folder, config, net.num_classes)
+        return guider(IgnoreSigma(net), task=head.task, labels=head.labels)
     if output in ("own", "embedding"):
         return guider(IgnoreSigma(Embedding(net)), task="embedding")
     return guider(IgnoreSigma(Features(_feature_maps(net, config["architecture"], output), FEATURES[output])), task=output)
@@ -146,7 +149,8 @@ def _architecture(config: Mapping[str, Any], name: str) -> tuple[str, dict[str, 
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} knows no architecture {config.get('architecture')!r} (from "
                          f"{name}/config.json): expected one of timm.list_models(); a newer timm may have it")
-    options = {"num_classes": config.get("num_classes", 1000)} | config.get("model_args", {})
+    classes = {"num_classes": 1000} | _pretrained(config) | config
+    options = {"num_classes": classes["num_classes"]} | (config.get("model_args") or {})
     foreign = [option for option in inspect.signature(timm.create_model).parameters if option in options]
     if foreign:  # checkpoint_path may be a pickle, pretrained downloads
         raise ValueError(f"model_args in {name}/config.json holds {foreign[0]}, which is no setting of the network: "
@@ -254,20 +258,19 @@ def _without_tables(net: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor
 def _data_config(config: Mapping[str, Any], net: nn.Module) -> dict[str, Any]:
     from timm.data import resolve_data_config
 
-    data = resolve_data_config(config.get("pretrained_cfg", {}), model=net)
+    data = resolve_data_config({**config, **_pretrained(config)}, model=net)  # old files have it all at the top
     size = getattr(getattr(net, "patch_embed", None), "img_size", None)  # the file may say that of the network it came from
     return data | {"input_size": (3, *size)} if size else data
 
 
-def _labels(name: str, config: Mapping[str, Any], net: Any) -> tuple[str, ...]:
-    """The folder's own names, else those of ImageNet if the network was trained on it, else numbers."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
+def _pretrained(config: Mapping[str, Any]) -> dict[str, Any]:
+    return config.get("pretrained_cfg") or {}
 
-    labels = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
-    if labels:
-        return short_labels(labels)
-    subset = infer_imagenet_subset(net)
-    if subset:
-        return short_labels(list(ImageNetInfo(subset).label_descriptions()))
-    log.warning("%s has no names for its %d classes in config.json: aim it at numbers", name, net.num_classes)
-    return tuple(map(str, range(net.num_classes)))
+
+def _head(folder: Path, config: Mapping[str, Any], count: int) -> Head:
+    """The folder's own names, else those of ImageNet if the network was trained on it, else numbers."""
+    said = {**_pretrained(config), **{key: value for key, value in config.items() if value}}
+    names, descriptions = next(filter(None, map(said.get, LABEL_KEYS)), None), said.get("label_descriptions")
+    if not names and not descriptions:
+        names = imagenet_labels(folder.name, said, count)
+    return read_head(folder, count, said.get("problem_type"), names, descriptions)

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...io.files import read_json, read_safetensors, write_json
-from ..guider import Guider, IgnoreSigma, short_labels
+from ..guider import Guider, IgnoreSigma
 from ..preprocess import Preprocess, processor_preprocess
 from ..resize import without_autocast
+from .labels import Head, class_labels, read_head
 from .offline import offline, settled
 from .weights import Loaded, read_weights, require_unused, tensors_without_weights, unwrapped
 
 log = logging.getLogger(__name__)
 
-METRIC_DEPTH = ("zoedepth", "glpn")  # model types whose depth is in metres; that of all others is inverse
+METRIC_DEPTH = ("zoedepth", "glpn", "tipsv2_dpt")  # model types whose depth is in metres; that of all others is inverse
 SMALLEST_SHARE = 1e-6  # of a class in a place, before its logarithm
 
 ForwardFn = Callable[..., Tensor]
@@ -57,12 +58,16 @@ def inverse_depth(model: Any, image: Tensor) -> Tensor:
 def semantic_logits(model: Any, image: Tensor, **task: Tensor) -> Tensor:
     """Log of the share of each class in each place, (B, K, h, w): class probabilities of the queries times their masks.
 
-    Semantic inference (Cheng et al. 2021), as `post_process_semantic_segmentation` does it, with a gradient.
+    Semantic inference (Cheng et al. 2021), as `post_process_semantic_segmentation` does it, with a gradient. A single class,
+    with nothing to compare its share to, has the logit of being marked by any query instead.
     """
     output = model(pixel_values=image, **task)
     with without_autocast(image.device.type):  # float16 cannot hold the gradient of a small share
         classes = output.class_queries_logits.float().softmax(-1)[..., :-1]
         masks = output.masks_queries_logits.float().sigmoid()
+        if classes.shape[-1] == 1:
+            absent = (1 - classes[..., None] * masks).clamp_min(SMALLEST_SHARE).log().sum(1, keepdim=True)
+            return (-absent.expm1()).clamp_min(SMALLEST_SHARE).log() - absent
         return torch.einsum("bqk,bqhw->bkhw", classes, masks).clamp_min(SMALLEST_SHARE).log()
 
 
@@ -111,11 +116,12 @@ def head_score(embed: ForwardFn, model: Any, image: Tensor) -> Tensor:
 
 
 TASK_HEADS: dict[str, tuple[str, ForwardFn]] = {
-    "ForImageClassification": ("class", logits), "ForDepthEstimation": ("depth", inverse_depth),
+    "ForImageClassification": ("class", logits), "ForImageClassificationWithTeacher": ("class", logits),
+    "ForDepthEstimation": ("depth", inverse_depth),
     "ForSemanticSegmentation": ("segmentation", logits), "ForUniversalSegmentation": ("segmentation", semantic_logits),
     "MaskFormerForInstanceSegmentation": ("segmentation", semantic_logits),
 }
-"""How the name of an architecture ends -> its task and its output."""
+"""How the name of an architecture ends -> its task and its output; some outputs make it another task: see `_head`."""
 DUAL_ENCODERS = ("CLIPModel", "SiglipModel", "Siglip2Model", "CLIPVisionModelWithProjection", "SiglipVisionModel",
                  "Siglip2VisionModel")
 BACKBONES = ("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel", "ViTModel", "ViTMSNModel")
@@ -183,8 +189,30 @@ def _with_task_head(guider: MakeGuider, folder: Path, model: Any, architecture: 
     task, forward_fn = next(head for suffix, head in TASK_HEADS.items() if architecture.endswith(suffix))
     if architecture.startswith("OneFormer"):
         forward_fn = partial(task_semantic_logits, _task_tokens(folder, model.config.task_seq_len))
-    labels = () if task == "depth" else _labels(folder.name, model.config.id2label)
-    return guider(IgnoreSigma(ForwardNet(model, forward_fn)), task=task, labels=labels)
+    head = _head(folder, model.config, task)
+    return guider(IgnoreSigma(ForwardNet(model, forward_fn)), task=head.task, labels=head.labels)
+
+
+def _head(folder: Path, config: Any, task: str) -> Head:
+    """Task and labels of a network by its outputs: one segment is a mask, one number of a classifier is no class."""
+    count = config.num_labels
+    if task == "class":
+        return read_head(folder, count, getattr(config, "problem_type", None), _names(folder.name, config))
+    if task == "segmentation" and count > 1:
+        return Head(task, class_labels(folder.name, count, _names(folder.name, config)))
+    return Head("mask" if task == "segmentation" else task, ())
+
+
+def _names(folder: str, config: Any) -> dict[int, str]:
+    """Names of the classes as the library takes them; the log says where the folder contradicts itself."""
+    index_of = config.label2id or {}
+    for index, name in config.id2label.items():
+        other = index_of.get(name, index)
+        if other != index and config.id2label.get(other) != name:
+            log.warning("%s/config.json contradicts itself: %s is class %s in id2label, which counts, but %s in label2id",
+                        folder, name, index, other)
+            break
+    return config.id2label
 
 
 def check_transformers(folder: Path, name: str) -> None:
@@ -287,14 +315,6 @@ def _preprocess(folder: Path, name: str = "") -> Preprocess:
         return processor_preprocess(read_json(folder / "processor_config.json").get("image_processor", {}))
     raise FileNotFoundError(f"{name or folder.name} has no preprocessor_config.json: expected the file that says how large "
                             "and how bright the network wants its images; copy it from the network's own page")
-
-
-def _labels(name: str, id2label: Mapping[int, str]) -> tuple[str, ...]:
-    labels = [str(id2label.get(index, index)) for index in range(len(id2label))]
-    if labels == [f"LABEL_{index}" for index in range(len(labels))]:
-        log.warning("%s has no names for its %d classes in config.json: aim it at numbers", name, len(labels))
-        return tuple(map(str, range(len(labels))))
-    return short_labels(labels)
 
 
 def linear_head(file: Path) -> nn.Sequential:

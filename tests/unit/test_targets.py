@@ -116,7 +116,7 @@ def test_tags_that_are_aimed_at_leave_all_others_alone():
     torch.testing.assert_close(gradient, own)
 
 
-def test_where_classes_have_no_names_the_message_asks_for_a_number():
+def test_the_message_asks_for_numbers_where_there_are_no_names():
     with says(ValueError, "'goldfish'", "a number below 3", "no other names"):
         class_target(replace(small_guider(), labels=("0", "1", "2")), "goldfish")
 

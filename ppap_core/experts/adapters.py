@@ -101,6 +101,12 @@ class AdaptedLayers:
             merged.append((layer, plain))
         return merged
 
+    def plain_state(self, net: nn.Module) -> dict[str, Tensor]:
+        """The state of the network that carries the layers, under the names and with the values of one without adapters."""
+        plain = {id(layer.base_layer.weight): weight for layer, weight in self.merged}
+        return {name.replace(".base_layer.", "."): plain.get(id(tensor), tensor)
+                for name, tensor in net.state_dict(keep_vars=True).items() if ".lora_" not in name}
+
     def activate(self, index: int) -> None:
         """Switch to one adapter."""
         for layer in self.layers if self.training else self.layers[len(self.merged):]:

@@ -2,15 +2,16 @@
 from pathlib import Path
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..guiders.guider import Guider
 from ..guiders.latents import PIXELS, LatentSpace, View
 from ..io.files import load_tensors, save_tensors, with_prefix, without_prefix
-from ..io.hashing import fingerprint_network
+from ..io.hashing import fingerprint_network, weight_digests
 from ..schedules import ExpertSchedule
 from .adapters import LoraSpec
 from .bank import ExpertBank, base_network
+from .identity import Names, libraries, match_former_names, match_layers, match_weights
 
 FORMAT = 1
 KIND = "expert bank"
@@ -27,38 +28,63 @@ def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
         tensors |= with_prefix(f"expert_{index}", bank.weights(index))
     if bank.space:
         tensors |= {"space.factors": bank.space.factors, "space.bias": bank.space.bias}
-    save_tensors(path, tensors, _requirements(guider, bank.fingerprint) | {
-        "guider": guider.name, "space": bank.space_name, "shuffle": bank.space.shuffle if bank.space else 1,
-        "view": bank.view, "edges": list(bank.schedule.edges), "rank": bank.lora.rank, "alpha": bank.lora.alpha,
-        "targets": list(bank.lora.targets), "recipe": bank.training_info})
+    save_tensors(path, tensors, _requirements(guider) | {
+        "fingerprint": bank.fingerprint, "guider": guider.name, "space": bank.space_name,
+        "shuffle": bank.space.shuffle if bank.space else 1, "view": bank.view, "edges": list(bank.schedule.edges),
+        "rank": bank.lora.rank, "alpha": bank.lora.alpha, "targets": list(bank.lora.targets), "recipe": bank.training_info,
+        "library": libraries(bank.net), "weights": weight_digests(bank.adapted.plain_state(bank.net))})
 
 
 def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
-    """Read a bank onto the network of a plain guider.
+    """Read a bank onto the network of a plain guider, which another release of its library may have named differently.
 
     FileNotFoundError without the file; ValueError if it is damaged or, naming both values, belongs to something else.
     """
-    tensors, header = load_tensors(path)
-    for key, expected in _requirements(guider, fingerprint_network(base_network(guider))).items():
+    file, (tensors, header) = Path(path).name, load_tensors(path)
+    base = base_network(guider)
+    for key, expected in _requirements(guider).items():
         if header.get(key) != expected:
-            raise ValueError(f"{Path(path).name} does not fit: its {key} is {header.get(key)!r}, expected {expected!r}; "
-                             "load the guider that these experts were distilled for, or distil new ones")
+            raise _unfit(file, key, header, expected)
+    weights = _match_weights(file, header, base)
     try:
+        layers = match_layers(map(str, header["targets"]), weights)
         schedule = ExpertSchedule(tuple(map(float, header["edges"])))
-        lora = LoraSpec(int(header["rank"]), float(header["alpha"]), tuple(map(str, header["targets"])))
+        lora = LoraSpec(int(header["rank"]), float(header["alpha"]), tuple(layers.values()))
         view, space = cast(View, str(header["view"])), _space(tensors, header)  # ExpertBank refuses an unknown view
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the description in {Path(path).name} is damaged ({error}): copy or distil it again") from error
-    bank = ExpertBank(base_network(guider), schedule, lora, view, space=space)
+        raise ValueError(f"the description in {file} is damaged ({error}): copy or distil it again") from error
+    bank = ExpertBank(base, schedule, lora, view, space=space)
     bank.training_info = header.get("recipe", {})
     for index in range(len(schedule)):
-        bank.load(index, without_prefix(f"expert_{index}", tensors))
+        bank.load(index, rename_adapters(without_prefix(f"expert_{index}", tensors), layers))
     return bank
 
 
-def _requirements(guider: Guider, fingerprint: str) -> dict:
+def _match_weights(file: str, header: dict, base: nn.Module) -> Names:
+    """Pair the weights of a file's network with those of one that is here. ValueError if it is another network."""
+    found = match_former_names(str(header.get("fingerprint")), base)
+    if found is None and isinstance(header.get("weights"), dict):
+        found = match_weights(header["weights"], weight_digests(base.state_dict()))
+    if found is None:
+        release = f" (made with {header.get('library') or 'a release that it does not name'}; here is {libraries(base)})"
+        raise _unfit(file, "fingerprint", header, fingerprint_network(base), release if libraries(base) else "")
+    return found
+
+
+def _unfit(file: str, key: str, header: dict, expected: object, release: str = "") -> ValueError:
+    return ValueError(f"{file} does not fit: its {key} is {header.get(key)!r}{release}, expected {expected!r}; load the "
+                      "guider that these experts were distilled for, or distil new ones")
+
+
+def rename_adapters(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Weights of an expert with the layers' names in a file replaced by those in the network."""
+    layers = {name: name.partition(".lora_") for name in weights}
+    return {f"{names.get(layer, layer)}{mark}{rest}": weights[name] for name, (layer, mark, rest) in layers.items()}
+
+
+def _requirements(guider: Guider) -> dict:
     """Entries that must agree between a file and a guider: any other value would silently make the experts useless."""
-    return {"kind": KIND, "format": FORMAT, "noise": NOISE, "task": guider.task, "fingerprint": fingerprint,
+    return {"kind": KIND, "format": FORMAT, "noise": NOISE, "task": guider.task,
             "preprocess": guider.preprocess.to_dict()}
 
 

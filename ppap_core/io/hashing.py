@@ -38,11 +38,26 @@ def digest(value: object, sampled: bool = False) -> str:
 
 def fingerprint_network(net: nn.Module) -> str:
     """16 hex digits that identify all parameters and buffers of a network by name, type and value."""
+    return fingerprint_state(net.state_dict())
+
+
+def fingerprint_state(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits that identify tensors by name, type and value."""
     hashed = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         hashed.update(_bytes(tensor))
     return hashed.hexdigest()[:16]
+
+
+def weight_digests(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Shape, type and 12 hex digits of the values of each floating tensor, such as "8x3x3x3 float32 0a1b2c3d4e5f".
+
+    They tell networks apart without names, which the next release of a library changes. Integers are counters and indices.
+    """
+    return {name: f"{'x'.join(map(str, tensor.shape)) or 1} {str(tensor.dtype).removeprefix('torch.')} "
+                  f"{hashlib.sha256(_bytes(tensor)).hexdigest()[:12]}"
+            for name, tensor in state.items() if tensor.is_floating_point()}
 
 
 def _bytes(tensor: Tensor) -> Any:

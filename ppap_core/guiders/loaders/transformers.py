@@ -42,6 +42,20 @@ class ForwardNet(nn.Module):
     def forward(self, image: Tensor, *prompt: Tensor) -> Tensor:
         return self.forward_fn(self.model, image, *prompt)
 
+    def names_in_files(self) -> dict[str, str]:
+        """Return the names that the weights have in files, and had in the network before transformers 5, by their own."""
+        try:
+            from transformers.core_model_loading import revert_weight_conversion
+        except ImportError:  # transformers 4, which names them as files do
+            return {}
+        model: Any = self.model
+        own = list(model.state_dict())
+        try:
+            found = revert_weight_conversion(model, {name: torch.tensor([i]) for i, name in enumerate(own)})
+        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):  # values would change as well
+            return {}
+        return {f"model.{own[int(index)]}": f"model.{name}" for name, index in found.items()}
+
 
 def logits(model: Any, image: Tensor) -> Tensor:
     """Logits of classes (B, K), or of classes in each place (B, K, h, w)."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import says
 from helpers.guider_families import FAMILIES, HALVES, VIT, config, hf_net, photographs, processor, random_weights, timm_net
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
 from ppap_core.guiders.guider import Guider, clean
@@ -192,8 +192,14 @@ def test_the_prefix_of_a_wrapper_is_taken_off(name: str, prefix: str, tmp_path):
 
 # Numbers and files
 
+def in_half(said: dict) -> dict:
+    """A configuration that names half precision, in its parts too."""
+    parts = {key: in_half(value) for key, value in said.items() if isinstance(value, dict) and "model_type" in value}
+    return said | parts | {"torch_dtype": "float16", "dtype": "float16"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("name", ["timm ViT", "image classifier (ViT)", "Depth Anything"])
+@pytest.mark.parametrize("name", ["timm ViT", "CLIP", "Depth Anything"])
 def test_weights_of_any_precision_are_read_exactly(name: str, dtype: torch.dtype, tmp_path):
     """The network computes in single precision with the very numbers of the file, whatever type config.json names."""
     WRITERS[name](tmp_path)
@@ -201,7 +207,7 @@ def test_weights_of_any_precision_are_read_exactly(name: str, dtype: torch.dtype
     rewrite(tmp_path, {each: tensor.float() for each, tensor in rounded.items()})
     if "timm" not in name:
         said = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps(said | {"torch_dtype": "float16", "dtype": "float16"}))
+        (tmp_path / "config.json").write_text(json.dumps(in_half(said)))
     single = load_guider(tmp_path)
     rewrite(tmp_path, rounded)
     guider = load_guider(tmp_path)
@@ -262,6 +268,39 @@ def test_quantised_weights_are_refused(method: str, tmp_path):
     said = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(said | {"quantization_config": {"quant_method": method}}))
     with says(ValueError, method, "quantised"):
+        load_guider(tmp_path)
+
+
+def test_a_timm_network_that_transformers_saved_is_loaded(tmp_path):
+    """Its config.json has keys of both libraries, and its weights the prefix of the wrapper."""
+    import transformers
+
+    net = timm.create_model("resnet10t", num_classes=5)
+    wrapped = transformers.TimmWrapperForImageClassification(transformers.TimmWrapperConfig(
+        architecture="resnet10t", num_classes=5, num_labels=5))
+    wrapped.timm_model.load_state_dict(random_weights(net).state_dict())
+    wrapped.save_pretrained(tmp_path)
+    guider = load_guider(tmp_path)
+    assert guider.task == "class" and len(guider.labels) == 5
+    assert fingerprint_network(guider.net.net) == fingerprint_network(net)
+
+
+def test_a_weight_under_two_names_is_missing_under_none(tmp_path):
+    """Files hold one name of a shared weight only."""
+    net = random_weights(timm.create_model("coat_tiny", num_classes=5))
+    WRITERS["timm ResNet"](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "coat_tiny", "model_args": None}))
+    save_model(net, str(tmp_path / "model.safetensors"))
+    assert len(weights_of(tmp_path)) < len(net.state_dict())
+    assert fingerprint_network(load_guider(tmp_path).net.net) == fingerprint_network(net)
+
+
+def test_settings_that_no_network_has_are_refused(tmp_path):
+    WRITERS["timm ResNet"](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"depth_of_tomorrow": 3}}))
+    with says(ValueError, "resnet10t", "depth_of_tomorrow", "copy the folder again"):
         load_guider(tmp_path)
 
 

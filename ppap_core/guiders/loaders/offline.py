@@ -44,11 +44,13 @@ def _forget_sessions() -> None:
 def settled(config: dict[str, Any], name: str) -> dict[str, Any]:
     """A configuration that says all by itself: backbones by their settings and not by their names, no code from the hub.
 
+    The precision is left out too: some releases would round the weights to it before they are read.
+
     config: the content of a config.json of transformers. name: of its folder, for sentences. ValueError for a backbone whose
     settings are on the hub alone.
     """
     config = {key: settled(value, name) if isinstance(value, dict) else value for key, value in config.items()
-              if not (key.endswith("attn_implementation") and "/" in str(value))}  # a page of the hub with compiled code
+              if not key.endswith(("attn_implementation", "dtype"))}  # the former may name a page with compiled code
     if config.get("model_type") == "timm_backbone":
         return config | {"use_pretrained_backbone": False}
     if "use_pretrained_backbone" in config:

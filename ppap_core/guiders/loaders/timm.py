@@ -163,8 +163,13 @@ def _load(folder: Path) -> tuple[Loaded, dict[str, Any]]:
     architecture, options = _architecture(config, folder.name)
     import timm
 
-    with offline():
-        net = timm.create_model(architecture, pretrained=False, **options)
+    try:
+        with offline():
+            net = timm.create_model(architecture, pretrained=False, **options)
+    except Exception as error:  # of each architecture another one
+        raise ValueError(f"{folder.name}/config.json describes a network that timm {timm.__version__} cannot make of "
+                         f"{architecture} ({' '.join(str(error).split())[:200]}): copy the folder again; another timm may "
+                         "make it") from error
     return Loaded(net, _load_weights(net, folder, architecture)), config
 
 

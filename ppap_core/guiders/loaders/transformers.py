@@ -277,6 +277,7 @@ def _load(folder: Path) -> Loaded:
     if wrong:
         raise ValueError(f"{_misfit(folder, architecture)}: {len(wrong)} are of another shape than config.json says, such "
                          f"as {min(wrong)}; copy the folder again")
+    _require_values(model, folder.name)
     model = model.float().eval().requires_grad_(False)
     _warn_of_unused(folder.name, weights, loading["unexpected_keys"])
     return Loaded(model, tensors_without_weights(model, loading["missing_keys"]))
@@ -291,7 +292,7 @@ def _config(architecture: str, config: Mapping[str, Any]) -> Any:
 
     kind = getattr(transformers, architecture).config_class
     with TemporaryDirectory() as place:  # only from a file is it read as the library reads it
-        write_json(Path(place) / "config.json", {key: value for key, value in config.items() if not key.endswith("dtype")})
+        write_json(Path(place) / "config.json", config)
         return kind.from_pretrained(place, local_files_only=True)
 
 
@@ -308,6 +309,14 @@ def _filled(architecture: str, config: Any, weights: dict[str, Tensor]) -> tuple
         if not filled[-1][1]["missing_keys"]:
             break
     return min(filled, key=_count_missing)
+
+
+def _require_values(model: nn.Module, name: str) -> None:
+    """ValueError for a model that the library left with tensors on no device."""
+    empty = [part for part, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise ValueError(f"this release of transformers leaves {len(empty)} tensors of {name} without values, such as "
+                         f"{empty[0]}: expected a network that it can load; another release may load it")
 
 
 def _count_missing(filled: tuple[Any, dict[str, Any]]) -> int:

@@ -14,6 +14,7 @@ from ...ppap_core.experts.bank import ExpertBank, base_network
 from ...ppap_core.experts.checkpoint import save_bank
 from ...ppap_core.experts.distill import DistillConfig, distill
 from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
+from ...ppap_core.experts.states import state_folder
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import LatentSpace, View
 from ...ppap_core.io.hashing import digest
@@ -127,13 +128,19 @@ def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: fl
 def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
     """Train a bank on the steps that led to the samples, resuming where it was cancelled; returns the losses by interval."""
     report = _DistillationReport(bank.schedule, config.steps)
-    identity = [samples.store.manifest, len(samples.store), guider.name, bank.fingerprint, bank.view, bank.space_name,
-                bank.schedule.edges, bank.lora, config]
-    folder = paths.output_folder("ppap_distillation", digest(identity))
+    folder = state_folder(guider, bank, partial(_folder_of, samples, guider, bank, config))
     load_to_train([module_of(guider), bank])
     with outside_inference_mode():
         losses = distill(guider, bank, samples.store, config, folder, report.on_step)
     return dict(zip(report.losses, losses, strict=True))
+
+
+def _folder_of(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig, fingerprint: str,
+               lora: LoraSpec) -> Path:
+    """Return the folder for the states of a distillation, whatever its network's layers are called."""
+    identity = [samples.store.manifest, len(samples.store), guider.name, fingerprint, bank.view, bank.space_name,
+                bank.schedule.edges, lora, config]
+    return paths.output_folder("ppap_distillation", digest(identity))
 
 
 class _DistillationReport:

@@ -49,13 +49,21 @@ def match_former_names(fingerprint: str, net: nn.Module) -> Names | None:
     """
     if fingerprint == fingerprint_network(net):
         return {name: name for name in net.state_dict()}
+    names, fingerprints = former_identity(net)
+    return names if fingerprint in fingerprints else None
+
+
+def former_identity(net: nn.Module) -> tuple[Names, list[str]]:
+    """Former name of each weight -> its own, and the hashes over names that the network may have had under them.
+
+    Former names are those that its library says the weights have in files: most networks of transformers 4 had them.
+    """
     former: Names = getattr(net, "names_in_files", dict)()
     tables = {_former_name(name, former): _former_table(buffer) for name, buffer in net.named_buffers()
               if not buffer.is_floating_point()}
     state = {former.get(name, name): tensor for name, tensor in net.state_dict().items()}
-    if fingerprint not in map(fingerprint_state, (state, tables | state)):  # tables were saved once, and are computed now
-        return None
-    return {former.get(name, name): name for name in net.state_dict()}
+    return ({former.get(name, name): name for name in net.state_dict()},
+            [fingerprint_state(state), fingerprint_state(tables | state)])  # tables were saved once, and are computed now
 
 
 def _former_name(buffer: str, former: Names) -> str:

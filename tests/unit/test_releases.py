@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import disturb, fixed_weights, randn, says, small_guider
+from helpers import disturb, fixed_weights, images, made_up_trajectories, randn, says, small_guider
 from helpers.releases import RELEASES, WRITERS, answers, write_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.checkpoint import load_bank, save_bank
+from ppap_core.experts.distill import DistillConfig, distill
+from ppap_core.experts.samples import SHARD_SIZE, SampleStore
+from ppap_core.experts.states import NOTE, state_folder
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.preprocess import Preprocess
 from ppap_core.io.files import load_tensors, save_tensors
-from ppap_core.io.hashing import weight_digests
+from ppap_core.io.hashing import digest, weight_digests
 from ppap_core.schedules import ExpertSchedule
 
 NETWORKS = sorted(file.stem for file in (RELEASES / WRITERS[0]).glob("*.safetensors") if file.stem != "answers")
@@ -69,14 +72,30 @@ class After(nn.Module):
 
     def __init__(self, before: Before):
         super().__init__()
-        self.head = nn.ModuleDict({"fc": before.classifier})
         self.blocks = nn.ModuleList([nn.ModuleDict({"k_proj": before.key, "q_proj": before.query})])
         self.embed = nn.Sequential(before.stem, before.norm)
+        self.head = nn.ModuleDict({"fc": before.classifier})
         self.register_buffer("table", torch.arange(4))
 
     def forward(self, image: Tensor) -> Tensor:
         pooled = self.embed(image).relu().mean((2, 3))
         return self.head["fc"](self.blocks[0]["q_proj"](pooled) * self.blocks[0]["k_proj"](pooled).sigmoid())
+
+
+class Known(nn.Module):
+    """The same network under names that its library can take back."""
+
+    def __init__(self, before: Before):
+        super().__init__()
+        self.a, self.norm, self.b, self.c, self.d = before.children()
+
+    def names_in_files(self) -> dict[str, str]:
+        old = dict(a="stem", norm="norm", b="query", c="key", d="classifier")
+        return {name: f"{old[name.partition('.')[0]]}.{name.partition('.')[2]}" for name in self.state_dict()}
+
+    def forward(self, image: Tensor) -> Tensor:
+        pooled = self.norm(self.a(image)).relu().mean((2, 3))
+        return self.d(self.b(pooled) * self.c(pooled).sigmoid())
 
 
 class Fused(nn.Module):
@@ -102,7 +121,7 @@ def before(**changes: Tensor) -> Before:
 
 
 def guider_of(net: nn.Module) -> Guider:
-    return Guider("small/class", IgnoreSigma(net), Preprocess(size=None), "class")
+    return Guider("small/class", IgnoreSigma(net), Preprocess((12, 16)), "class", tuple("abcde"))
 
 
 def saved_bank(folder: Path, net: nn.Module) -> tuple[Path, Tensor]:
@@ -196,3 +215,81 @@ def test_digests_in_a_bank_are_those_of_the_plain_weights(tmp_path):
     save_bank(tmp_path / "bank.safetensors", bank, guider)
     header = load_tensors(tmp_path / "bank.safetensors")[1]
     assert bank.adapted.merged and header["weights"] == weight_digests(base_network(guider).state_dict())
+
+
+# Distillations under way
+
+CONFIG = DistillConfig(steps=8, batch=3, lr=1e-2, seed=4)
+
+
+class Stopped(Exception):
+    pass
+
+
+class Distillation:
+    """A distillation that keeps its states as the node does, under releases that name the layers in their own way."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.steps = folder, []
+        self.store = SampleStore(folder / "store", {"seed": 0})
+        self.store.fill(SHARD_SIZE, lambda seeds: (images(len(seeds), seed=seeds[0]),
+                                                   made_up_trajectories(images(len(seeds), seed=seeds[0]), seeds[0])))
+
+    def folder_of(self, fingerprint: str, lora: LoraSpec) -> Path:
+        return self.folder / "states" / digest([fingerprint, lora])
+
+    def run(self, net: nn.Module, rank: int = 2, stop: int | None = None, view: str = "noisy") -> ExpertBank:
+        """Train until a step, counted over both experts, or to the end."""
+        guider = guider_of(net)
+        bank = ExpertBank(net, SCHEDULE, LoraSpec(rank), view)
+        self.steps = []
+
+        def on_step(index: int, step: int, loss: float) -> None:
+            self.steps.append(index * CONFIG.steps + step)
+            if stop == self.steps[-1]:
+                raise Stopped
+        distill(guider, bank, self.store, CONFIG, state_folder(guider, bank, self.folder_of), on_step)
+        return bank
+
+
+@pytest.mark.parametrize("first, second", [(before, lambda: After(before())), (lambda: After(before()), before)],
+                         ids=["to the new names", "and back"])
+def test_a_distillation_goes_on_under_other_names(tmp_path, first, second):
+    """It was stopped in the second expert, and comes to what it would have without a stop."""
+    distillation = Distillation(tmp_path)
+    with pytest.raises(Stopped):
+        distillation.run(first().eval(), stop=11)
+    bank = distillation.run(second().eval())
+    assert distillation.steps == [12, 13, 14, 15]
+    straight = Distillation(tmp_path / "straight").run(first().eval())
+    torch.testing.assert_close(outputs(bank), outputs(straight), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["another network", "another rank", "a damaged note"])
+def test_another_distillation_does_not_go_on(tmp_path, change: str):
+    distillation = Distillation(tmp_path)
+    with pytest.raises(Stopped):
+        distillation.run(before(), stop=11)
+    if change == "a damaged note":
+        next(tmp_path.glob(f"states/*/{NOTE}")).write_text("{")
+    net = before(stem__bias=torch.ones(8)) if change == "another network" else before()
+    distillation.run(After(net).eval(), rank=3 if change == "another rank" else 2)
+    assert distillation.steps == list(range(16))
+
+
+def test_a_distillation_of_former_names_goes_on(tmp_path):
+    """Version 0.1.0 left no note: the library knows what it called the layers before."""
+    distillation = Distillation(tmp_path)
+    with pytest.raises(Stopped):
+        distillation.run(before(), stop=11)
+    next(tmp_path.glob(f"states/*/{NOTE}")).unlink()
+    distillation.run(Known(before()).eval())
+    assert distillation.steps == [12, 13, 14, 15]
+
+
+def test_a_distillation_of_the_same_names_leaves_no_copy(tmp_path):
+    distillation = Distillation(tmp_path)
+    with pytest.raises(Stopped):
+        distillation.run(before(), stop=5)
+    distillation.run(before())
+    assert distillation.steps == list(range(6, 16)) and len(list((tmp_path / "states").iterdir())) == 1

@@ -1,8 +1,10 @@
 """Nodes that make guiders: load a network, download one, choose a rule."""
 from comfy_api.latest import io
 
+from ...ppap_core.guiders.guider import with_input
 from ...ppap_core.guiders.loaders import OUTPUTS
 from ...ppap_core.guiders.loaders.hub import download
+from ...ppap_core.guiders.preprocess import CHANNELS, PADDINGS
 from ...ppap_core.guiders.rules import RULES, rule_guider
 from ..bridge import autograd, guider_cache, paths, progress
 from .io_types import GuiderType
@@ -25,20 +27,28 @@ class PPAPLoadGuider(io.ComfyNode):
                                    tooltip="Which output of the network is used. own: that of its task, such as classes or "
                                            "depth. Or features from inside it: structure (what is where, without colours; "
                                            "DINO or timm), style (textures and colours, without places; timm, such as VGG), "
-                                           "embedding (the image as a whole).")],
+                                           "embedding (the image as a whole)."),
+                    io.Combo.Input("channels", options=list(CHANNELS), default="own", optional=True,
+                                   tooltip="The order of the colours in which the network reads an image. own: as its files "
+                                           "say; taggers with a selected_tags.csv, whose files do not say it, read blue "
+                                           "first. Neutral: own."),
+                    io.Combo.Input("padding", options=list(PADDINGS), default="own", optional=True,
+                                   tooltip="What is put around an image to make it square before the network reads it. "
+                                           "own: as its files say; white for taggers with a selected_tags.csv. none: the "
+                                           "image is resized as it is. Neutral: own.")],
             outputs=[GuiderType.Output(display_name="guider", tooltip="The network, without a target.")])
 
     @classmethod
-    def validate_inputs(cls, guider_name, answer="own"):
+    def validate_inputs(cls, guider_name):
         return paths.validate(guider_cache.guider_source, guider_name)
 
     @classmethod
-    def fingerprint_inputs(cls, guider_name, answer="own"):
+    def fingerprint_inputs(cls, guider_name, answer="own", channels="own", padding="own"):
         return paths.guider_stamp(guider_name)
 
     @classmethod
-    def execute(cls, guider_name, answer="own"):
-        return io.NodeOutput(guider_cache.load_guider(guider_name, answer))
+    def execute(cls, guider_name, answer="own", channels="own", padding="own"):
+        return io.NodeOutput(with_input(guider_cache.load_guider(guider_name, answer), channels, padding))
 
 
 class PPAPDownloadGuider(io.ComfyNode):

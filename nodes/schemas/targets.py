@@ -29,13 +29,14 @@ class PPAPAimAtClass(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtClass", display_name="Aim at Class", category=CATEGORY,
-            description="Chooses the class that a classifier guides towards.",
-            inputs=[GuiderType.Input("guider", tooltip="A classifier, with or without experts."),
+            description="Chooses the class that a classifier guides towards, or the tags that a tagger does.",
+            inputs=[GuiderType.Input("guider", tooltip="A classifier or a tagger, with or without experts."),
                     io.String.Input("classes", default="star",
                                     tooltip="A class by name or number, such as: star. Commas separate the images of the "
                                             "batch: star, disk, heart, ring. A plus puts several classes into one image, "
                                             "each with its weight after a colon: star + ring:0.5. A negative weight guides "
-                                            "away: star + ring:-1. Neutral: the weight 0.")],
+                                            "away: star + ring:-1. Neutral: the weight 0. The classes of a classifier rule "
+                                            "each other out; a tagger's tags are free where none was named.")],
             outputs=[aimed_output()])
 
     @classmethod
@@ -117,13 +118,16 @@ class PPAPAimAtNumber(io.ComfyNode):
                     io.Float.Input("number", default=0.5, min=-1000.0, max=1000.0, step=0.01,
                                    tooltip="What the guider should measure; Preview Guider shows what it measures in any "
                                            "image. Neutral: what the image has already. To guide not at all, set weight to "
-                                           "0 in Guidance Term.")],
+                                           "0 in Guidance Term."),
+                    io.String.Input("name", default="", optional=True,
+                                    tooltip="Which number, by name or index, for a network that gives several, such as "
+                                            "valence and arousal; the others are free. Neutral: empty, the only one.")],
             outputs=[aimed_output()])
 
     @classmethod
-    def execute(cls, guider, number):
+    def execute(cls, guider, number, name=""):
         with autograd.outside_inference_mode():
-            return io.NodeOutput(guider.aim(number_target(guider, number)))
+            return io.NodeOutput(guider.aim(number_target(guider, number, name)))
 
 
 class PPAPPalette(io.ComfyNode):

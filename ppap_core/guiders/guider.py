@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .cutouts import cut_outs
 from .latents import View
-from .preprocess import Preprocess
+from .preprocess import CHANNELS, PADDINGS, Preprocess
 from .tasks import TASKS, resize_map
 
 Decode = Callable[[Tensor, Tensor], Tensor]
@@ -146,6 +146,18 @@ def _choices(description: str, index: int) -> Iterator[str]:
 def fold_name(name: str) -> str:
     """A name as it is compared with others: without regard to case, and to how an accented letter is encoded."""
     return unicodedata.normalize("NFC", name).casefold()
+
+
+def with_input(guider: Guider, channels: str = "own", padding: str = "own") -> Guider:
+    """The guider whose network gets images in another way than its files say.
+
+    channels: a key of CHANNELS, padding: of PADDINGS; with "own" nothing changes. ValueError for any other.
+    """
+    for value, choices in ((channels, CHANNELS), (padding, PADDINGS)):
+        if value not in choices:
+            raise ValueError(f"there is no way '{value}' to read an image: expected one of {', '.join(choices)}")
+    changes = {**CHANNELS[channels], **PADDINGS[padding]}
+    return replace(guider, preprocess=replace(guider.preprocess, **changes)) if changes else guider
 
 
 def require_prompt(guider: Guider) -> None:

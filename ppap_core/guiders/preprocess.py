@@ -126,6 +126,14 @@ class Preprocess:
         return {name: value for name, value in vars(self).items() if name not in neutral or value != neutral[name]}
 
 
+CHANNELS: dict[str, dict[str, Any]] = {"own": {}, "red first": {"bgr": False}, "blue first": {"bgr": True}}
+"""Order of an image's colours, as saved workflows have it -> fields; "own" is that of the network's files."""
+PADDINGS: dict[str, dict[str, Any]] = {
+    "own": {}, "none": {"square": False}, "black": {"square": True, "fill": (0.0, 0.0, 0.0)},
+    "white": {"square": True, "fill": (1.0, 1.0, 1.0)}}
+"""What is around an image that is made square, as saved workflows have it -> fields; "none": it is not made square."""
+
+
 def _crop_middle(image: Tensor, crop: Size, rounds: bool, beyond: float | Tensor) -> Tensor:
     """The middle (height, width) of images, padded where they are smaller."""
     spare = [side - wanted for side, wanted in zip(image.shape[-2:], crop, strict=True)]

@@ -24,9 +24,10 @@ def _draw(guider: Guider, images: Tensor, output: Tensor) -> Tensor:
         return guider.net.rule.preview(images, output)
     if draw := TASKS[guider.task].preview:
         return draw(output, guider.labels)
-    if output[0].numel() == 1:
-        targets = guider.target_for(images, output).expand(len(images), 1) if guider.target is not None else None
-        return number_notes(guider.name, output.flatten(), None if targets is None else targets.flatten())
+    if guider.task == "number" or output[0].numel() == 1:
+        output = output.flatten(1)
+        targets = guider.target_for(images, output).expand(output.shape) if guider.target is not None else None
+        return number_notes(guider.labels or (guider.name,), output, targets)
     if guider.target is None:
         return text_note([f"{guider.name} answers with {guider.task}, which is no picture.",
                           "Aim it, and how close an image is to the target is shown here."], len(images))

@@ -1,5 +1,6 @@
 """Previews: the outputs of networks and rules as pictures (B, 3, h, w) in [-1, 1], one for each image."""
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,12 +37,19 @@ def mask_picture(logits: Tensor, labels: tuple[str, ...] = ()) -> Tensor:
     return (2 * logits.sigmoid() - 1).expand(-1, 3, -1, -1)
 
 
-def number_notes(name: str, numbers: Tensor, targets: Tensor | None) -> Tensor:
-    """Each number (B,) in words under the name of what measured it, with its target (B,) where there is one."""
-    lines = [[f"{name}: {number:.4g}"] for number in numbers.tolist()]
-    for line, target in zip(lines, targets.tolist() if targets is not None else (), strict=False):
-        line.append(f"aimed at {target:.4g}")
-    return torch.cat([note_picture(line) for line in lines])
+def number_notes(names: Sequence[str], numbers: Tensor, targets: Tensor | None, count: int = 8) -> Tensor:
+    """The first numbers (B, K) in words under K names, with their targets (B, K), NaN where there are none."""
+    if targets is None:
+        targets = torch.full_like(numbers, math.nan)
+    return torch.cat([note_picture(list(_number_lines(names, *rows))[:2 * count])
+                      for rows in zip(numbers.tolist(), targets.tolist(), strict=True)])
+
+
+def _number_lines(names: Sequence[str], numbers: list[float], targets: list[float]) -> Iterator[str]:
+    for name, number, target in zip(names, numbers, targets, strict=True):
+        yield f"{name}: {number:.4g}"
+        if not math.isnan(target):
+            yield f"aimed at {target:.4g}"
 
 
 def target_bars(energies: Tensor, scores: Tensor) -> Tensor:

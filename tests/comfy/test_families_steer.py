@@ -20,13 +20,13 @@ def world(comfy) -> PixelWorld:
 
 def aimed(comfy, world: PixelWorld, guider, family: Family):
     """The guider with a target, by the nodes that people use."""
-    if family.task == "mask":
+    if family.aim == "text, mask":
         [guider] = comfy("PPAPAimAtText", guider=guider, text="a star")
     reference = comfy("VAEDecode", samples={"samples": world.sample(seed=77)[:1]}, vae=world.vae)[0]
     node, settings = {
         "class": ("PPAPAimAtClass", {"classes": "star"}), "text": ("PPAPAimAtText", {"text": "a red ring"}),
         "mask": ("PPAPAimAtMask", {"mask": torch.eye(32)[None], "name": ""}), "number": ("PPAPAimAtNumber", {"number": 9.0}),
-        "image": ("PPAPAimAtImage", {"image": reference, "image_is": "a picture"})}[family.aim]
+        "image": ("PPAPAimAtImage", {"image": reference, "image_is": "a picture"})}[family.aim.split(", ")[-1]]
     if family.task == "depth":  # a drawn map, because all pictures look nearly alike to random weights
         settings = {"image": torch.linspace(0, 1, 40)[None, None, :, None].expand(1, 30, 40, 3), "image_is": "a map"}
     return comfy(node, guider=guider, **settings)[0]

@@ -27,7 +27,7 @@ class Family(NamedTuple):
     write: Callable[[Path], None]
     task: str
     output: str = "own"
-    aim: str = "image"    # or "class", "text", "mask", "number"
+    aim: str = "image"    # or "class", "text", "mask", "text, mask", "number"
     grouped: bool = False  # whether it has grouped convolutions, which keep no adapter
 
 
@@ -131,6 +131,13 @@ def aesthetic_head(folder: Path) -> None:
                for name, shape in (("weight", (b, a)), ("bias", (b,)))}, folder / "head.safetensors")
 
 
+def tagger(folder: Path) -> None:
+    """A timm network with a table of its tags beside it."""
+    timm_net("vit_tiny_patch16_224", img_size=48, depth=2)(folder)
+    rows = [f"{index},{name},0,1" for index, name in enumerate(LABELS)]
+    (folder / "selected_tags.csv").write_text("\n".join(["tag_id,name,category,count", *rows]))
+
+
 CLASSIFIERS = {
     "timm ResNet": Family(timm_net("resnet10t"), "class", aim="class"),
     "timm ViT": Family(timm_net("vit_tiny_patch16_224", img_size=48, depth=2), "class", aim="class"),
@@ -144,6 +151,13 @@ CLASSIFIERS = {
         "ConvNextForImageClassification", config("ConvNextConfig", **CONVNEXT, **NAMED),
         processor("ConvNext", size={"shortest_edge": 32}, crop_pct=0.875, do_normalize=True, **IMAGENET)),
         "class", aim="class", grouped=True),
+}
+ONE_LABEL = {"id2label": {0: "star"}, "label2id": {"star": 0}}
+SCORERS = {
+    "tagger (timm ViT)": Family(tagger, "tags", aim="class"),
+    "image classifier with one output (ViT)": Family(hf_net(
+        "ViTForImageClassification", config("ViTConfig", image_size=32, patch_size=8, **VIT, **ONE_LABEL),
+        processor("ViT", 32, **HALVES)), "number", aim="number"),
 }
 WHOLE_IMAGE = {
     "CLIP": Family(hf_net("CLIPModel", text_and_image("CLIPConfig", projection_dim=24), CLIP_PROCESSOR, tokenizer=True),
@@ -212,15 +226,22 @@ REGIONS = {
         "EomtConfig", **VIT, image_size=32, patch_size=8, num_queries=6, num_blocks=1, num_upscale_blocks=1, **NAMED),
         processor("Eomt", size={"shortest_edge": 32, "longest_edge": None}, do_split_image=True, do_normalize=True,
                   **IMAGENET)), "segmentation", grouped=True),
+    "SegFormer with one label": Family(hf_net("SegformerForSemanticSegmentation", config(
+        "SegformerConfig", **PYRAMID, decoder_hidden_size=16, **ONE_LABEL), processor("Segformer", 64, **IMAGENET)),
+        "mask", aim="mask", grouped=True),
+    "EoMT with one label": Family(hf_net("EomtForUniversalSegmentation", config(
+        "EomtConfig", **VIT, image_size=32, patch_size=8, num_queries=6, num_blocks=1, num_upscale_blocks=1, **ONE_LABEL),
+        processor("Eomt", size={"shortest_edge": 32, "longest_edge": None}, do_split_image=True, do_normalize=True,
+                  **IMAGENET)), "mask", aim="mask", grouped=True),
     "CLIPSeg": Family(hf_net("CLIPSegForImageSegmentation", text_and_image(
         "CLIPSegConfig", projection_dim=16, reduce_dim=16, extract_layers=[0, 1, 2], decoder_num_attention_heads=2,
-        decoder_intermediate_size=32), processor("ViT", 32, **IMAGENET), tokenizer=True), "mask", aim="mask"),
+        decoder_intermediate_size=32), processor("ViT", 32, **IMAGENET), tokenizer=True), "mask", aim="text, mask"),
 }
-FAMILIES: dict[str, Family] = CLASSIFIERS | WHOLE_IMAGE | DEPTH | REGIONS
+FAMILIES: dict[str, Family] = CLASSIFIERS | SCORERS | WHOLE_IMAGE | DEPTH | REGIONS
 
 
-AIMS = {"class": "Aim at Class", "text": "Aim at Text or Image", "mask": "Aim at Text, then Mask", "number": "Aim at Number",
-        "image": "Aim at Image"}
+AIMS = {"class": "Aim at Class", "text": "Aim at Text or Image", "mask": "Aim at Mask", "number": "Aim at Number",
+        "text, mask": "Aim at Text, then Mask", "image": "Aim at Image"}
 
 
 def row(name: str) -> str:
@@ -238,11 +259,11 @@ def photographs(height: int = 40, width: int = 56, seed: int = 0) -> Tensor:
 
 def aimed(guider: Guider, family: Family) -> Guider:
     """The guider with a target, set as users set it."""
-    if family.task == "mask":
+    if family.aim == "text, mask":
         guider = aim_at_text(guider, "a star")
     other = photographs(48, 48, seed=5)[:1]
     return {"class": lambda: guider.aim(class_target(guider, "star")),
             "text": lambda: aim_at_text(guider, "a red ring"),
             "mask": lambda: guider.aim(mask_target(guider, torch.eye(48)[None], "")),
             "number": lambda: guider.aim(number_target(guider, 9.0)),
-            "image": lambda: guider.aim(image_target(guider, other))}[family.aim]()
+            "image": lambda: guider.aim(image_target(guider, other))}[family.aim.split(", ")[-1]]()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import fixed_weights, images, says
 
-from ppap_core.guiders.guider import Guider, clean
+from ppap_core.guiders.guider import Guider, clean, with_input
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.labels import class_labels
 from ppap_core.guiders.targets import class_target, number_target
@@ -223,6 +223,33 @@ def test_tags_are_named_by_their_table(tmp_path):
     guider = load_guider(write_tags(write_timm(tmp_path / "net", pretrained_cfg={}), ["1girl", "long_hair", ":d"]))
     assert guider.task == "tags" and guider.labels == ("1girl", "long_hair", ":d")
     assert class_target(guider, "long hair").tolist() == [1]
+
+
+@pytest.mark.parametrize("side, channels, padding, bgr, square, fill", [
+    ("tagger", "own", "own", True, True, 1.0), ("tagger", "red first", "none", False, False, 1.0),
+    ("tagger", "own", "black", True, True, 0.0), ("other", "own", "own", False, False, 0.0),
+    ("other", "blue first", "white", True, True, 1.0), ("other", "own", "white", False, True, 1.0),
+])
+def test_blue_first_and_white_around_can_be_set(tmp_path, side, channels, padding, bgr, square, fill):
+    """They are a tagger's own with a table of tags, any network's on request, and nobody's otherwise."""
+    folder = write_timm(tmp_path / "net", pretrained_cfg={"crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3})
+    guider = load_guider(write_tags(folder, NAMES) if side == "tagger" else folder)
+    changed = with_input(guider, channels, padding)
+    assert (changed.preprocess.bgr, changed.preprocess.square, changed.preprocess.fill) == (bgr, square, (fill,) * 3)
+    assert (changed is guider) == (channels == padding == "own")
+    wide = torch.full((1, 3, 16, 32), -1.0)
+    wide[:, 2] = 0.5
+    seen = changed.preprocess(wide)
+    assert seen.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(seen[0, :, 16, 16], torch.tensor([0.5, -1, -1] if bgr else [-1, -1, 0.5]))
+    if square:
+        torch.testing.assert_close(seen[0, :, :8], torch.full((3, 8, 32), 2 * fill - 1), rtol=0, atol=0.3)
+
+
+@pytest.mark.parametrize("channels, padding", [("green first", "own"), ("own", "pink")])
+def test_no_other_way_to_read_an_image_is_known(tmp_path, channels, padding):
+    with says(ValueError, "green first" if padding == "own" else "pink", "own"):
+        with_input(load_guider(write_timm(tmp_path / "net")), channels, padding)
 
 
 def test_a_table_of_another_network_names_no_tag(tmp_path, caplog):

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import images, randn, says, small_guider
+from helpers import SmallNet, fixed_weights, images, randn, says, small_guider
 
 from ppap_core.guidance.terms import TermRecord
-from ppap_core.guiders.guider import clean
+from ppap_core.guiders.guider import IgnoreSigma, clean
 from ppap_core.guiders.rules import RULES, rule_guider
-from ppap_core.guiders.targets import image_target, map_target
+from ppap_core.guiders.targets import image_target, map_target, number_target
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.guiders.visualize import visualize
 from ppap_core.viz.colors import color, depth_picture, label_picture, labels_of_picture
@@ -152,6 +152,15 @@ def test_what_any_guider_sees_is_one_picture_for_each_image(task, count):
     aimed, free = visualize(guider, image), visualize(replace(guider, target=None), image)
     assert is_batch(aimed, count) and is_batch(free, count)
     assert torch.equal(aimed, free) == (TASKS[task].preview is not None)
+
+
+def test_several_numbers_are_shown_under_their_names():
+    """A target of one of them changes the picture; that of another changes it elsewhere."""
+    net = IgnoreSigma(fixed_weights(SmallNet((3,))))
+    guider, image = replace(small_guider("number"), net=net, labels=("valence", "arousal", "age"), target=None), images()
+    free, first, second = (visualize(each, image) for each in (
+        guider, guider.aim(number_target(guider, 2.0, "valence")), guider.aim(number_target(guider, 2.0, "arousal"))))
+    assert is_batch(free, 3) and not torch.equal(free, first) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", RULES)

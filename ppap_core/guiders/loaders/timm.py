@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...io.files import read_json
-from ..guider import Guider, IgnoreSigma
+from ..guider import Guider, IgnoreSigma, with_input
 from ..preprocess import timm_preprocess
-from .labels import Head, imagenet_labels, read_head
+from .labels import TAGS_FILE, Head, imagenet_labels, read_head
 from .offline import offline
 from .weights import Loaded, read_weights, require_unused, tensors_without_weights, unwrapped
 
@@ -113,10 +113,17 @@ def _guider(folder: Path, net: Any, config: dict[str, Any], output: str) -> Guid
     guider = partial(Guider, f"timm/{folder.name}", preprocess=timm_preprocess(_data_config(config, net)))
     if output == "own" and net.num_classes > 0:
         head = _head(folder, config, net.num_classes)
-        return guider(IgnoreSigma(net), task=head.task, labels=head.labels)
+        own = guider(IgnoreSigma(net), task=head.task, labels=head.labels)
+        return _as_taggers_read(own) if (folder / TAGS_FILE).exists() else own
     if output in ("own", "embedding"):
         return guider(IgnoreSigma(Embedding(net)), task="embedding")
     return guider(IgnoreSigma(Features(_feature_maps(net, config["architecture"], output), FEATURES[output])), task=output)
+
+
+def _as_taggers_read(guider: Guider) -> Guider:
+    """The guider reading images as those taggers do whose tags are in a table; their config.json does not say it."""
+    log.info("%s is read blue first, and made square with white around it, as taggers with a %s are", guider.name, TAGS_FILE)
+    return with_input(guider, "blue first", "white")
 
 
 def _feature_maps(net: Any, architecture: str, output: str) -> nn.Module:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import says
+from helpers.guider_families import FAMILIES
 from helpers.worlds import PixelWorld
 
 from benchmarks.networks import load_judge
@@ -498,3 +499,27 @@ def test_heavy_libraries_wait_until_they_are_needed(fresh_process):
             "print(*set(sys.modules) - before)")
     added = fresh_process(code).split()
     assert not {"peft", "timm", "transformers", "matplotlib", "PIL.ImageFont"} & set(added)
+
+
+def test_the_ways_of_a_tagger_are_set_where_it_is_loaded(comfy, tmp_path):
+    """The network is read once, whatever is set; a tag aimed at is one of its own."""
+    import folder_paths
+
+    FAMILIES["tagger (timm ViT)"].write(tmp_path / "guiders" / "tagger")
+    folder_paths.add_model_folder_path("ppap_guiders", str(tmp_path / "guiders"))
+    try:
+        [own] = comfy("PPAPLoadGuider", guider_name="tagger")
+        [other] = comfy("PPAPLoadGuider", guider_name="tagger", channels="red first", padding="none")
+    finally:
+        folder_paths.get_folder_paths("ppap_guiders").remove(str(tmp_path / "guiders"))
+    assert own.net is other.net and own.preprocess.bgr and own.preprocess.square
+    assert not other.preprocess.bgr and not other.preprocess.square
+    assert comfy("PPAPAimAtClass", guider=own, classes="star + ring:-1")[0].target.tolist() == [[0, 1, 0, 0, -1]]
+
+
+def test_one_of_several_numbers_is_aimed_at(comfy, world: PixelWorld):
+    guider = replace(world.plain, task="number")
+    target = comfy("PPAPAimAtNumber", guider=guider, number=2.0, name="ring")[0].target
+    assert target.shape == (1, 8) and target.isnan().sum() == 7 and target.nan_to_num().sum() == 2
+    guided = world.guided(world.term(guider.aim(target)))
+    assert guided.isfinite().all() and not torch.equal(guided, world.sample())

@@ -13,6 +13,7 @@ from nodes import common_ksampler  # type: ignore[attr-defined]  # of ComfyUI; m
 
 from ...ppap_core.experts.bank import ExpertBank
 from ...ppap_core.guidance.gradients import Prediction
+from ...ppap_core.guidance.precision import RunState
 from ...ppap_core.guidance.shift import GuidanceSettings, guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, any_needs_vjp
 from ...ppap_core.guiders.guider import Decode, Guider
@@ -69,6 +70,7 @@ class SamplingRun:
     gradient_pass: GradientPass | None = None
     records: list[TermRecord] = field(default_factory=list)
     sigmas: set[float] = field(default_factory=set)
+    state: RunState = field(default_factory=RunState)
 
     def terms_at(self, sigma: float) -> list[Term]:
         """In pure noise the prediction hardly depends on it, and a gradient through the model would be rounding."""
@@ -226,7 +228,7 @@ def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
     run.sigmas.add(float(sigma[0]))
     images, predicted = latents.frames_as_images(x), latents.frames_as_images(denoised.detach())
     prediction = Prediction(images, sigma.repeat_interleave(len(images) // len(x)), predicted, partial(_vjp, args))
-    settings = GuidanceSettings(run.sigma_data, max_rms or float("inf"), run.compute)
+    settings = GuidanceSettings(run.sigma_data, max_rms or float("inf"), run.compute, run.state)
     guidance = guidance_shift(run.terms_at(float(sigma[0])), prediction, settings)
     if guidance is None:
         return denoised

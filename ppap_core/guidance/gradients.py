@@ -2,7 +2,6 @@
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,10 +10,12 @@ from torch import Tensor
 
 from ..guiders.guider import Guider, has_network
 from ..guiders.tasks import TASKS
-from ..noise import to_vp
+from ..noise import expand, to_vp
 from ..sampling import Denoiser
 
 HALF = (torch.float16, torch.bfloat16)
+SMALLEST_SCALED = 2.0**-8  # largest value of a gradient in float16 below which small ones lose their digits (from 2^-14 on)
+SCALE_STEP, SCALE_TRIES = 2.0**8, 4
 Vjp = Callable[[Tensor], Tensor]
 """Gradient in a prediction (B, C, H, W) -> gradient in the x that it was computed from: one backward pass of the model."""
 
@@ -110,9 +111,9 @@ def _gradient(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch
     with torch.inference_mode(False), torch.enable_grad():
         point = point.detach().clone().requires_grad_(True)
         energy, values = _energy_and_image_size(guider, point, sigma.detach().clone(), compute_dtype)
-        scale = _loss_scale(guider, values, compute_dtype)
-        gradient = torch.autograd.grad(energy.sum() * scale, point)[0] / scale
-        return energy.detach(), gradient
+        if compute_dtype != torch.float16:
+            return energy.detach(), torch.autograd.grad(energy.sum(), point)[0]
+        return energy.detach(), _scaled_gradient(energy, point, _loss_scale(guider, values))
 
 
 def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -126,42 +127,58 @@ def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch
 
 def _energy_and_image_size(guider: Guider, point: Tensor, sigma: Tensor,
                            compute_dtype: torch.dtype | None) -> tuple[Tensor, int]:
-    with _autocast(compute_dtype, guider, point.device.type):
-        image = guider.to_image(to_vp(point, sigma) if guider.view == "noisy" else point, sigma)
-        energy = guider.energy(_at_least_float32(image), sigma)  # the preprocessing resizes in full precision
-    return _at_least_float32(energy), image[0].numel()
+    image = guider.to_image(to_vp(point, sigma) if guider.view == "noisy" else point, sigma)
+    if compute_dtype in HALF and has_network(guider) and torch.amp.is_autocast_available(point.device.type):
+        guider = replace(guider, net=Autocast(guider.net, compute_dtype, point.device.type))
+    return _at_least_float32(guider.energy(_at_least_float32(image), sigma)), image[0].numel()
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALF else tensor
 
 
-def _autocast(dtype: torch.dtype | None, guider: Guider, device: str) -> AbstractContextManager:
-    """Autocast for half precision; a guider without weights, such as a rule, is cheap and stays precise."""
-    if dtype not in HALF or not has_network(guider) or not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, dtype=dtype)
+@dataclass(frozen=True)
+class Autocast:
+    """A network that computes in half precision, and nothing else: what decodes, resizes and compares has its own type."""
+
+    net: Callable[..., Tensor]
+    dtype: torch.dtype
+    device: str
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        with torch.autocast(self.device, dtype=self.dtype):
+            return self.net(*inputs)
 
 
-def _loss_scale(guider: Guider, values: int, dtype: torch.dtype | None) -> float:
-    """Factor of the energy that keeps small gradients from vanishing in float16, whose smallest number is 6e-8."""
-    if dtype != torch.float16:
-        return 1.0
+def _loss_scale(guider: Guider, values: int) -> float:
+    """Factor of the energy to begin with in float16: a gradient then neither vanishes nor overflows in most networks."""
     summed = values if TASKS[guider.task].sum_over_pixels else 1  # such an energy is that many times larger
     return 2.0 ** (10 - round(math.log2(summed)))
 
 
-def zero_nonfinite(gradient: Tensor, name: str, sigma: float) -> Tensor:
-    """The gradient (B, C, H, W) with zeros for images where it is not finite, so that a fault never blackens an image.
+def _scaled_gradient(energy: Tensor, point: Tensor, scale: float) -> Tensor:
+    """Gradient of energies (B,), each scaled by a power of two so that float16 can hold what passes on the way.
 
-    name: whose gradient it is, sigma: the noise level; both for the warning in the log.
+    An image whose gradient overflows is done again with a smaller scale, one whose gradient nearly vanishes with a larger.
     """
-    bad = ~torch.isfinite(gradient).flatten(1).all(1)
-    if not bool(bad.any()):
-        return gradient
-    log.warning("the gradient of %s is not finite at sigma %.4g for %d of %d images: left unguided in this step",
-                name, sigma, int(bad.sum()), len(gradient))
-    return torch.where(bad.reshape(-1, *(1,) * (gradient.ndim - 1)), torch.zeros_like(gradient), gradient)
+    scales = torch.full_like(energy.detach(), scale)
+    result = torch.full_like(point, math.nan)
+    for _ in range(SCALE_TRIES):
+        gradient = torch.autograd.grad((energy * scales).sum(), point, retain_graph=True)[0]
+        largest = gradient.abs().flatten(1).amax(1)
+        fits = is_finite(gradient)
+        result = torch.where(fits.reshape(-1, *(1,) * (point.ndim - 1)), gradient / expand(scales, gradient), result)
+        too_small = fits & (largest < SMALLEST_SCALED)
+        too_large = energy.isfinite() & ~is_finite(result)
+        if not bool((too_small | too_large).any()):
+            break
+        scales = torch.where(too_small, scales * SCALE_STEP, torch.where(too_large, scales / SCALE_STEP, scales))
+    return result
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether all values of each image are finite, (B, ...) -> (B,)."""
+    return tensor.isfinite().flatten(1).all(1)
 
 
 def rms(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ guiders take it for their targets. The point may be anything that an image can b
 """
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,8 @@ from ..rng import seeded, seeded_noise
 from ..sampling import Denoiser, karras_sigmas, sample_euler
 from ..training.loop import RunOptions, optimize
 from ..training.state import Losses, all_finite
-from .gradients import energy_gradient, predict, rms, zero_nonfinite
+from .gradients import predict, rms
+from .precision import RunState
 from .shift import GuidanceSettings, checked_mask, term_gradient
 from .terms import Term
 
@@ -63,12 +64,14 @@ class PriorObjective:
     denoise: Denoiser                       # must let gradients through if the search backpropagates through the model
     terms: Sequence[Term] = ()              # none: the prior alone
     sigma_data: float = PIXEL_SIGMA_DATA    # standard deviation of the data: 0.5 for pixels, 1 for latents
+    run: RunState = field(default_factory=RunState, compare=False)  # what is remembered and said once
 
     def energy(self, images: Tensor) -> Tensor:
         """Weighted sum of the terms' energies of clean images, (B, C, H, W) -> (B,)."""
         total = images.new_zeros(len(images))
-        for term in self.terms:
-            total = total + term.weight * energy_gradient(term.guider, images, clean(images))[0]
+        for index, term in enumerate(self.terms):
+            energy = self.run.energy_gradient(index, term.guider, images, clean(images), None).energy
+            total = total + term.weight * energy
         return total
 
 
@@ -153,15 +156,16 @@ def prior_gradient(objective: PriorObjective, image: Tensor, noise: Tensor, sigm
     residual = (image - prediction.denoised) / level**2
     if prediction.vjp:
         residual = (residual - prediction.vjp(residual)) * (1 + (objective.sigma_data / level) ** 2)
-    prior = zero_nonfinite(residual, "the prior", level)
-    energies, gradient, settings = image.new_zeros(len(image)), prior, GuidanceSettings(objective.sigma_data)
-    for term in objective.terms:
+    prior = objective.run.zero_nonfinite(residual, "the prior", level)
+    settings = GuidanceSettings(objective.sigma_data, run=objective.run)
+    energies, gradient = image.new_zeros(len(image)), prior
+    for index, term in enumerate(objective.terms):
         weight = term.weight_at(level)
         if weight != 0:
             term = replace(term, backprop_through_model=backprop_through_model)
-            energy, pull = term_gradient(term, prediction, settings)
-            pull = pull * expand(rms(prior), pull) if term.normalized else pull
-            energies, gradient = energies + energy, gradient + weight * pull
+            result = term_gradient(term, prediction, settings, index)
+            pull = result.gradient * expand(rms(prior), prior) if term.normalized else result.gradient
+            energies, gradient = energies + result.energy, gradient + weight * pull
     return PriorGradient(error, energies, gradient)
 
 

@@ -7,7 +7,7 @@ model. `terms` holds the parts that are summed here, `gradients` their energies 
 """
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..noise import PIXEL_SIGMA_DATA, expand
 from ..sampling import Denoiser
-from .gradients import Prediction, Vjp, energy_gradient, predict, rms, zero_nonfinite
+from .gradients import Prediction, Vjp, is_finite, predict, rms
+from .precision import RunState, TermGradient
 from .terms import Term, TermRecord, any_needs_vjp
 
+SMALLER_SCALE = 2.0**-10  # of a gradient that overflows on its way back through a model of half precision
 ROUNDING = 1e-6  # share of an energy, or of 1 if that is larger, below which a change of it is rounding
 
 
@@ -35,6 +37,7 @@ class GuidanceSettings:
     sigma_data: float = PIXEL_SIGMA_DATA      # standard deviation of the data: 0.5 for pixels, 1 for latents
     max_rms: float = math.inf                 # limit of the summed shift's rms for each image, in data units; inf: none
     compute_dtype: torch.dtype | None = None  # type that the guiders' networks compute in; None or float32: as they are
+    run: RunState | None = None               # memory of a run for calls that belong together; None: each is on its own
 
 
 def guidance_shift(terms: Sequence[Term], prediction: Prediction,
@@ -54,35 +57,39 @@ def guidance_shift(terms: Sequence[Term], prediction: Prediction,
     ValueError for several noise levels, for a mask of another size and where a vjp is missing.
     """
     sigma, deltas, records = _single_level(prediction.sigma), [], []
+    settings = replace(settings, run=settings.run or RunState())
     for index, term in enumerate(terms):
         weight = term.weight_at(sigma)
         if weight == 0:
             continue
-        energy, gradient = term_gradient(term, prediction, settings)
-        delta = -weight * _step_size(term, sigma, settings.sigma_data) * gradient
-        records.append(TermRecord(index, sigma, energy, rms(delta)))
+        result = term_gradient(term, prediction, settings, index)
+        delta = -weight * _step_size(term, sigma, settings.sigma_data) * result.gradient
+        records.append(TermRecord(index, sigma, result.energy, rms(delta), result.unguided, result.fallback))
         deltas.append(delta)
     return Guidance(_limit_rms(sum(deltas[1:], deltas[0]), settings.max_rms), records) if deltas else None
 
 
-def term_gradient(term: Term, prediction: Prediction, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
+def term_gradient(term: Term, prediction: Prediction, settings: GuidanceSettings, index: int = 0) -> TermGradient:
     """Energy (B,) of a term and its masked gradient (B, C, H, W), reduced to a direction of rms 1 if the term is normalized.
 
     The gradient is in x for a guider of the noisy view and for backprop_through_model, in the prediction otherwise. Images
-    whose gradient is not finite get zeros.
+    whose gradient is not finite get zeros, and are counted. index: of the term, by which settings.run remembers it.
     """
+    run, sigma, name = settings.run or RunState(), float(prediction.sigma[0]), term.guider.name
     point = prediction.x if term.guider.view == "noisy" else prediction.denoised
-    energy, gradient = energy_gradient(term.guider, point, prediction.sigma, settings.compute_dtype)
-    sigma = float(prediction.sigma[0])
+    energy, gradient, fallback, _ = run.energy_gradient(index, term.guider, point, prediction.sigma, settings.compute_dtype)
+    unguided = ~is_finite(gradient)
+    gradient = run.zero_nonfinite(gradient, name, sigma)
     if term.normalized:
         gradient = drop_negligible_gradients(gradient, energy, posterior_std(sigma, settings.sigma_data))
     if term.needs_vjp:
         gradient = vjp_at_unit_scale(gradient, prediction.vjp)
-    gradient = zero_nonfinite(gradient, term.guider.name, sigma)
+        unguided |= ~is_finite(gradient)
+        gradient = run.zero_nonfinite(gradient, name, sigma)
     mask = None if term.mask is None else checked_mask(term.mask, gradient)
     if term.normalized:
         gradient = direction(gradient, mask)
-    return energy, gradient if mask is None else gradient * mask
+    return TermGradient(energy, gradient if mask is None else gradient * mask, fallback, int(unguided.sum()))
 
 
 def guided(denoise: Denoiser, terms: Sequence[Term], settings: GuidanceSettings = GuidanceSettings(),
@@ -92,6 +99,8 @@ def guided(denoise: Denoiser, terms: Sequence[Term], settings: GuidanceSettings 
     denoise: must let gradients through if a term has backprop_through_model. on_guidance: called with what is added to each
     prediction.
     """
+    settings = replace(settings, run=settings.run or RunState())
+
     def denoise_guided(x: Tensor, sigma: Tensor) -> Tensor:
         prediction = predict(denoise, x, sigma, any_needs_vjp(terms, float(sigma.max())))
         guidance = guidance_shift(terms, prediction, settings)
@@ -125,7 +134,12 @@ def vjp_at_unit_scale(gradient: Tensor, vjp: Vjp | None) -> Tensor:
         raise ValueError("a term goes back through the model, but the prediction has no vjp: make it by predict() "
                          "with with_vjp=True")
     scale = expand(rms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny), gradient)
-    return vjp(gradient / scale).to(gradient) * scale
+    pulled = vjp(gradient / scale).to(gradient)
+    fits = is_finite(pulled)
+    if not bool(fits.all()):
+        smaller = vjp(SMALLER_SCALE * gradient / scale).to(gradient) / SMALLER_SCALE
+        pulled = torch.where(expand(fits, pulled) > 0, pulled, smaller)
+    return pulled * scale
 
 
 def drop_negligible_gradients(gradient: Tensor, energy: Tensor, std: float) -> Tensor:

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..guiders.guider import Guider
@@ -42,6 +43,8 @@ class TermRecord(NamedTuple):
     sigma: float
     energy: Tensor    # (B,) before the shift
     rms: Tensor       # (B,) root mean square of the term's shift, in data units, before any limit
+    unguided: int = 0                      # images whose gradient was not finite
+    fallback: torch.dtype | None = None    # type that the network computed in, if it failed in the one that was asked for
 
 
 def any_needs_vjp(terms: Sequence[Term], sigma: float) -> bool:

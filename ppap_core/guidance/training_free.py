@@ -25,7 +25,8 @@ from ..guiders.guider import Guider, clean
 from ..noise import EVERYWHERE, NoiseInterval, expand
 from ..rng import seeded
 from ..sampling import Denoiser
-from .gradients import Prediction, energy_at, predict, zero_nonfinite
+from .gradients import Prediction, energy_at, predict
+from .precision import RunState
 
 MIN_ENERGY = 1e-6  # as p -> 1, float32 rounds -log p, even to 0: a gradient divided by that would explode
 
@@ -139,7 +140,7 @@ def sample_training_free(denoise: Denoiser, guider: Guider, x: Tensor, sigmas: T
     if len(seeds) != len(x):
         raise ValueError(f"there are {len(seeds)} seeds for {len(x)} images: give one for each")
     with torch.inference_mode(False), torch.no_grad():
-        x = x.clone()  # tensors made under inference mode cannot take part in gradients
+        x, run = x.clone(), RunState()  # tensors made under inference mode cannot take part in gradients
         for index, step in enumerate(_steps(sigmas.tolist())):
             std = method.spread * step.sigma / math.sqrt(1 + step.sigma**2)
             for repetition in range(_repetitions(method, step.sigma)):
@@ -149,8 +150,8 @@ def sample_training_free(denoise: Denoiser, guider: Guider, x: Tensor, sigmas: T
                 offsets: Offsets = [0.0]
                 if std:
                     offsets = (std * _noise(seeds, x, (index, repetition, 0), method.samples)).unbind(1)
-                x = _step(predict(denoise, x, x.new_full((len(x),), step.sigma), with_vjp=method.rho != 0), guider, step,
-                          method, offsets)
+                prediction = predict(denoise, x, x.new_full((len(x),), step.sigma), with_vjp=method.rho != 0)
+                x = _step(prediction, guider, step, method, offsets, run)
     return x
 
 
@@ -165,20 +166,21 @@ def _repetitions(method: TrainingFree, sigma: float) -> int:
     return method.recurrences if guides and sigma in method.repeat else 1
 
 
-def _step(prediction: Prediction, guider: Guider, step: Step, method: TrainingFree, offsets: Offsets) -> Tensor:
+def _step(prediction: Prediction, guider: Guider, step: Step, method: TrainingFree, offsets: Offsets,
+          run: RunState) -> Tensor:
     """The state at the next noise level."""
     denoised, noise = prediction.denoised, prediction.x - prediction.denoised
     state = denoised + noise * (step.next_sigma / step.sigma)
     if prediction.vjp:
         energy, gradient = _smoothed_energy_gradient(guider, denoised, offsets)
         shift = RHO_RULES[method.rho_rule](RhoInputs(step, noise, energy, prediction.vjp(gradient)))
-        state = state - method.rho * zero_nonfinite(shift, guider.name, step.sigma)
+        state = state - method.rho * run.zero_nonfinite(shift, guider.name, step.sigma)
     if method.mu:
         factor, share = MU_RULES[method.mu_rule](step)
         mean = denoised
         for _ in range(method.iterations):
             _, gradient = _smoothed_energy_gradient(guider, mean, offsets)
-            mean = mean - method.mu * factor * zero_nonfinite(gradient, guider.name, step.sigma)
+            mean = mean - method.mu * factor * run.zero_nonfinite(gradient, guider.name, step.sigma)
         state = state + share * (mean - denoised)
     return state
 

@@ -65,6 +65,13 @@ def test_the_bar_moves_and_cancel_stops_and_the_next_run_goes_on(comfy, here, hu
     assert hub.served == sum(len(FILES[name]) for name in TAKEN)
 
 
+def test_what_load_guider_refuses_is_not_downloaded(comfy, here, hub):
+    hub.files = {"config.json": b'{"architectures": ["LlamaForCausalLM"]}', "model.safetensors": bytes(9000)}
+    with pytest.raises(ValueError, match="LlamaForCausalLM, which answers nothing that can guide"):
+        node(comfy).execute(repo_id=REPO)
+    assert hub.served < 100 and not here.exists() and not here.with_name(f".{FOLDER}").exists()
+
+
 @pytest.mark.parametrize("name", ["", "resnet18", "../a/b", "timm/../../x"])
 def test_a_wrong_name_is_refused_before_anything_runs(comfy, name: str):
     assert "owner/name" in node(comfy).validate_inputs(repo_id=name)

@@ -49,7 +49,7 @@ PLAIN, SHARDS = ["config.json", "model.safetensors"], [f"model-0000{i}-of-00002.
     ([*SHARDS, INDEX, *PLAIN], PLAIN), ([*PLAIN, "model.fp16.safetensors", "onnx/model.onnx"], PLAIN),
     ([*PLAIN, "adapter_model.safetensors", "selected_tags.csv"], ["config.json", "selected_tags.csv", "model.safetensors"]),
     (["config.json", "model.fp16.safetensors", "open_clip_model.safetensors", "head.safetensors"],
-     ["config.json", "model.fp16.safetensors"]),
+     ["config.json", "head.safetensors", "model.fp16.safetensors"]),
     (["config.json", "other.safetensors", "spiece.model", "preprocessor_config.json", "special_tokens_map.json"],
      ["config.json", "preprocessor_config.json", "special_tokens_map.json", "spiece.model", "other.safetensors"]),
     ([*PLAIN, "../evil.safetensors", "a\\b.safetensors", "config.json.py", "tokenizer.py", "x.bin"], PLAIN)])
@@ -135,6 +135,16 @@ def test_an_index_that_names_a_missing_shard_is_refused(hub, tmp_path):
     with says(ValueError, REPO, "model-00009-of-00009.safetensors"):
         fetch(hub, tmp_path / "net")
     assert hub.served < 3000 and not list(tmp_path.iterdir())
+
+
+def test_what_an_earlier_start_fetched_too_much_is_deleted(hub, tmp_path):
+    """Such as shards, where the weights are fetched as one file."""
+    part = tmp_path / f".{folder_name(REPO)}"
+    part.mkdir()
+    for name in (INDEX, *SHARDS, "README.md"):
+        (part / name).write_bytes(b"{}")
+    fetch(hub, tmp_path / "net")
+    assert contents(tmp_path / "net") == {name: FILES[name] for name in TAKEN}
 
 
 def test_a_begun_download_that_is_refused_now_keeps_its_weights(hub, tmp_path):

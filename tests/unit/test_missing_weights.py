@@ -7,7 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import says
-from helpers.guider_families import FAMILIES, HALVES, VIT, config, hf_net, photographs, processor, random_weights, timm_net
+from helpers.guider_families import (
+    CONVNEXT,
+    FAMILIES,
+    HALVES,
+    IMAGENET,
+    NAMED,
+    STAGES,
+    VIT,
+    config,
+    hf_net,
+    photographs,
+    processor,
+    random_weights,
+    timm_net,
+)
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
@@ -20,9 +34,9 @@ pytest.importorskip("transformers")
 
 WRITERS: dict[str, Callable[[Path], None]] = {name: family.write for name, family in FAMILIES.items()} | {
     "ViT": hf_net("ViTModel", config("ViTConfig", image_size=32, patch_size=8, **VIT), processor("ViT", 32, **HALVES)),
-    "hybrid DPT": hf_net("DPTForDepthEstimation", config(
-        "DPTConfig", **VIT, image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3], readout_type="project",
-        neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8), processor("DPT", 32, **HALVES)),
+    "UperNet, trained with a second head": hf_net("UperNetForSemanticSegmentation", config(
+        "UperNetConfig", backbone_config=config("ConvNextConfig", **CONVNEXT, out_features=STAGES), hidden_size=16,
+        auxiliary_in_channels=16, auxiliary_channels=8, **NAMED), processor("Segformer", 64, **IMAGENET)),
     "Swin": timm_net("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=16, depths=(2, 2),
                      num_heads=(1, 2)),
     "DeiT III": timm_net("deit3_small_patch16_224", img_size=48, depth=2, embed_dim=32, num_heads=2),
@@ -66,7 +80,8 @@ def output_of(name: str) -> str:
     ("Depth Anything", "mask_token"), ("ViT", "pooler"), ("DINOv2", "mask_token"), ("DINOv3", "mask_token"),
     ("CLIP", "logit_scale"), ("SigLIP", "logit_(scale|bias)"), ("SigLIP 2 (NaFlex)", "logit_(scale|bias)"),
     ("CLIPSeg", "logit_scale|visual_projection"), ("aesthetic head on CLIP", "^text_model|text_projection"),
-    ("OneFormer", "text_mapper|logit_scale"), ("timm ViT, structure", "^fc_norm|^norm"),
+    ("OneFormer", "text_mapper|logit_scale"), ("Mask2Former", r"criterion\.empty_weight"),
+    ("UperNet, trained with a second head", "auxiliary_head"), ("timm ViT, structure", "^fc_norm|^norm"),
     ("timm VGG, style", "^head|pre_logits"),
 ])
 def test_weights_that_nobody_asks_for_may_be_missing(name: str, pattern: str, tmp_path, caplog):

@@ -4,13 +4,13 @@ Nothing that can hold code is fetched: no pickles, no Python. huggingface_hub is
 """
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from . import require_loadable
-from .contents import INDEX, WHOLE, require_config, weight_names
+from .contents import HEAD, INDEX, WHOLE, require_config, weight_names
 
 Report = Callable[[int, int], None]
 """(bytes done, bytes in all), after every piece; may raise to stop."""
@@ -18,7 +18,7 @@ Report = Callable[[int, int], None]
 DECIDING = {"config.json", "preprocessor_config.json", "processor_config.json", INDEX}
 """Small files that say whether a loader can load the network: fetched first."""
 DESCRIPTIONS = DECIDING | {
-    "selected_tags.csv", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    HEAD, "selected_tags.csv", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "sentencepiece.model",
     "sentencepiece.bpe.model"}
 PIECE_SIZE = 2**24  # bytes in one request: the most that a stopped download loses
@@ -68,6 +68,7 @@ def download(repo: str, folder: Path, report: Report, endpoint: str | None = Non
     part = folder.with_name(f".{folder_name(repo)}")
     listing = _list_files(repo, endpoint)
     part.mkdir(parents=True, exist_ok=True)
+    _drop_others(part, {file.name for file in listing.files})
     _require_space(part, listing.total)
     fetch = _Fetch(HfFileSystem(endpoint=endpoint, skip_instance_cache=True), repo, listing, part, report)
     fetch.all(file for file in listing.files if file.name in DECIDING)
@@ -75,6 +76,13 @@ def download(repo: str, folder: Path, report: Report, endpoint: str | None = Non
     fetch.all(file for file in listing.files if file.name not in DECIDING)
     part.rename(folder)
     return folder
+
+
+def _drop_others(part: Path, names: Collection[str]) -> None:
+    """Delete what an earlier start fetched and this one would not, such as a second copy of the weights."""
+    for file in part.iterdir():
+        if file.name not in names:
+            file.unlink()
 
 
 @contextmanager

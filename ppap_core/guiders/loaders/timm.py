@@ -156,7 +156,7 @@ def _architecture(config: Mapping[str, Any], name: str) -> tuple[str, dict[str, 
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} knows no architecture {config.get('architecture')!r} (from "
                          f"{name}/config.json): expected one of timm.list_models(); a newer timm may have it")
-    classes = {"num_classes": 1000} | _pretrained(config) | config
+    classes = {"num_classes": 1000, **_pretrained(config), **config}
     options = {"num_classes": classes["num_classes"]} | (config.get("model_args") or {})
     foreign = [option for option in inspect.signature(timm.create_model).parameters if option in options]
     if foreign:  # checkpoint_path may be a pickle, pretrained downloads

@@ -62,8 +62,14 @@ def former_identity(net: nn.Module) -> tuple[Names, list[str]]:
     tables = {_former_name(name, former): _former_table(buffer) for name, buffer in net.named_buffers()
               if not buffer.is_floating_point()}
     state = {former.get(name, name): tensor for name, tensor in net.state_dict().items()}
-    return ({former.get(name, name): name for name in net.state_dict()},
-            [fingerprint_state(state), fingerprint_state(tables | state)])  # tables were saved once, and are computed now
+    states = state, tables | state, tables | _without_empty_modules(state)  # tables were saved once, and are computed now
+    return {former.get(name, name): name for name in net.state_dict()}, list(map(fingerprint_state, states))
+
+
+def _without_empty_modules(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors but those of modules that hold zeros only, as norms do that a release added and no file holds."""
+    filled = {name.rpartition(".")[0] for name, tensor in state.items() if tensor.any()}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in filled}
 
 
 def _former_name(buffer: str, former: Names) -> str:

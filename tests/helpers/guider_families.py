@@ -208,7 +208,7 @@ REGIONS = {
     "DPT segmentation": Family(hf_net("DPTForSemanticSegmentation", config(
         "DPTConfig", **DPT, use_auxiliary_head=False, **NAMED), processor("DPT", 32, **HALVES)), "segmentation"),
     "BEiT": Family(hf_net("BeitForSemanticSegmentation", config(
-        "BeitConfig", **BEIT, out_indices=[0, 1, 2, 3], use_auxiliary_head=False, **NAMED),
+        "BeitConfig", **BEIT, out_indices=[1, 2, 3, 4], use_auxiliary_head=False, **NAMED),
         processor("Beit", 32, do_center_crop=False, **HALVES)), "segmentation"),
     "Mask2Former": Family(hf_net("Mask2FormerForUniversalSegmentation", config(
         "Mask2FormerConfig", backbone_config=config("SwinConfig", **SWIN), **MASKS, **NAMED, feature_size=32,

@@ -234,6 +234,16 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path):
         assert "\n" not in str(error) and "tokenizer" in str(error)
 
 
+@pytest.mark.parametrize("name", ["TokenizersBackend", "TomorrowTokenizer"])
+def test_a_tokenizer_of_another_release_is_read(tmp_path, name: str):
+    """transformers 5 writes the name of a class that 4 does not have."""
+    FAMILIES["CLIP"].write(tmp_path)
+    expected = load_guider(tmp_path).read_text("a red ring")
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": name}))
+    assert torch.equal(load_guider(tmp_path).read_text("a red ring"), expected)
+
+
 @pytest.mark.parametrize("name", ["CLIP", "OneFormer"])
 def test_a_missing_tokenizer_is_told_in_one_sentence(tmp_path, name: str):
     FAMILIES[name].write(tmp_path)

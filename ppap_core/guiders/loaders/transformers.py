@@ -390,15 +390,24 @@ def _task_tokens(folder: Path, length: int) -> Tensor:
     return tokens["input_ids"] * tokens["attention_mask"]
 
 
-def _tokens(folder: Path, text: str, length: int, padded: bool) -> Mapping[str, Tensor]:
-    from transformers import AutoTokenizer
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, AttributeError):  # of a class that another release has; tokenizer.json is all that a fast one does
+        if not (folder / "tokenizer.json").exists():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _tokens(folder: Path, text: str, length: int, padded: bool) -> Mapping[str, Tensor]:
     if not any((folder / name).exists() for name in TOKENIZERS):  # transformers 5 would make one that knows no word
         raise FileNotFoundError(f"{folder.name} has no tokenizer: expected one of {', '.join(TOKENIZERS)}; copy the "
                                 "tokenizer's files from the network's own page")
     try:
         with offline():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = _tokenizer(folder)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         raise ValueError(f"the tokenizer in {folder.name} cannot be read ({' '.join(str(error).split())[:150]}): copy its "
                          "files again from the network's own page") from error

@@ -11,6 +11,7 @@ import comfy.samplers
 import torch
 
 from .memory import log
+from .shared_weights import make_injections_differentiable
 
 NOT_DIFFERENTIABLE_HINTS = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
 DYNAMIC_VRAM_ADVICE = "start ComfyUI with --disable-dynamic-vram, or choose 'in the prediction' as gradient"
@@ -52,6 +53,7 @@ def make_differentiable(guider: comfy.samplers.CFGGuider) -> None:
     candidates = [guider.inner_model, *(getattr(patcher, "model", None) for patcher in loaded[1:])]
     candidates += [value for control in _controls(guider.conds) for value in vars(control).values()]
     _replace_inference_tensors(net for net in candidates if isinstance(net, torch.nn.Module))
+    make_injections_differentiable(guider.model_patcher)
 
 
 def _hold_weights_in_place(loaded: Iterable[comfy.model_patcher.ModelPatcher]) -> None:

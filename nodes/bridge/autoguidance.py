@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import comfy.model_patcher
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -16,11 +15,13 @@ from ...ppap_core.guidance.autoguidance import Autoguidance, autoguidance_delta
 from ...ppap_core.io.function_fingerprint import hashed_as
 from ...ppap_core.training.lora import Adapters, LoraUpdate, with_adapters
 from . import latents, noise_levels
-from .fingerprint import fingerprint_weights
+from .fingerprint import fingerprint_foreign, fingerprint_weights, weights_of
+from .foreign import Memory, SeparateMemory
 from .hooks import AUTOGUIDANCE, Feature, Hooks, RunStack, attach
 from .latents import Patcher
 from .memory import compute_type
 from .noise_levels import PercentSchedule
+from .shared_weights import as_other, differs, make_injections_differentiable, options_of
 
 DIFFUSION_MODEL_PREFIX = "diffusion_model."
 PredictBad = Callable[[dict], Tensor]
@@ -89,7 +90,7 @@ class AutoguidedModel(Feature):
         """Return what tells this autoguidance from another."""
         schedule = self.schedule
         return (self.weight, schedule.start, schedule.end, schedule.factor_at_start, schedule.factor_at_end,
-                fingerprint_weights(self.bad.get_key_patches()))
+                fingerprint_weights(weights_of(self.bad)), *fingerprint_foreign(self.bad))
 
 
 def apply_autoguidance(model: Patcher, bad: Patcher, weight: float, schedule: PercentSchedule) -> Patcher:
@@ -118,40 +119,68 @@ def separate_model(bad: Patcher, cfg_guider: comfy.samplers.CFGGuider, call: Sam
     conds = {"positive": [{key: value for key, value in cond.items() if key != "hooks"}
                           for cond in cfg_guider.original_conds["positive"]]}
     bad.pre_run()
+    memory = Memory(bad.model.diffusion_model, bad.model_options)
+    before = memory.save()
     try:
         comfy.samplers.process_conds(bad.model, call.noise, conds, call.noise.device, call.latent_image, call.denoise_mask,
                                      call.extra_args.get("seed"))
         for good_conds in cfg_guider.conds.values():  # ControlNets are shared, and were last prepared for the bad model
             comfy.samplers.pre_run_control(cfg_guider.inner_model, good_conds)
-        yield partial(_predict_separately, bad, conds["positive"])
+        yield partial(_predict_separately, bad, memory, conds["positive"])
     finally:
+        memory.restore(before)
         bad.cleanup()
 
 
 @contextmanager
 def shared_weights_model(bad: Patcher, cfg_guider: comfy.samplers.CFGGuider, call: SamplerCall) -> Iterator[PredictBad]:
-    """Prepare a bad model that is the good model's network with other LoRAs."""
-    good = cfg_guider.model_patcher
-    yield partial(_predict_with_adapters, bad, difference(good, bad, call.noise.device, compute_type(good)))
+    """Prepare a bad model that is the good model's network with other LoRAs, injections or patches.
 
-
-def _predict_separately(bad: Patcher, cond: list, args: dict) -> Tensor:
-    return predict(bad, bad.model, cond, args)
-
-
-def _predict_with_adapters(bad: Patcher, adapters: Adapters, args: dict) -> Tensor:
-    with with_adapters(args["model"].diffusion_model, adapters):
-        return predict(bad, args["model"], args["cond"], args)
-
-
-def predict(bad: Patcher, network: Any, cond: list, args: dict) -> Tensor:
-    """Predict for one conditioning, with the bad model's own patches of its attention and the like.
-
-    args: of a post-CFG function.
+    ValueError for the good model itself, and for one that differs by what cannot be exchanged.
     """
-    options = comfy.model_patcher.create_model_options_clone(bad.model_options)
-    good_options = args["model_options"].get("transformer_options", {})
-    options.setdefault("transformer_options", {})["sample_sigmas"] = good_options.get("sample_sigmas")
+    good = cfg_guider.model_patcher
+    adapters = difference(good, bad, call.noise.device, compute_type(good))
+    if not differs(good, bad) and not adapters:
+        raise ValueError("the bad model is the model itself: connect a weaker one, such as an earlier checkpoint, or the "
+                         "same model with another LoRA or another strength of it")
+    memory = SeparateMemory(Memory(good.model.diffusion_model, call.extra_args["model_options"], bad.model_options))
+    yield partial(_predict_sharing, SharingModels(good, bad, adapters, memory))
+
+
+class SharingModels(NamedTuple):
+    """Two models on one network: the updates of its layers that make the bad one, and what its patches remember."""
+
+    good: Patcher
+    bad: Patcher
+    adapters: Adapters
+    memory: SeparateMemory
+
+
+def _predict_separately(bad: Patcher, memory: Memory, cond: list, args: dict) -> Tensor:
+    try:
+        return predict(bad, bad.model, cond, args)
+    finally:
+        memory.detach()
+
+
+def _predict_sharing(models: SharingModels, args: dict) -> Tensor:
+    with models.memory.active(), as_other(models.good, models.bad):
+        if torch.is_grad_enabled():
+            make_injections_differentiable(models.bad)
+        with with_adapters(args["model"].diffusion_model, models.adapters):
+            return predict(models.bad, args["model"], args["cond"], args, models.good)
+
+
+def predict(bad: Patcher, network: Any, cond: list, args: dict, good: Patcher | None = None) -> Tensor:
+    """Predict for one conditioning, with the bad model's own patches of its attention, wrappers and the like.
+
+    args: of a post-CFG function. good: the model whose network it is; what patches have made ready for this sampling serves
+    both.
+    """
+    options, good_options = options_of(bad), args["model_options"].get("transformer_options", {})
+    inner, original = options["transformer_options"], good.model_options["transformer_options"] if good else {}
+    ready = {key: good_options[key] for key in inner if key in good_options and inner[key] is original.get(key)}
+    inner.update(ready, sample_sigmas=good_options.get("sample_sigmas"))
     return comfy.samplers.calc_cond_batch(network, [cond], args["input"], args["sigma"], options)[0]
 
 
@@ -176,9 +205,9 @@ class _Patch(NamedTuple):
 
 
 def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.dtype) -> Adapters:
-    """Return the LoRAs that turn the good model's weights into the bad one's.
+    """Return the LoRAs that turn the good model's weights into the bad one's; none for equal weights.
 
-    ValueError if there are none, or if the models differ by more than LoRAs.
+    ValueError if the weights differ by more than LoRAs.
     """
     strengths: dict[tuple, float] = defaultdict(float)
     patches: dict[tuple, _Patch] = {}
@@ -194,9 +223,6 @@ def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.d
         if strength:
             layer = place[0].removeprefix(DIFFUSION_MODEL_PREFIX).removesuffix(".weight")
             adapters[layer].append(lora_update(good, place[0], patches[place], strength, device, dtype))
-    if not adapters:
-        raise ValueError("the bad model is the model itself: connect a weaker one, such as an earlier checkpoint, or the "
-                         "same model with another LoRA or another strength of it")
     return dict(adapters)
 
 
@@ -210,4 +236,6 @@ def lora_update(good: Patcher, key: str, patch: _Patch, strength: float, device:
     scale = strength * (1.0 if alpha is None else float(alpha) / len(down))
     down = down.reshape(len(down), *good.get_model_object(key).shape[1:])
     rows = patch.offset and (patch.offset[1], patch.offset[2])
-    return LoraUpdate(up.flatten(1).to(device, dtype), down.to(device, dtype), scale, rows)
+    with torch.inference_mode(False):  # loaders make LoRAs in inference mode, and autograd accepts no tensors made in it
+        up, down = (part.to(device, dtype, copy=True) for part in (up.flatten(1), down))
+    return LoraUpdate(up, down, scale, rows)

@@ -7,6 +7,7 @@ from typing import Any
 import comfy.sample
 import comfy.sd
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...ppap_core.experts.adapters import LoraSpec
@@ -23,7 +24,8 @@ from ...ppap_core.schedules import ExpertSchedule
 from . import latents, noise_levels, paths
 from .autograd import outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae
-from .hooks import Feature
+from .foreign import Memory
+from .hooks import SAMPLES, Feature
 from .latents import Patcher
 from .memory import load_to_train, module_of
 from .noise_levels import PURE_NOISE
@@ -57,6 +59,7 @@ class SampleGenerator(Feature):
         self.shape = tuple(latents.resize_empty_latent(model, latent).shape)
         self.recorder, self.recording_model = TrajectoryRecorder(), model.clone()
         self.recording_model.set_model_sampler_post_cfg_function(self.post_cfg)
+        self.recording_model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, SAMPLES, self.on_sample)
 
     def fill(self, name: str, count: int) -> Samples:
         """Generate until the store of a name holds `count` images. Cancelling loses only the file that is not finished.
@@ -74,6 +77,12 @@ class SampleGenerator(Feature):
         return {**fingerprint_model(self.model, settings.positive, settings.negative), "vae": fingerprint_vae(self.vae),
                 "shape": list(self.shape), "cfg": settings.cfg, "steps": settings.steps, "sampler": settings.sampler_name,
                 "scheduler": settings.scheduler, "seed": settings.seed}
+
+    def on_sample(self, executor: Any, cfg_guider: Any, sigmas: Tensor, extra_args: dict, *args: Any,
+                  **kwargs: Any) -> Tensor:
+        """Sample one batch, of which caches of other packs must remember nothing when they meet the next one."""
+        memory = Memory(cfg_guider.inner_model.diffusion_model, extra_args["model_options"])
+        return memory.apart(executor, cfg_guider, sigmas, extra_args, *args, **kwargs)
 
     def post_cfg(self, args: dict) -> Tensor:
         """Record one step, and leave the prediction as it is."""

@@ -1,16 +1,23 @@
 """Fingerprints of a MODEL and its conditioning: they tell what was made with them from what was made with others."""
+from types import CellType, FunctionType
 from typing import Any
 
 import comfy.controlnet
 import comfy.hooks
 import comfy.sd
 import torch
+from torch import Tensor
 
 from ...ppap_core.experts.bank import ExpertBank
+from ...ppap_core.io.function_fingerprint import closed_over, function_fingerprint
 from ...ppap_core.io.hashing import digest
-from .hooks import AUTOGUIDANCE, GUIDANCE, features_of
+from .foreign import held_by, read
+from .hooks import AUTOGUIDANCE, GUIDANCE, LORA, PRIOR, features_of
 from .latents import Patcher
+from .shared_weights import injections_of, layers_of, without_layers
 
+VALUES = (str, int, float, bytes)
+UNCOUNTED = (GUIDANCE, AUTOGUIDANCE, PRIOR, LORA, "torch.compile")  # keys of wrappers: counted elsewhere, or without effect
 BORROWED = ("x_embedder.", "orig_y_embedder.")  # from the model, by ControlNets of SD 3.5
 
 
@@ -19,10 +26,61 @@ def fingerprint_model(model: Patcher, *conditioning: list) -> dict:
     sampling = model.get_model_object("model_sampling")
     guidances = [feature.fingerprint() for feature in features_of(model, GUIDANCE)]
     autoguidances = [feature.fingerprint() for feature in features_of(model, AUTOGUIDANCE)]
-    return {"model": digest([fingerprint_weights(model.get_key_patches()), model.model_options,
-                             type(sampling).__mro__[1:3], sampling.sigmas, guidances, *autoguidances]),
+    return {"model": digest([fingerprint_weights(weights_of(model)), model.model_options, type(sampling).__mro__[1:3],
+                             sampling.sigmas, guidances, *autoguidances, *fingerprint_foreign(model)]),
             "conditioning": digest([[(tensor, {name: hashable_conditioning(value) for name, value in extra.items()})
                                      for tensor, extra in entries] for entries in conditioning])}
+
+
+def weights_of(model: Patcher) -> dict:
+    """Return the weights of a MODEL by name, each with its patches, whatever is in the place of its layers."""
+    with without_layers(model):
+        return {name.replace("_orig_mod.", ""): patches for name, patches in model.get_key_patches().items()}
+
+
+def fingerprint_foreign(model: Patcher) -> list[str]:
+    """Hash what other packs put on a MODEL besides patches and options; empty where there is nothing of that."""
+    found = {"injections": [identity_of(model, part.inject, part.eject) for part in injections_of(model)],
+             "layers": [(path, identity_of(model, layer)) for path, layer in layers_of(model).items()],
+             "weight wrappers": {name: identity_of(model, *functions)
+                                 for name, functions in model.weight_wrapper_patches.items()},
+             "wrappers": _functions_of(model.wrappers), "callbacks": _functions_of(model.callbacks)}
+    return [digest([name, value], sampled=True) for name, value in found.items() if value]
+
+
+def _functions_of(kinds: dict[str, dict]) -> list:
+    return [(kind, functions) for kind, by_key in kinds.items() for key, functions in by_key.items()
+            if functions and key not in UNCOUNTED]
+
+
+def identity_of(model: Patcher, *roots: Any) -> list:
+    """Return the classes and plain values of all that some functions or objects on a MODEL hold.
+
+    Tensors count in the type of the model, which ComfyUI gives to those that it injects.
+    """
+    with without_layers(model):
+        names = {id(layer): name for name, layer in model.model.named_modules()}
+    dtype = model.model_dtype()
+    dtype = dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16
+    return [names.get(id(part)) or (_kind(part), _values(part, dtype)) for part in held_by(*roots)]
+
+
+def _kind(part: Any) -> str:
+    return function_fingerprint(part)[0] if callable(part) else type(part).__qualname__
+
+
+def _values(part: Any, dtype: torch.dtype) -> list:
+    if isinstance(part, FunctionType):
+        return [_plain_value(value, dtype) for value in closed_over(part) if isinstance(value, (Tensor, *VALUES))]
+    if isinstance(part, CellType):
+        return []  # its value counts with the function, unless that changes it
+    held = part.state_dict() if isinstance(part, torch.nn.Module) else read(part)
+    pairs = [(key, _plain_value(value, dtype)) for key, value in held.items() if isinstance(value, (Tensor, *VALUES))]
+    return sorted(pairs, key=str) if isinstance(part, set) else pairs
+
+
+def _plain_value(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def fingerprint_network(net: Any) -> str | None:

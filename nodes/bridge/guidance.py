@@ -23,6 +23,7 @@ from ...ppap_core.io.hashing import digest
 from . import latents, noise_levels
 from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .fingerprint import fingerprint_network, fingerprint_vae
+from .foreign import Memory
 from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach, features_of
 from .latents import Patcher
 from .memory import GradientMemory, compute_type, materialize_on, module_of, patcher_of
@@ -137,9 +138,18 @@ class GuidedModel(Feature):
         if not any_needs_vjp(run.terms_at(sigma), sigma):
             return executor(x, timestep, *args, **kwargs)
         run.gradient_pass = run.gradient_pass or GradientPass(net)
+        memory = Memory(net.diffusion_model, executor.class_obj.model_options, *args[:1])
+        before = memory.save()
         with outside_inference_mode():
             point = x if x.requires_grad else x.clone().requires_grad_(True)  # a guidance below may have begun already
-            return run.gradient_pass.run(lambda: executor(point, timestep.clone(), *args, **kwargs).detach())
+
+            def attempt() -> Tensor:
+                memory.restore(before)  # a cache of another pack must not answer a second attempt from the first
+                return executor(point, timestep.clone(), *args, **kwargs).detach()
+            try:
+                return run.gradient_pass.run(attempt)
+            finally:
+                memory.detach()
 
     @hashed_as("apply_guidance.<locals>.guide", "max_rms")
     def post_cfg(self, args: dict) -> Tensor:

@@ -17,11 +17,13 @@ from . import latents, noise_levels, paths
 from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .autoguidance import DIFFUSION_MODEL_PREFIX
 from .fingerprint import fingerprint_model
+from .foreign import Memory
 from .hooks import LORA, Hooks, attach
 from .latents import Patcher
 from .memory import GradientMemory, log
 from .progress import LossProgress
 from .sampler import new_cfg_guider, run_inside_sampler
+from .shared_weights import uncompiled, without_layers
 
 CHECKPOINT_FRACTIONS = (16, 4)  # early states are saved after a sixteenth and a quarter of the steps
 
@@ -55,14 +57,17 @@ class LoraTraining:
         lora = as_lora(adapters, DIFFUSION_MODEL_PREFIX)
         for file_name, tensors in {self.name: lora, **self.unsaved}.items():
             save_lora(file_name, tensors)
-        return comfy.sd.load_lora_for_models(self.model, None, lora, 1.0, 0.0)[0], losses
+        with without_layers(self.model):
+            return comfy.sd.load_lora_for_models(self.model, None, lora, 1.0, 0.0)[0], losses
 
     def _train(self, cfg_guider: comfy.samplers.CFGGuider, denoise: Any, noise: Tensor,
                extra_args: dict) -> tuple[dict[str, LoraUpdate], list[float]]:
         make_differentiable(cfg_guider)
         net = cfg_guider.inner_model.diffusion_model
-        predict = partial(predict_noised, cfg_guider.inner_model.model_sampling, partial(denoise, **extra_args))
-        with outside_inference_mode():
+        memory = Memory(net, extra_args["model_options"])
+        denoise = partial(memory.apart, partial(denoise, **extra_args))
+        predict = partial(predict_noised, cfg_guider.inner_model.model_sampling, denoise)
+        with outside_inference_mode(), uncompiled():
             return fine_tune(net, predict, self.images.to(noise), self.config, latents.sigma_data_of(self.model),
                              self._run_options(GradientPass(net)))
 

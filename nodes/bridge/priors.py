@@ -17,6 +17,7 @@ from ...ppap_core.training.state import Losses
 from . import latents, noise_levels, paths
 from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae
+from .foreign import Memory
 from .guidance import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, to_core_term
 from .hooks import PRIOR, Hooks, attach
 from .latents import Patcher
@@ -72,8 +73,9 @@ class PriorSearch:
             start = latents.frames_as_images(self.images.to(noise))
             config = replace(self.config, frames=len(start) // len(self.images))
             seeds = range(self.seed, self.seed + config.particles * len(start))
-            denoise = ModelDenoiser(cfg_guider.inner_model.model_sampling, partial(predict, **extra_args), noise,
-                                    config.backprop_through_model)
+            memory = Memory(cfg_guider.inner_model.diffusion_model, extra_args["model_options"])
+            predict = partial(memory.apart, partial(predict, **extra_args))
+            denoise = ModelDenoiser(cfg_guider.inner_model.model_sampling, predict, noise, config.backprop_through_model)
             images, losses = optimize_images(self._objective(cfg_guider.model_patcher, denoise, start), start, config, seeds,
                                              self._mask(start), self._run_options(GradientPass(cfg_guider.inner_model)))
             return latents.images_as_frames(images, self.images), losses

@@ -33,12 +33,13 @@ def function_fingerprint(value: Any) -> tuple[str, list[object]]:
     """
     name, attributes = getattr(value, "_hashed_as", ("", ()))
     parts = [getattr(value, "weights", None)]
-    parts += [part for part in _closed_over(value) if isinstance(part, SCALARS)]
+    parts += [part for part in closed_over(value) if isinstance(part, SCALARS)]
     parts += [getattr(value.__self__, attribute) for attribute in attributes]
     return name or getattr(value, "__qualname__", type(value).__qualname__), parts
 
 
-def _closed_over(value: Any) -> Iterator[object]:
+def closed_over(value: Any) -> Iterator[object]:
+    """Yield what a function closes over and its defaults, but for variables that it rebinds; nothing for other objects."""
     if not inspect.isfunction(value):
         return
     yield from value.__defaults__ or ()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..noise import expand
 from ..rng import seeded
 from .loop import RunOptions, optimize
-from .lora import LoraUpdate, supports_lora, with_adapters
+from .lora import LoraUpdate, named_layers, supports_lora, with_adapters
 
 Predict = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images (B, C, H, W), noise like them, share of the noise schedule (B,)) -> (denoised prediction, noise level (B,))"""
@@ -35,7 +35,7 @@ def initial_updates(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdat
     seed: of the random numbers. ValueError if the network has no such layer.
     """
     updates: dict[str, LoraUpdate] = {}
-    for name, layer in net.named_modules():
+    for name, layer in named_layers(net).items():
         if supports_lora(layer):
             weight: Tensor = layer.weight
             down = torch.empty(rank, *weight.shape[1:])

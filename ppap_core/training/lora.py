@@ -37,7 +37,7 @@ def with_adapters(net: nn.Module, adapters: Adapters) -> Iterator[None]:
 
     ValueError for a name of no layer, and for a layer that cannot be updated.
     """
-    layers: dict[str, Any] = dict(net.named_modules())
+    layers = named_layers(net)
     for name in adapters:
         if not supports_lora(layers.get(name)):
             raise ValueError("low-rank updates are for Linear layers and for Conv2d layers that are ungrouped and padded by "
@@ -48,6 +48,11 @@ def with_adapters(net: nn.Module, adapters: Adapters) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def named_layers(net: nn.Module) -> dict[str, Any]:
+    """Layers of a network by name; torch.compile around one of them leaves the names as they were."""
+    return {name.replace("_orig_mod.", ""): layer for name, layer in net.named_modules()}
 
 
 def supports_lora(layer: Any) -> bool:

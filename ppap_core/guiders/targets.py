@@ -1,7 +1,8 @@
 """Targets from class names, texts, pictures, maps, masks and numbers. All user input is checked here, once."""
 import difflib
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -79,7 +80,7 @@ def _class_weights(guider: Guider, words: str) -> dict[int, float]:
     if whole is not None:
         return {whole: 1.0}
     weights: dict[int, float] = {}
-    for part in map(str.strip, words.split("+")):
+    for part in _parts(guider, words):
         name, colon, weight = part.rpartition(":")
         if not colon or _named(guider, part) is not None:
             name, weight = part, "1"
@@ -89,6 +90,13 @@ def _class_weights(guider: Guider, words: str) -> dict[int, float]:
         index = label_index(guider, name.strip())
         weights[index] = weights.get(index, 0.0) + factor
     return weights
+
+
+def _parts(guider: Guider, words: str) -> Iterator[str]:
+    """What stands between the pluses, of which those with spaces around them count first: a name may hold one itself."""
+    for part in map(str.strip, re.split(r"\s\+\s", words)):
+        name = part if _named(guider, part) is not None else part.rpartition(":")[0].strip()
+        yield from [part] if _named(guider, name) is not None else map(str.strip, part.split("+"))
 
 
 def _finite(number: str) -> float | None:

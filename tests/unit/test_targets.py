@@ -96,6 +96,7 @@ def test_a_class_for_a_guider_without_classes_is_refused(task):
 
 @pytest.mark.parametrize("words, target", [
     ("solo", [1]), ("long hair", [2]), ("LONG_HAIR", [2]), (":d", [3]), ("+_+", [4]), ("1girl, solo", [0, 1]), ("1", [1]),
+    ("+_+ + solo:0.5", [[0, 0.5, 0, 0, 1]]), ("solo + +_+:-1", [[0, 1, 0, 0, -1]]),
     ("solo + long hair:0.5", [[0, 1, 0.5, 0, 0]]), ("solo + :d", [[0, 1, 0, 1, 0]]), (":d:-1 + 1girl", [[1, 0, 0, -1, 0]]),
 ])
 def test_tags_are_chosen_by_name_with_or_without_underscores(words, target):

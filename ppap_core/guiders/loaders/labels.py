@@ -2,7 +2,7 @@
 import csv
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,17 @@ def read_head(folder: Path, count: int, problem_type: str | None, names: object,
         return Head("number", ())
     task = {MULTI_LABEL: "tags", REGRESSION: "number"}.get(problem_type or "", "class")
     return Head(task, class_labels(folder.name, count, names, descriptions))
+
+
+def count_labels(named: int, shapes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """Outputs of a network by its weights, where config.json names another number of them.
+
+    shapes: of each tensor that does not fit, in the file and in the network for `named` labels. The heads tell: all have as
+    many rows more or less. Else the number stays as it is.
+    """
+    more = {saved[0] - own[0] for saved, own in shapes if saved and own and saved[1:] == own[1:]}
+    fits = len(more) == 1 and all(len(saved) == len(own) and saved[1:] == own[1:] for saved, own in shapes)
+    return max(named + more.pop(), 1) if fits else named
 
 
 def class_labels(folder: str, count: int, names: object, descriptions: object = None) -> tuple[str, ...]:

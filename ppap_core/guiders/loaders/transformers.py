@@ -19,7 +19,7 @@ from ...io.files import read_json, read_safetensors, write_json
 from ..guider import Guider, IgnoreSigma
 from ..preprocess import Preprocess, processor_preprocess
 from ..resize import without_autocast
-from .labels import Head, class_labels, read_head
+from .labels import Head, class_labels, count_labels, read_head
 from .offline import offline, settled
 from .weights import Loaded, read_weights, require_unused, tensors_without_weights, unwrapped
 
@@ -203,30 +203,32 @@ def _with_task_head(guider: MakeGuider, folder: Path, model: Any, architecture: 
     task, forward_fn = next(head for suffix, head in TASK_HEADS.items() if architecture.endswith(suffix))
     if architecture.startswith("OneFormer"):
         forward_fn = partial(task_semantic_logits, _task_tokens(folder, model.config.task_seq_len))
-    head = _head(folder, model.config, task)
+    head = _head(folder, model.config.num_labels, task)
     return guider(IgnoreSigma(ForwardNet(model, forward_fn)), task=head.task, labels=head.labels)
 
 
-def _head(folder: Path, config: Any, task: str) -> Head:
+def _head(folder: Path, count: int, task: str) -> Head:
     """Task and labels of a network by its outputs: one segment is a mask, one number of a classifier is no class."""
-    count = config.num_labels
+    said = read_json(folder / "config.json")
     if task == "class":
-        return read_head(folder, count, getattr(config, "problem_type", None), _names(folder.name, config))
+        return read_head(folder, count, said.get("problem_type"), _names(folder.name, said))
     if task == "segmentation" and count > 1:
-        return Head(task, class_labels(folder.name, count, _names(folder.name, config)))
+        return Head(task, class_labels(folder.name, count, _names(folder.name, said)))
     return Head("mask" if task == "segmentation" else task, ())
 
 
-def _names(folder: str, config: Any) -> dict[int, str]:
-    """Names of the classes as the library takes them; the log says where the folder contradicts itself."""
-    index_of = config.label2id or {}
-    for index, name in config.id2label.items():
-        other = index_of.get(name, index)
-        if other != index and config.id2label.get(other) != name:
-            log.warning("%s/config.json contradicts itself: %s is class %s in id2label, which counts, but %s in label2id",
-                        folder, name, index, other)
-            break
-    return config.id2label
+def _names(folder: str, said: Mapping[str, Any]) -> Mapping[Any, Any] | None:
+    """Names of the classes as config.json has them; the log says where it contradicts itself."""
+    names, index_of = said.get("id2label"), said.get("label2id")
+    if not isinstance(names, Mapping) or not isinstance(index_of, Mapping):
+        return names or index_of
+    made_up = all(name == f"LABEL_{index}" for index, name in names.items())
+    wrong = [name for index, name in names.items()
+             if str(index_of.get(name, index)) != str(index) and list(names.values()).count(name) == 1]
+    if wrong and not made_up:
+        log.warning("%s/config.json contradicts itself: %s is class %s in label2id but not in id2label, which counts",
+                    folder, wrong[0], index_of[wrong[0]])
+    return index_of if made_up else names
 
 
 def check_transformers(folder: Path, name: str) -> None:
@@ -269,11 +271,11 @@ def _load(folder: Path) -> Loaded:
     weights = read_weights(folder)
     try:
         with offline():
-            model, loading = _filled(architecture, _config(architecture, config), weights)
+            model, loading = _with_all_labels(architecture, _config(architecture, config), weights)
     except Exception as error:  # each release and each architecture has errors of its own
         raise ValueError(f"{folder.name} cannot be loaded as {architecture} ({' '.join(str(error).split())[:300]}): "
                          "copy the folder again from the network's own page") from error
-    wrong = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]
+    wrong = _mismatched(loading)
     if wrong:
         raise ValueError(f"{_misfit(folder, architecture)}: {len(wrong)} are of another shape than config.json says, such "
                          f"as {min(wrong)}; copy the folder again")
@@ -291,9 +293,26 @@ def _config(architecture: str, config: Mapping[str, Any]) -> Any:
     import transformers
 
     kind = getattr(transformers, architecture).config_class
+    config = {key: value for key, value in config.items() if key != "problem_type"}  # of losses only; some is refused
     with TemporaryDirectory() as place:  # only from a file is it read as the library reads it
         write_json(Path(place) / "config.json", config)
         return kind.from_pretrained(place, local_files_only=True)
+
+
+def _with_all_labels(architecture: str, config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """`_filled` with as many labels as the weights have, where the names in the file are fewer or more."""
+    model, loading = _filled(architecture, config, weights)
+    own = model.state_dict()
+    shapes = [(weights[key].shape, own[key].shape) for key in _mismatched(loading) if key in weights and key in own]
+    count = count_labels(config.num_labels, shapes)
+    if count == config.num_labels:
+        return model, loading
+    config.num_labels = count
+    return _filled(architecture, config, weights)
+
+
+def _mismatched(loading: Mapping[str, Any]) -> list[str]:
+    return [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]
 
 
 def _filled(architecture: str, config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:

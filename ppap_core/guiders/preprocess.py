@@ -1,6 +1,7 @@
 """Preprocessing of images for a network: one differentiable object, built from the network's own files."""
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -8,71 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .fits import FITS, nearest_multiple
+from .processors import AS_THE_CLASS_SAYS, agrees, library_processor, read_probes, settings
 from .resize import Size, resize
+
+log = logging.getLogger(__name__)
 
 Color = tuple[float, float, float]
 
 
-def _exact(image: Size, size: Size, multiple: float) -> Size:
-    """Exactly this height and width."""
-    return size
-
-
-def _shortest_edge(image: Size, size: Size, multiple: float) -> Size:
-    """The shorter edge becomes size[0], unless the longer one would exceed size[1]; up to the next multiple."""
-    short, long = min(image), max(image)
-    edge = size[1] * short / long if long / short * size[0] > size[1] else size[0]
-    shorter = int(math.ceil(round(edge) / multiple) * multiple)
-    longer = int(math.ceil(int(edge * long / short) / multiple) * multiple)
-    return (shorter, longer) if image[0] <= image[1] else (longer, shorter)
-
-
-def _cover(image: Size, size: Size, multiple: float) -> Size:
-    """One scale for both edges, the smallest at which neither is below the size."""
-    ratio = min(image[0] / size[0], image[1] / size[1])
-    return round(image[0] / ratio), round(image[1] / ratio)
-
-
-def _contain(image: Size, size: Size, multiple: float) -> Size:
-    """One scale for both edges: of the two that reach the size, the one closer to 1; to the nearest multiple."""
-    scale = min((size[0] / image[0], size[1] / image[1]), key=lambda scale: abs(1 - scale))
-    return max(_nearest(scale * image[0], multiple), 1), max(_nearest(scale * image[1], multiple), 1)
-
-
-def _nearest(side: float, multiple: float) -> int:
-    return int(round(side / multiple) * multiple)
-
-
-def _native(image: Size, size: Size, multiple: float) -> Size:
-    """The image's own size, down to a multiple."""
-    return int(max(image[0] // multiple, 1) * multiple), int(max(image[1] // multiple, 1) * multiple)
-
-
-def _max_patches(image: Size, size: Size, multiple: float) -> Size:
-    """As large as size[0] patches of `multiple` pixels allow, close to the image's own proportions."""
-    low, high = 1e-6, 100.0
-    while high - low >= 1e-5:
-        middle = (low + high) / 2
-        fits = math.prod(_whole_patches(image, middle, multiple)) <= size[0] * multiple**2
-        low, high = (middle, high) if fits else (low, middle)
-    return _whole_patches(image, low, multiple)
-
-
-def _whole_patches(image: Size, scale: float, patch: float) -> Size:
-    rows, columns = (max(math.ceil(side * scale / patch), 1) for side in image)
-    return int(rows * patch), int(columns * patch)
-
-
-FITS: dict[str, Callable[[Size, Size, float], Size]] = {
-    "stretch": _exact, "shortest": _shortest_edge, "cover": _cover, "least": _contain, "own": _native,
-    "patches": _max_patches}
-"""How the size follows from that of the image: (image size, the network's size, multiple) -> (height, width).
-
-The keys are part of the format of expert banks.
-"""
-
-
-LATER_FIELDS = ("square", "fill")
+LATER_FIELDS = ("square", "fill", "mirror", "pad_multiple")
 """Fields of `Preprocess` that came after version 0.1.0."""
 
 
@@ -92,7 +38,9 @@ class Preprocess:
     align_corners: bool = False       # the centres of the corner pixels stay in their places
     bgr: bool = False                 # blue first
     square: bool = False              # made square before it is resized, in the middle of `fill`
-    fill: Color = (0.0, 0.0, 0.0)     # colour in [0, 1] around an image that is made square or is smaller than the crop
+    fill: Color = (0.0, 0.0, 0.0)     # colour in [0, 1] around an image that is padded or is smaller than the crop
+    mirror: bool = False              # before it is resized, bordered by its own mirror image, as ZoeDepth wants it
+    pad_multiple: int = 1             # pixels; in the end padded to the next multiple, in the middle of `fill`
 
     def __call__(self, image: Tensor) -> Tensor:
         fill, mean, std = (torch.tensor(values).to(image)[:, None, None] for values in (self.fill, self.mean, self.std))
@@ -109,10 +57,20 @@ class Preprocess:
         if self.square:
             edge = max(image.shape[-2:])
             image = _crop_middle(image, (edge, edge), False, beyond)
+        if self.mirror:
+            image = _with_mirrored_border(image)
+        image = resize(image, self.resized(image), interpolation or self.interpolation, self.antialias, self.align_corners)
+        if self.crop:
+            image = _crop_middle(image, self.crop, self.crop_rounds, beyond)
+        if self.pad_multiple > 1:
+            height, width = (math.ceil(side / self.pad_multiple) * self.pad_multiple for side in image.shape[-2:])
+            image = _crop_middle(image, (height, width), False, beyond)
+        return image
+
+    def resized(self, image: Tensor) -> Size:
+        """(height, width) that an image (..., H, W) is resized to, before it is cropped."""
         height, width = image.shape[-2:]
-        size, mode = FITS[self.fit]((height, width), self.size, self.multiple), interpolation or self.interpolation
-        image = resize(image, size, mode, self.antialias, self.align_corners)
-        return _crop_middle(image, self.crop, self.crop_rounds, beyond) if self.crop else image
+        return FITS[self.fit]((height, width), self.size, self.multiple)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, for files; beyond the first four only those that differ from their defaults."""
@@ -143,6 +101,12 @@ def _crop_middle(image: Tensor, crop: Size, rounds: bool, beyond: float | Tensor
     return torch.where(inside, F.pad(image, edges), beyond)
 
 
+def _with_mirrored_border(image: Tensor) -> Tensor:
+    """Images with a border on each side of three times the root of half of their height or width."""
+    top, left = (min(int(math.sqrt(side / 2) * 3), side - 1) for side in image.shape[-2:])
+    return F.pad(image, (left, left, top, top), mode="reflect")
+
+
 INTERPOLATIONS = {0: "nearest-exact", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # PIL's numbers; lanczos is nearly bicubic
 
 SHORTER_EDGE = ("CLIP", "ChineseCLIP", "Bit", "ConvNext", "Levit", "MobileNet", "MobileViT", "PoolFormer", "MaskFormer",
@@ -150,32 +114,103 @@ SHORTER_EDGE = ("CLIP", "ChineseCLIP", "Bit", "ConvNext", "Levit", "MobileNet", 
 """Kinds of processors in transformers that read a size of one number as the length of the shorter edge."""
 
 
+KNOWN_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_flip_channel_order", "do_convert_rgb",
+               "do_reduce_labels", "do_pad", "do_split_image")
+"""Steps that a preprocessor_config.json may ask for; all others are refused where transformers does not know the class."""
+
+
 def processor_preprocess(config: Mapping[str, Any]) -> Preprocess:
-    """Preprocess from a preprocessor_config.json of transformers. ValueError for a size or a mean it does not say."""
-    kind = config.get("image_processor_type") or config.get("feature_extractor_type") or ""
+    """Preprocess from a preprocessor_config.json of transformers, equal to what its own processor does.
+
+    What the file leaves out is as the class of transformers has it, and the result is compared with that class on a few
+    images. ValueError where they differ, and for a size, a mean or a step that cannot be read.
+    """
+    processor = library_processor(config)
+    if processor is None:
+        unknown = [name for name, value in config.items() if name.startswith("do_") and value and name not in KNOWN_STEPS]
+        if unknown:
+            raise ValueError(f"preprocessor_config.json asks for {unknown[0]}, which is not known here: expected "
+                             f"some of {', '.join(KNOWN_STEPS)}; take a network that reads its images without it")
+        return _read_config(config)
+    config = {**config, **settings(processor)}
+    preprocess = _read_config(config)
+    squares = _reads_squares(config) and preprocess.fit == "stretch"
+    if squares:
+        log.warning("%s cuts or pads images that are not square; here they are stretched to squares", _kind(config))
+    probes = read_probes(processor, squares)
+    other_order = replace(preprocess, bgr=not preprocess.bgr)  # a class may turn blue first without a word in its file
+    found = next((candidate for candidate in (preprocess, other_order) if agrees(candidate, probes)), None)
+    if found is None:
+        raise ValueError(f"{type(processor).__name__} {AS_THE_CLASS_SAYS}")
+    return found
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return config.get("image_processor_type") or config.get("feature_extractor_type") or ""
+
+
+def _read_config(config: Mapping[str, Any]) -> Preprocess:
+    kind = _kind(config)
     mean, std = _normalization(config)
     zoe = kind.startswith("ZoeDepth")
     preprocess = Preprocess((1, 1), mean, std, INTERPOLATIONS.get(config.get("resample", 2), "bilinear"),
                             antialias=not (zoe or kind.startswith("DepthPro")), align_corners=zoe,
                             bgr=bool(config.get("do_flip_channel_order")))
-    return _with_size(preprocess, config, kind)
+    return _with_size(_with_padding(preprocess, config, kind), config, kind)
 
 
 def _normalization(config: Mapping[str, Any]) -> tuple[Color, Color]:
+    """Mean and std of images in [0, 1], of all steps that only multiply and add."""
+    mean, std = _mean_and_std(config)
+    scale, offset = _rescaling(config)
+    if (scale, offset) != (1, 0):  # (image * scale - offset - mean) / std
+        mean, std = tuple((value + offset) / scale for value in mean), tuple(value / scale for value in std)
+    if config.get("include_top"):  # EfficientNet divides once more
+        std = tuple(value * again for value, again in zip(std, _three_numbers(config, "image_std"), strict=True))
+    return mean, std
+
+
+def _mean_and_std(config: Mapping[str, Any]) -> tuple[Color, Color]:
     # files of processors that never normalise do not say `do_normalize`
     if not config.get("do_normalize", "image_mean" in config and "do_flip_channel_order" not in config):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    for key in ("image_mean", "image_std"):
-        if not isinstance(config.get(key), list) or len(config[key]) != 3:
-            raise ValueError(f"preprocessor_config.json has the {key} {config.get(key)!r}: expected three numbers, or "
-                             "do_normalize false; copy the file again from the network's own page")
-    return tuple(config["image_mean"]), tuple(config["image_std"])
+    return _three_numbers(config, "image_mean"), _three_numbers(config, "image_std")
 
 
-def _height_and_width(size: int | list[int] | dict[str, int]) -> Size:
+def _rescaling(config: Mapping[str, Any]) -> tuple[float, float]:
+    """What images in [0, 1] are multiplied by, and what is taken away then."""
+    if not config.get("do_rescale", True):
+        return 255, 0
+    scale = 255 * config.get("rescale_factor", 1 / 255)
+    return 1 if abs(scale - 1) < 1e-6 else scale, 1 if config.get("rescale_offset") else 0
+
+
+def _three_numbers(config: Mapping[str, Any], key: str) -> Color:
+    if not isinstance(config.get(key), list) or len(config[key]) != 3:
+        raise ValueError(f"preprocessor_config.json has the {key} {config.get(key)!r}: expected three numbers, or "
+                         "do_normalize false; copy the file again from the network's own page")
+    return tuple(config[key])
+
+
+def _with_padding(preprocess: Preprocess, config: Mapping[str, Any], kind: str) -> Preprocess:
+    if not config.get("do_pad"):
+        return preprocess
+    if kind.startswith("ZoeDepth"):
+        return replace(preprocess, mirror=True)
+    if config.get("size_divisor") and "keep_aspect_ratio" in config:  # others resize to multiples of it
+        return replace(preprocess, pad_multiple=config["size_divisor"], fill=preprocess.mean)
+    return preprocess  # to the largest image of a batch
+
+
+def _height_and_width(size: Any, name: str = "size") -> Size:
+    height, width = (size, size)
     if isinstance(size, dict):
-        return size["height"], size["width"]
-    height, width = (size, size) if isinstance(size, int) else size
+        height, width = size.get("height"), size.get("width")
+    elif isinstance(size, (list, tuple)) and len(size) == 2:
+        height, width = size
+    if type(height) is not int or type(width) is not int or min(height, width) < 1:
+        raise ValueError(f"preprocessor_config.json has the {name} {size!r}: expected height and width, or shortest_edge; "
+                         "copy the file again from the network's own page")
     return height, width
 
 
@@ -185,20 +220,20 @@ def _with_size(preprocess: Preprocess, config: Mapping[str, Any], kind: str) -> 
         size = {"shortest_edge": size, "longest_edge": config.get("max_size")}
     cropped = preprocess
     if config.get("do_center_crop") and config.get("crop_size"):
-        cropped = replace(preprocess, crop=_height_and_width(config["crop_size"]))
+        cropped = replace(preprocess, crop=_height_and_width(config["crop_size"], "crop_size"))
     if not config.get("do_resize", True):
         return replace(cropped, fit="own")
     if "max_num_patches" in config:
         patches = config["max_num_patches"]
         return replace(preprocess, size=(patches, patches), fit="patches", multiple=config.get("patch_size", 16))
+    if config.get("resize_short"):
+        edge = config["resize_short"]
+        return replace(cropped, size=(edge, edge), fit="short", multiple=config.get("size_divisor") or 1)
     if isinstance(size, dict) and size.get("shortest_edge"):
         return _with_shorter_edge(cropped, config, kind, size["shortest_edge"], size.get("longest_edge"))
-    if isinstance(size, (int, list)) or size.get("height"):
-        return _with_both_edges(cropped, config, _height_and_width(size))
-    if "size_divisor" in config:
+    if not size and "size_divisor" in config:
         return replace(preprocess, fit="own", multiple=config["size_divisor"])
-    raise ValueError(f"preprocessor_config.json has the size {size!r}: expected height and width, or shortest_edge; copy "
-                     "the file again from the network's own page")
+    return _with_both_edges(cropped, config, _height_and_width(size or None))
 
 
 NO_LIMIT = 10**6  # an edge that no image reaches
@@ -209,16 +244,21 @@ def _with_shorter_edge(preprocess: Preprocess, config: Mapping[str, Any], kind: 
     share = config.get("crop_pct") or (0.875 if kind.startswith(("ConvNext", "Levit")) else None)
     if share and edge < 384:
         return replace(preprocess, size=(int(edge / share), NO_LIMIT), fit="shortest", crop=(edge, edge))
-    if share or "do_split_image" in config:  # large ConvNeXt stretch; EoMT reads squares
+    if share or _reads_squares(config):  # large ConvNeXt stretch
         return replace(preprocess, size=(edge, edge), fit="stretch", crop=None)
     return replace(preprocess, size=(edge, longest or NO_LIMIT), fit="shortest", multiple=config.get("size_divisor") or 1)
+
+
+def _reads_squares(config: Mapping[str, Any]) -> bool:
+    """Whether a network reads squares that its processor cuts out of an image or pads it to: EoMT."""
+    return bool(config.get("do_split_image") or ("do_split_image" in config and config.get("do_pad")))
 
 
 def _with_both_edges(preprocess: Preprocess, config: Mapping[str, Any], size: Size) -> Preprocess:
     multiple = config.get("ensure_multiple_of") or 1
     if config.get("keep_aspect_ratio"):
         return replace(preprocess, size=size, fit="least", multiple=multiple)
-    return replace(preprocess, size=(_nearest(size[0], multiple), _nearest(size[1], multiple)))
+    return replace(preprocess, size=(nearest_multiple(size[0], multiple), nearest_multiple(size[1], multiple)))
 
 
 def timm_preprocess(data: Mapping[str, Any]) -> Preprocess:

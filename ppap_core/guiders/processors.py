@@ -1,0 +1,116 @@
+"""Image processors of transformers themselves: what their files leave out, and what they make of an image.
+
+A class does more than the fields of its file say, and only the class can tell.
+"""
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .resize import Size
+
+PROBES: tuple[Size, ...] = ((256, 256), (300, 451), (90, 60), (900, 1100))
+"""Sizes of the images that are compared: square or not, small, and larger than what is cut into parts; square first."""
+TOLERANCE = 0.02  # of the range of values: rounding to 8 bits and other filters on a smooth image stay below a quarter of it
+DOWNLOADED = ("repo_path", "class_info_file")  # what making a processor would fetch; no pixel depends on it
+AS_THE_CLASS_SAYS = ("does more with an image than its preprocessor_config.json says: expected one that resizes, crops and "
+                     "normalizes; take a network with such a processor")
+
+Probe = tuple[Tensor, Tensor]
+"""(image (3, H, W) in [0, 1], what the library makes of it (1, 3, h, w))"""
+
+
+class Reads(Protocol):
+    """The part of `Preprocess` that is compared."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """The input of the network for images (B, 3, H, W) in [-1, 1]."""
+
+    def resized(self, image: Tensor) -> Size:
+        """(height, width) that an image is resized to."""
+
+
+def library_processor(config: Mapping[str, Any]) -> Any | None:
+    """The processor that a preprocessor_config.json names; None where transformers has no such class or cannot make it."""
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type") or ""
+    name = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    options = {key: value for key, value in config.items() if key not in DOWNLOADED}
+    for candidate in (name, f"{name}Fast", f"{name}Pil"):
+        try:
+            import transformers
+            from transformers.image_processing_utils import BaseImageProcessor
+
+            found = getattr(transformers, candidate, None)
+            if inspect.isclass(found) and issubclass(found, BaseImageProcessor):
+                return found.from_dict(options)
+        except Exception:  # noqa: S112 - of any kind: the library checks files in many ways, and may lack a package
+            continue
+    return None
+
+
+def settings(processor: Any) -> dict[str, Any]:
+    """All fields of a processor as its file would say them, with what its class has for those that were left out."""
+    return json.loads(processor.to_json_string())
+
+
+def read_probes(processor: Any, squares: bool) -> list[Probe]:
+    """Images without detail, with what a processor makes of each; squares: square ones only.
+
+    ValueError for a processor that does not make one picture of one image.
+    """
+    probes, problem = [], None
+    for size in PROBES[:1 if squares else None]:
+        image = _smooth_image(size)
+        try:
+            probes.append((image, _pixel_values(processor, image)))
+        except ImportError:
+            return []  # reads texts or boxes too, with a package that is not installed
+        except Exception as error:  # of any kind: too small an image, pairs of images, boxes that are missing
+            problem = error
+    if not probes:
+        raise ValueError(f"{type(processor).__name__} makes no picture of an image alone "
+                         f"({' '.join(str(problem).split())[:150]}): it {AS_THE_CLASS_SAYS}") from problem
+    return probes
+
+
+def agrees(preprocess: Reads, probes: Sequence[Probe]) -> bool:
+    """Whether a preprocessing makes of all images what the library makes of them."""
+    return all(_equal(preprocess, image, expected) for image, expected in probes)
+
+
+def _equal(preprocess: Reads, image: Tensor, expected: Tensor) -> bool:
+    if math.prod(preprocess.resized(image)) > 100 * (expected.numel() + image.numel()):
+        return False  # a count of pixels, say, read as a length
+    found = preprocess(image[None] * 2 - 1)
+    if found.shape != expected.shape:
+        return False
+    spread = float(expected.max() - expected.min())
+    return bool((found - expected).abs().max() <= TOLERANCE * max(spread, 1e-6))
+
+
+def _smooth_image(size: Size) -> Tensor:
+    down, right = torch.meshgrid(*(torch.linspace(0, 1, side) for side in size), indexing="ij")
+    blue = 0.5 + 0.3 * torch.sin(3 * right + 2 * down)
+    return (torch.stack([0.1 + 0.5 * right + 0.3 * down, 0.9 - 0.6 * right * down, blue]) * 255).round() / 255
+
+
+def _pixel_values(processor: Any, image: Tensor) -> Tensor:
+    task = {"task_inputs": ["semantic"]} if "task_inputs" in inspect.signature(processor.preprocess).parameters else {}
+    picture = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    output = processor(images=[picture], return_tensors="pt", **task)
+    values = output["pixel_values"]
+    if "spatial_shapes" in output:
+        return _from_patches(values[0], output["spatial_shapes"][0].tolist())
+    return torch.as_tensor(values if isinstance(values, Tensor) else values[0]).float()
+
+
+def _from_patches(patches: Tensor, grid: Sequence[int]) -> Tensor:
+    """(N, edge * edge * 3) -> (1, 3, H, W)"""
+    edge = math.isqrt(patches.shape[-1] // 3)
+    rows, columns = grid
+    parts = patches[:rows * columns].reshape(rows, columns, edge, edge, 3).float()
+    return parts.permute(4, 0, 2, 1, 3).reshape(1, 3, rows * edge, columns * edge)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ppap_core import Guider, IgnoreSigma, LatentSpace, to_vp
 from ppap_core.guiders.latents import Stem
 from ppap_core.guiders.preprocess import timm_preprocess
+from ppap_core.io.packages import importing
 from ppap_core.noise import expand
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -64,13 +65,9 @@ def classifiers(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Gu
 
 def classifier(device: str) -> Guider:
     """The guider of images. ImportError without timm."""
-    try:
+    with importing("timm", "measuring what a guided step costs needs", "timm>=1.0.15"):
         import timm
         from timm.data import resolve_data_config
-    except ImportError as error:
-        raise ImportError(f"to measure what a guided step costs, the package timm is needed ({error}): install it with "
-                          "'pip install timm>=1.0.15'") from error
-
     net = built(lambda: timm.create_model(CLASSIFIER, pretrained=False), device)
     return Guider(f"timm/{CLASSIFIER}", IgnoreSigma(net), timm_preprocess(resolve_data_config({}, model=net)), "class",
                   target=torch.zeros(1, dtype=torch.long, device=device))
@@ -92,11 +89,8 @@ def _decode(decoder: Callable[[Tensor], Tensor], latent: Tensor, sigma: Tensor) 
 
 def from_diffusers(name: str) -> Callable[..., nn.Module]:
     """A class of diffusers. ImportError without that package."""
-    try:
+    with importing("diffusers", "measuring what a guided step costs needs", "diffusers>=0.32", "transformers"):
         import diffusers
-    except ImportError as error:
-        raise ImportError(f"to measure what a guided step costs, the package diffusers is needed ({error}): install it with "
-                          "'pip install diffusers>=0.32'") from error
     return getattr(diffusers, name)
 
 

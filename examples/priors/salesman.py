@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ppap_core.io.packages import importing
+
 
 def distances(places: Tensor) -> Tensor:
     """Distances between all cities, (V, V), exactly 0 on the diagonal."""
@@ -78,10 +80,7 @@ def solve(places: Tensor, seconds: float = 0.03) -> Tensor:
 
     seconds: that the solver may take. ImportError without fast_tsp.
     """
-    try:
+    with importing("fast_tsp", "tours are compared with those of a solver, which needs", "fast-tsp"):
         import fast_tsp
-    except ImportError as error:
-        raise ImportError("the tours are compared with and trained on those of a solver: pip install fast-tsp") from error
-
     whole = (distances(places) * 40_000).round().long().tolist()  # whole numbers up to 65,535
     return torch.tensor(fast_tsp.find_tour(whole, duration_seconds=seconds))

@@ -180,3 +180,9 @@ def save_experts(guider: Guider, name: str) -> Path:
     file = paths.new_expert_file(name)
     save_bank(file, guider.net, guider)
     return file
+
+
+def describe_saved(guider: Guider, file: Path) -> str:
+    """Return what was saved, and which layers of the network the experts leave as they are."""
+    left_out = guider.net.describe_left_out() if isinstance(guider.net, ExpertBank) else ""
+    return f"saved {file.name}" + (f"\n{left_out}" if left_out else "")

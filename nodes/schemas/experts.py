@@ -126,7 +126,7 @@ class PPAPSaveExperts(io.ComfyNode):
     @classmethod
     def execute(cls, guider, file_name):
         file = distillation.save_experts(guider, file_name)
-        return io.NodeOutput(ui=progress.show_text(cls, f"saved {file.name}"))
+        return io.NodeOutput(ui=progress.show_text(cls, distillation.describe_saved(guider, file)))
 
 
 class PPAPLoadExperts(io.ComfyNode):

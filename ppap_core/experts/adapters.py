@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..io.packages import importing
+from .adapted_layer import AdaptedLayer, mixes_channels, takes_adapter
+
 SPARE_SHARE, SPARE_BYTES = 0.25, 16 * 2**20  # memory that merged weights may add to a network's: the larger of the two
 
 
@@ -23,28 +26,41 @@ class LoraSpec:
 def default_targets(net: nn.Module) -> tuple[str, ...]:
     """Names of every Linear and ungrouped Conv2d but the last one, the head. ValueError for fewer than two such layers.
 
-    The stem, which meets the noise first, is among them. Left out are what peft cannot adapt: grouped convolutions, and
-    the layers inside `nn.MultiheadAttention`, which bypasses adapters.
+    The stem, which meets the noise first, is among them. Left out is what takes no adapter, see `left_out`.
     """
-    attention = tuple(f"{name}." for name, module in net.named_modules() if isinstance(module, nn.MultiheadAttention))
-    layers = [name for name, module in net.named_modules() if not name.startswith(attention)
-              and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))]
+    layers = _adaptable(net)
     if len(layers) < 2:
-        raise ValueError(f"{type(net).__name__} has {len(layers)} Linear or Conv2d layers: experts need at least two, "
-                         "because the last one stays as it is")
+        raise ValueError(f"{type(net).__name__} has {len(layers)} Linear or Conv2d layers that take an adapter: experts "
+                         "need at least two, because the last one stays as it is; guide with the plain network")
     return tuple(layers[:-1])
 
 
+def left_out(net: nn.Module) -> tuple[str, ...]:
+    """Names of the layers but the last one, the head, that mix channels and take no adapter.
+
+    They are grouped, transposed, 1D and 3D convolutions, layers whose weight is computed from others (weight and spectral
+    norm), linear layers of a class that is not torch's, and those inside `nn.MultiheadAttention`.
+    """
+    taken = _adaptable(net)
+    return tuple(name for name in [name for name, module in net.named_modules() if mixes_channels(module)][:-1]
+                 if name not in taken)
+
+
+def _adaptable(net: nn.Module) -> list[str]:
+    attention = tuple(f"{name}." for name, module in net.named_modules() if isinstance(module, nn.MultiheadAttention))
+    return [name for name, module in net.named_modules() if not name.startswith(attention) and takes_adapter(module)]
+
+
 def inject_adapters(net: nn.Module, spec: LoraSpec, count: int) -> None:
-    """Put adapters 0 to count - 1 into a network in place. ImportError without peft."""
-    try:
+    """Put adapters 0 to count - 1 into a network in place. ImportError without a peft that works."""
+    with importing("peft", "experts need", "peft>=0.18", "transformers", "guiding with a plain guider works without it"):
         from peft import LoraConfig
         from peft.functional import inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError(f"experts need the package peft ({error}): install it with 'pip install peft>=0.18'; guiding "
-                          "with a plain guider works without it") from error
+        from peft.tuners.lora import Conv2d, Linear
     names = "|".join(re.escape(name) for name in spec.targets)
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=f"({names})")  # type: ignore[arg-type]
+    config._register_custom_module({nn.Linear: type("AdaptedLinear", (AdaptedLayer, Linear), {}),
+                                    nn.Conv2d: type("AdaptedConv2d", (AdaptedLayer, Conv2d), {})})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws from the global generator
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several adapters are the point
         for index in range(count):

@@ -21,6 +21,7 @@ from .adapters import (
     default_targets,
     initialize_adapter,
     inject_adapters,
+    left_out,
 )
 
 
@@ -48,6 +49,7 @@ class ExpertBank(nn.Module):
         self.training_info: dict = {}  # how the experts were made, for people
         self.schedule, self.view, self.space = schedule, view, space
         self.lora = replace(lora, targets=lora.targets or default_targets(base))
+        self.left_out = left_out(base)
         self.net = _share_weights(base)
         self.stems = nn.ModuleList(Stem(space, seeded(seed, index, 1)) for index in range(len(schedule)) if space)
         inject_adapters(self.net, self.lora, len(schedule))
@@ -139,6 +141,14 @@ class ExpertBank(nn.Module):
             parameter.data.copy_(weights[name])
         if index == self.active and not self._in_training:
             self.adapted.merge(index)
+
+    def describe_left_out(self) -> str:
+        """A sentence about the layers that take no adapter; "" if there are none."""
+        if not self.left_out:
+            return ""
+        names = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        return (f"{len(self.left_out)} of {len(self.left_out) + len(self.lora.targets)} layers take no adapter, and stay as "
+                f"they are in all experts: {names}")
 
     def trainable_share(self) -> float:
         """Number of weights of one expert over that of the base."""

@@ -3,6 +3,7 @@
 Knowledge transfer of PPAP (Go et al. 2023). The paper puts fresh noise on finished images; here an expert sees the steps
 that the model took on its way to an image, and so learns where a trajectory leads.
 """
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from ..schedules import ExpertSchedule
 from ..training.loop import RunOptions, optimize
 from .bank import ExpertBank, with_experts
 from .samples import BatchSpec, Pairs, SampleStore, trajectory_pairs
+
+log = logging.getLogger(__name__)
 
 OnDistillStep = Callable[[int, int, float], None]
 """(expert, step, loss) after every step; may raise to stop, and the state is saved."""
@@ -90,6 +93,8 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: Distil
     """
     for index in range(len(bank.schedule)):
         sample_batch(bank, index, store, 0, config)
+    if bank.left_out:
+        log.warning("%s: %s", guider.name, bank.describe_left_out())
     losses = []
     for index in range(len(bank.schedule)):
         if config.warm_start and index:

@@ -275,6 +275,14 @@ def test_distillation_works_under_inference_mode(store, view):
     assert same(inside.weights(1), outside.weights(1))
 
 
+def test_layers_that_take_no_adapter_are_said_once(store, caplog):
+    guider = small_guider()
+    base_network(guider).mix = torch.nn.utils.parametrizations.weight_norm(base_network(guider).mix)
+    distill(guider, make_bank(guider), store, replace(CONFIG, steps=2))
+    assert [record.getMessage() for record in caplog.records if "take no adapter" in record.getMessage()] == [
+        f"small/class: {make_bank(guider).describe_left_out()}"]
+
+
 def test_each_step_is_reported_each_expert_has_a_state(store, tmp_path):
     guider, seen = small_guider(), []
     bank = make_bank(guider)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from ...io.packages import importing
 from . import require_loadable
 from .contents import HEAD, INDEX, WHOLE, require_config, weight_names
 
@@ -60,11 +61,9 @@ def download(repo: str, folder: Path, report: Report, endpoint: str | None = Non
     """
     if folder.exists():
         return folder
-    try:
+    with importing("huggingface_hub", "downloading needs", "huggingface_hub", "transformers",
+                   f"or copy the files into {folder} by hand"):
         from huggingface_hub import HfFileSystem
-    except ImportError as error:
-        raise ImportError(f"downloading needs the package huggingface_hub ({error}): install it with 'pip install "
-                          f"huggingface_hub', or copy the files into {folder} by hand") from error
     part = folder.with_name(f".{folder_name(repo)}")
     listing = _list_files(repo, endpoint)
     part.mkdir(parents=True, exist_ok=True)

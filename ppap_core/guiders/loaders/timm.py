@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...io.files import read_json
+from ...io.packages import importing
 from ..guider import Guider, IgnoreSigma, with_input
 from ..preprocess import timm_preprocess
 from .labels import TAGS_FILE, Head, imagenet_labels, read_head
@@ -146,12 +147,8 @@ def check_timm(folder: Path, name: str) -> None:
 
 def _architecture(config: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
     """The name of an architecture and its settings."""
-    try:
+    with importing("timm", "this guider needs", "timm>=1.0.15"):
         import timm
-    except ImportError as error:
-        raise ImportError(f"this guider needs the package timm ({error}): install it with 'pip install timm>=1.0.15'"
-                          ) from error
-
     architecture = config.get("architecture") or ""
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} knows no architecture {config.get('architecture')!r} (from "

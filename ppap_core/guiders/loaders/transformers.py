@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...io.files import read_json, read_safetensors, write_json
+from ...io.packages import importing, release
 from ..guider import Guider, IgnoreSigma
 from ..preprocess import Preprocess, processor_preprocess
 from ..resize import without_autocast
@@ -243,18 +244,16 @@ def check_transformers(folder: Path, name: str) -> None:
 
 
 def _architecture(config: Mapping[str, Any], name: str) -> str:
-    try:
+    with importing("transformers", "this guider needs", "transformers>=4.50.3"):
         import transformers
-    except ImportError as error:
-        raise ImportError(f"this guider needs the package transformers ({error}): install it with 'pip install "
-                          "transformers>=4.50.3'") from error
-
     architecture = (config.get("architectures") or ["none"])[0]
     supported = (*DUAL_ENCODERS, PROMPTED, *BACKBONES)
     if architecture not in supported and not architecture.endswith(tuple(TASK_HEADS)):
         raise ValueError(f"{name}/config.json says the architecture is {architecture}, which answers nothing that "
                          f"can guide: expected one such as ...{', ...'.join(TASK_HEADS)}, {', '.join(supported)}")
-    if not hasattr(transformers, architecture):
+    with importing("transformers", f"{architecture} needs", "transformers>=4.50.3"):  # only now is its module imported
+        known = hasattr(transformers, architecture)
+    if not known:
         raise ValueError(f"transformers {transformers.__version__} knows no {architecture} (from {name}/config.json)"
                          ": expected one it knows; a newer transformers may have it")
     if config.get("quantization_config"):
@@ -272,6 +271,9 @@ def _load(folder: Path) -> Loaded:
     try:
         with offline():
             model, loading = _with_all_labels(architecture, _config(architecture, config), weights)
+    except ImportError as error:  # a part of the network is of another package
+        raise ImportError(f"{folder.name} needs a package that is missing, or that does not fit "
+                          f"{release('transformers')}: {' '.join(str(error).split())[:300]}") from error
     except Exception as error:  # each release and each architecture has errors of its own
         raise ValueError(f"{folder.name} cannot be loaded as {architecture} ({' '.join(str(error).split())[:300]}): "
                          "copy the folder again from the network's own page") from error

@@ -10,7 +10,8 @@ import comfy.model_patcher
 import comfy.samplers
 import torch
 
-from .memory import log
+from ...ppap_core.io.storage import is_wrapper, rewrapped, storages
+from .memory import FULL_PRECISION, log, replace_tensors
 from .shared_weights import make_injections_differentiable
 
 NOT_DIFFERENTIABLE_HINTS = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
@@ -46,14 +47,19 @@ def is_dynamic(model: comfy.model_patcher.ModelPatcher) -> bool:
 def make_differentiable(guider: comfy.samplers.CFGGuider) -> None:
     """Let gradients pass through a model that is loaded for sampling, and through the models and ControlNets beside it.
 
-    guider: ComfyUI's guider of that sampling. ValueError for a model under dynamic VRAM.
+    Loaders make weights in inference mode, which autograd never accepts. guider: ComfyUI's guider of that sampling.
+    ValueError for a model under dynamic VRAM.
     """
-    loaded = (guider.model_patcher, *guider.loaded_models)
-    _hold_weights_in_place(loaded)
-    candidates = [guider.inner_model, *(getattr(patcher, "model", None) for patcher in loaded[1:])]
-    candidates += [value for control in _controls(guider.conds) for value in vars(control).values()]
-    _replace_inference_tensors(net for net in candidates if isinstance(net, torch.nn.Module))
+    _hold_weights_in_place((guider.model_patcher, *guider.loaded_models))
+    replace_tensors(networks_of(guider), lambda tensor: tensor.is_inference() and not is_wrapper(tensor))
     make_injections_differentiable(guider.model_patcher)
+
+
+def networks_of(guider: comfy.samplers.CFGGuider) -> list[torch.nn.Module]:
+    """Return the network that a sampling runs, and those of the models and ControlNets beside it."""
+    candidates = [guider.inner_model, *(getattr(patcher, "model", None) for patcher in guider.loaded_models)]
+    candidates += [value for control in _controls(guider.conds) for value in vars(control).values()]
+    return [net for net in candidates if isinstance(net, torch.nn.Module)]
 
 
 def _hold_weights_in_place(loaded: Iterable[comfy.model_patcher.ModelPatcher]) -> None:
@@ -63,25 +69,6 @@ def _hold_weights_in_place(loaded: Iterable[comfy.model_patcher.ModelPatcher]) -
                              f"under dynamic VRAM: {DYNAMIC_VRAM_ADVICE}")
         if hasattr(patcher, "unpin_all_weights"):
             patcher.unpin_all_weights()
-
-
-def _replace_inference_tensors(networks: Iterable[torch.nn.Module]) -> None:
-    """Exchange weights that loaders made in inference mode, which autograd never accepts, for equal copies in place."""
-    copies: dict[int, torch.Tensor] = {}  # by id: weights that layers share stay shared
-    with torch.inference_mode(False):
-        for module in (part for net in networks for part in net.modules()):
-            owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in owned:
-                for name, tensor in tensors.items():
-                    if tensor is not None and tensor.is_inference():
-                        if id(tensor) not in copies:
-                            copies[id(tensor)] = _normal_copy(tensor)
-                        tensors[name] = copies[id(tensor)]
-
-
-def _normal_copy(tensor: torch.Tensor) -> torch.Tensor:
-    copy = tensor.detach().clone()
-    return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
 
 
 def _controls(conds: dict) -> Iterator[comfy.controlnet.ControlBase]:
@@ -140,37 +127,68 @@ def mutation_allowed() -> Iterator[None]:
         yield
 
 
+class QuantizedLayers:
+    """Quantised layers of networks, which gradients pass as long as the context is open.
+
+    They multiply in the type of their inputs, since rounded inputs have no gradient, by ComfyUI's own switch for graphics
+    cards that cannot multiply in the type of the weights; and loaders made their weights in inference mode. Only the wrapper
+    of a weight is made anew, and the old one is put back: ComfyUI could not move another one.
+    """
+
+    def __init__(self, networks: Iterable[torch.nn.Module]):
+        self.layers = [layer for net in networks for layer in net.modules()]
+        self.changed: list[tuple[dict[str, Any], str, Any]] = []  # (owner, name, value before)
+
+    def __enter__(self) -> None:
+        with torch.inference_mode(False):
+            for layer in self.layers:
+                if vars(layer).get(FULL_PRECISION) is False:
+                    self._change(vars(layer), FULL_PRECISION, True)
+                for name, weight in layer._parameters.items():
+                    if is_wrapper(weight) and weight.is_inference():
+                        self._change(layer._parameters, name, rewrapped(weight))
+
+    def _change(self, owner: dict[str, Any], name: str, value: Any) -> None:
+        self.changed.append((owner, name, owner[name]))
+        owner[name] = value
+
+    def __exit__(self, *error: Any) -> None:
+        for owner, name, before in self.changed:
+            owner[name] = before
+
+
 class GradientPass:
-    """Forward and backward passes through a network of ComfyUI's, which go on when memory runs out.
+    """Forward and backward passes through networks of ComfyUI's, which go on when memory runs out.
 
     From the first time on that it does, what is kept for the gradient goes to main memory: slower, with equal results.
     """
 
-    def __init__(self, net: torch.nn.Module):
-        self.net, self.saves_on_cpu = net, False
+    def __init__(self, *networks: torch.nn.Module):
+        self.networks, self.saves_on_cpu = networks, False
 
     def run(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Call `step`, which runs the network and may be called a second time, and return its result."""
         if not self.saves_on_cpu:
             try:
-                with differentiable_networks(), mutation_allowed():
+                with differentiable_networks(), QuantizedLayers(self.networks), mutation_allowed():
                     return step()
             except torch.OutOfMemoryError:
                 log.info("out of memory with a gradient through the model: continuing with main memory, more slowly")
         self.saves_on_cpu = True  # set out here, where the error is gone with the half-built graph that its frames hold
         comfy.model_management.soft_empty_cache()
-        with differentiable_networks(), save_activations_on_cpu(self.net):
+        with differentiable_networks(), QuantizedLayers(self.networks), save_activations_on_cpu(*self.networks):
             return step()
 
 
 class _CpuStorage:
     """Saved tensors in main memory; weights stay where they are."""
 
-    def __init__(self, net: torch.nn.Module):
-        self.weights = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+    def __init__(self, networks: Iterable[torch.nn.Module]):
+        self.weights = {storage.data_ptr() for net in networks for tensor in (*net.parameters(), *net.buffers())
+                        for storage in storages(tensor)}
 
     def pack(self, tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-        is_weight = tensor.untyped_storage().data_ptr() in self.weights
+        is_weight = all(storage.data_ptr() in self.weights for storage in storages(tensor))
         return tensor.device, tensor if is_weight else tensor.detach().to("cpu", copy=True)
 
     def unpack(self, packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
@@ -178,11 +196,11 @@ class _CpuStorage:
         return tensor.to(device)
 
 
-def save_activations_on_cpu(net: torch.nn.Module) -> torch.autograd.graph.saved_tensors_hooks:
+def save_activations_on_cpu(*networks: torch.nn.Module) -> torch.autograd.graph.saved_tensors_hooks:
     """Context manager: what a pass keeps for its gradient waits in main memory, as copies.
 
     Unlike recomputation this is exact for every network, even for the many blocks of ComfyUI that change their inputs in
     place.
     """
-    storage = _CpuStorage(net)
+    storage = _CpuStorage(networks)
     return torch.autograd.graph.saved_tensors_hooks(storage.pack, storage.unpack)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...ppap_core.experts.bank import ExpertBank
 from ...ppap_core.io.function_fingerprint import closed_over, function_fingerprint
 from ...ppap_core.io.hashing import digest
+from ...ppap_core.io.storage import is_wrapper, named_tensors
 from .foreign import held_by, read
 from .hooks import AUTOGUIDANCE, GUIDANCE, LORA, PRIOR, features_of
 from .latents import Patcher
@@ -35,7 +36,30 @@ def fingerprint_model(model: Patcher, *conditioning: list) -> dict:
 def weights_of(model: Patcher) -> dict:
     """Return the weights of a MODEL by name, each with its patches, whatever is in the place of its layers."""
     with without_layers(model):
-        return {name.replace("_orig_mod.", ""): patches for name, patches in model.get_key_patches().items()}
+        return {name.replace("_orig_mod.", ""): patches for name, patches in _weights_with_patches(model).items()}
+
+
+def _weights_with_patches(model: Patcher) -> dict[str, list]:
+    try:
+        return model.get_key_patches()
+    except AttributeError:  # quantised layers save parts of their weights under names that are no attributes
+        return _quantized_weights_with_patches(model)
+
+
+def _quantized_weights_with_patches(model: Patcher) -> dict[str, list]:
+    """Weights by their values: a quantised one has its scales with it, and those that stand beside it are left out."""
+    tensors = (*model.model.named_parameters(remove_duplicate=False), *model.model.named_buffers(remove_duplicate=False))
+    held: dict[str, Any] = dict(tensors)
+    replaced = {key: backup.weight for key, backup in model.backup.items()}
+    replaced |= {key: backup[0] for key, backup in model.hook_backup.items()}
+    layers = {_layer_of(key) for key, tensor in held.items() if is_wrapper(tensor)}
+    weights = {key: replaced.get(key, held.get(key, saved)) for key, saved in model.model_state_dict().items()
+               if key in held or _layer_of(key) not in layers}
+    return {key: [weight, *model.patches.get(key, [])] for key, weight in weights.items()}
+
+
+def _layer_of(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def fingerprint_foreign(model: Patcher) -> list[str]:
@@ -88,7 +112,7 @@ def fingerprint_network(net: Any) -> str | None:
     if isinstance(net, ExpertBank):  # its state also says which expert is active, which must not count
         experts = [net.weights(index) for index in range(len(net.schedule))]
         return fingerprint_weights([net.fingerprint, net.schedule.edges, experts])
-    return fingerprint_weights(net.state_dict()) if isinstance(net, torch.nn.Module) else None
+    return fingerprint_weights(named_tensors(net)) if isinstance(net, torch.nn.Module) else None
 
 
 def fingerprint_vae(vae: comfy.sd.VAE | None) -> str | None:
@@ -111,7 +135,8 @@ def fingerprint_control(control: comfy.controlnet.ControlBase) -> str | None:
     net = getattr(control, "control_model", None) or getattr(control, "t2i_model", None)
     if net is None:
         return None
-    return fingerprint_weights({name: weight for name, weight in net.state_dict().items() if not name.startswith(BORROWED)})
+    weights = named_tensors(net)
+    return fingerprint_weights({name: weight for name, weight in weights.items() if not name.startswith(BORROWED)})
 
 
 def hashable_conditioning(value: Any) -> Any:

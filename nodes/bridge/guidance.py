@@ -21,7 +21,7 @@ from ...ppap_core.guiders.latents import View
 from ...ppap_core.io.function_fingerprint import hashed_as
 from ...ppap_core.io.hashing import digest
 from . import latents, noise_levels
-from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
+from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
 from .fingerprint import fingerprint_network, fingerprint_vae
 from .foreign import Memory
 from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach, features_of
@@ -137,7 +137,7 @@ class GuidedModel(Feature):
         sigma = noise_levels.ve_level(net.model_sampling, float(timestep[0]))
         if not any_needs_vjp(run.terms_at(sigma), sigma):
             return executor(x, timestep, *args, **kwargs)
-        run.gradient_pass = run.gradient_pass or GradientPass(net)
+        run.gradient_pass = run.gradient_pass or GradientPass(*networks_of(executor.class_obj))
         memory = Memory(net.diffusion_model, executor.class_obj.model_options, *args[:1])
         before = memory.save()
         with outside_inference_mode():

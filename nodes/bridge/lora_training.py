@@ -14,7 +14,7 @@ from ...ppap_core.training.finetune import FineTune, as_lora, fine_tune
 from ...ppap_core.training.loop import RunOptions
 from ...ppap_core.training.lora import LoraUpdate
 from . import latents, noise_levels, paths
-from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
+from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
 from .autoguidance import DIFFUSION_MODEL_PREFIX
 from .fingerprint import fingerprint_model
 from .foreign import Memory
@@ -69,7 +69,7 @@ class LoraTraining:
         predict = partial(predict_noised, cfg_guider.inner_model.model_sampling, denoise)
         with outside_inference_mode(), uncompiled():
             return fine_tune(net, predict, self.images.to(noise), self.config, latents.sigma_data_of(self.model),
-                             self._run_options(GradientPass(net)))
+                             self._run_options(GradientPass(*networks_of(cfg_guider))))
 
     def _run_options(self, gradient_pass: GradientPass) -> RunOptions:
         run_id = {**fingerprint_model(self.model, self.positive), "data": digest(self.images)}

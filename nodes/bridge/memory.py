@@ -1,7 +1,7 @@
 """Networks under ComfyUI's memory management: loaded, differentiable, and with room for their gradients."""
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ import torch
 from ...ppap_core.guidance.gradients import slice_guider
 from ...ppap_core.guidance.memory import gradient_bytes
 from ...ppap_core.guiders.guider import Guider
+from ...ppap_core.io.storage import independent_copy, is_wrapper
 from .hooks import Feature
 
 log = logging.getLogger(__name__)
 BACKWARD_OVERHEAD = 1.5      # memory of a gradient over what autograd keeps: the backward pass needs room of its own
 MODEL_GRADIENT_FACTOR = 2.0  # of MAX_GRADIENT_SHARE, for a gradient through the model: its real need is not known beforehand
 MAX_GRADIENT_SHARE = 1 / 4   # of the device's memory for one gradient; what needs more is done in parts of the batch
+FULL_PRECISION = "_full_precision_mm"  # switch of ComfyUI's quantised layers: whether they multiply in the inputs' type
 PACK_DATA = "_ppap"          # attribute of a network
 
 
@@ -65,22 +67,49 @@ def materialize_on(networks: Iterable[torch.nn.Module], device: torch.device) ->
     ComfyUI moves weights in inference mode, which makes them inference tensors; and a plain guider shares its weights
     with its experts, so that freeing one of them moves the other.
     """
+    def is_elsewhere(tensor: torch.Tensor) -> bool:
+        return tensor.is_inference() or tensor.device != device
+
+    networks = list(networks)
+    replace_tensors(networks, lambda tensor: is_wrapper(tensor) and is_elsewhere(tensor), device)
     with torch.inference_mode(False):
         for net in networks:
             for tensor in (*net.parameters(), *net.buffers()):
-                if tensor.is_inference() or tensor.device != device:
+                if is_elsewhere(tensor):
                     tensor.data = tensor.data.to(device, copy=True)
 
 
+def replace_tensors(networks: Iterable[torch.nn.Module], chosen: Callable[[torch.Tensor], bool],
+                    device: torch.device | None = None) -> None:
+    """Exchange chosen parameters and buffers for equal copies in place, which autograd accepts.
+
+    device: of the copies; None: that of each tensor. What layers share stays shared.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    with torch.inference_mode(False):
+        for module in (part for net in networks for part in net.modules()):
+            owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in owned:
+                for name, tensor in tensors.items():
+                    if tensor is not None and chosen(tensor):
+                        if id(tensor) not in copies:
+                            copies[id(tensor)] = independent_copy(tensor, device)
+                        tensors[name] = copies[id(tensor)]
+
+
 def private_copy(net: torch.nn.Module) -> torch.nn.Module:
-    """Copy a network of ComfyUI's to main memory, without its dynamic-VRAM handles.
+    """Copy a network of ComfyUI's to main memory for gradients: without its dynamic-VRAM handles, and not quantised.
 
     A handle stands for memory of the original, which would be freed when the copied handle is.
     """
-    handles = {id(value): None for part in net.modules() for name, value in vars(part).items()
-               if _is_handle(name) and not isinstance(value, (int, float, str, type(None)))}  # scalars share their id()
-    copied = copy.deepcopy(net, handles).to("cpu")
+    memo: dict[int, Any] = {id(value): None for part in net.modules() for name, value in vars(part).items()
+                            if _is_handle(name) and not isinstance(value, (int, float, str, type(None)))}  # they share id()
+    memo |= {id(weight): torch.nn.Parameter(weight.dequantize(), requires_grad=False) for weight in net.parameters()
+             if is_wrapper(weight)}
+    copied = copy.deepcopy(net, memo).to("cpu")
     for part in copied.modules():
+        if FULL_PRECISION in vars(part):
+            setattr(part, FULL_PRECISION, True)
         for name in filter(_is_handle, list(vars(part))):
             delattr(part, name)
     return copied

@@ -15,7 +15,7 @@ from ...ppap_core.io.hashing import digest
 from ...ppap_core.training.loop import RunOptions
 from ...ppap_core.training.state import Losses
 from . import latents, noise_levels, paths
-from .autograd import GradientPass, for_gradients, make_differentiable, outside_inference_mode
+from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae
 from .foreign import Memory
 from .guidance import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, to_core_term
@@ -77,7 +77,7 @@ class PriorSearch:
             predict = partial(memory.apart, partial(predict, **extra_args))
             denoise = ModelDenoiser(cfg_guider.inner_model.model_sampling, predict, noise, config.backprop_through_model)
             images, losses = optimize_images(self._objective(cfg_guider.model_patcher, denoise, start), start, config, seeds,
-                                             self._mask(start), self._run_options(GradientPass(cfg_guider.inner_model)))
+                                             self._mask(start), self._run_options(GradientPass(*networks_of(cfg_guider))))
             return latents.images_as_frames(images, self.images), losses
 
     def _objective(self, model: Patcher, denoise: "ModelDenoiser", start: Tensor) -> PriorObjective:

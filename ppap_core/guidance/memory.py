@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from ..guiders.guider import Guider
+from ..io.storage import storages
 from .gradients import energy_at
 
 
@@ -32,8 +33,7 @@ def gradient_bytes(guider: Guider, shape: tuple[int, ...], compute_dtype: torch.
 
 
 def _record_storage(saved: dict[int, torch.UntypedStorage], tensor: Tensor) -> Tensor:
-    storage = tensor.untyped_storage()
-    saved[storage._cdata] = storage
+    saved.update((storage._cdata, storage) for storage in storages(tensor))
     return tensor
 
 

@@ -5,6 +5,7 @@ names of dataclass fields included, is therefore a file format: a field or funct
 by `fingerprint_fields` or `hashed_as`.
 """
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, Protocol
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .function_fingerprint import SCALARS, function_fingerprint
+from .storage import is_wrapper, named_tensors, stored_tensors
 
 SAMPLE_COUNT = 1024  # values hashed of each tensor of a model, evenly spread
+RUN_LENGTH = 512     # bytes hashed at a time of packed weights: blocks with their scales, which are shorter
 
 
 class Hash(Protocol):
@@ -38,7 +41,7 @@ def digest(value: object, sampled: bool = False) -> str:
 
 def fingerprint_network(net: nn.Module) -> str:
     """16 hex digits that identify all parameters and buffers of a network by name, type and value."""
-    return fingerprint_state(net.state_dict())
+    return fingerprint_state(named_tensors(net))
 
 
 def fingerprint_state(state: Mapping[str, Tensor]) -> str:
@@ -46,7 +49,8 @@ def fingerprint_state(state: Mapping[str, Tensor]) -> str:
     hashed = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(_bytes(tensor))
+        for stored in stored_tensors(tensor):
+            hashed.update(_bytes(stored))
     return hashed.hexdigest()[:16]
 
 
@@ -91,9 +95,19 @@ def _feed_all(hashed: Hash, parts: list | tuple, sampled: bool) -> None:
 
 
 def _feed_tensor(hashed: Hash, tensor: Tensor, sampled: bool) -> None:
+    if is_wrapper(tensor):
+        hashed.update(f"{tuple(tensor.shape)} {type(tensor).__qualname__}".encode())
+        return _feed_all(hashed, stored_tensors(tensor), sampled)
     hashed.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    flat = tensor.detach().reshape(-1)
-    hashed.update(_bytes(flat[:: max(1, len(flat) // SAMPLE_COUNT)] if sampled else flat))
+    flat = tensor.detach().as_subclass(Tensor).reshape(-1)
+    hashed.update(_bytes(_sample(flat, len(flat) != math.prod(tensor.shape)) if sampled else flat))
+
+
+def _sample(flat: Tensor, is_packed: bool) -> Tensor:
+    """Evenly spread values; of packed weights whole runs, since single bytes could all be at one place of their blocks."""
+    if not is_packed or len(flat) <= SAMPLE_COUNT * 8:
+        return flat[:: max(1, len(flat) // SAMPLE_COUNT)]
+    return flat[: len(flat) // RUN_LENGTH * RUN_LENGTH].unflatten(0, (-1, RUN_LENGTH))[:: len(flat) // RUN_LENGTH // 16]
 
 
 def _feed_mapping(hashed: Hash, value: Mapping, sampled: bool) -> None:

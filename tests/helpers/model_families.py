@@ -125,6 +125,18 @@ def conditioning(seed: int, extra: dict) -> list:
     return [[randn(1, TOKENS, WIDTH, seed=seed), {"pooled_output": randn(1, WIDTH, seed=10 + seed), **extra}]]
 
 
+def small_vae(channels: int) -> Any:
+    """A VAE of images with random weights, for latents of so many channels, half as big as the images."""
+    import comfy.ldm.models.autoencoder
+    import comfy.sd
+
+    settings = {"double_z": True, "z_channels": channels, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32,
+                "ch_mult": [1, 1], "num_res_blocks": 0, "attn_resolutions": [], "dropout": 0.0}
+    config = {"params": {"ddconfig": settings, "embed_dim": channels}}
+    net = fill(comfy.ldm.models.autoencoder.AutoencoderKL(**config["params"]))
+    return comfy.sd.VAE(sd=net.state_dict(), config=config)
+
+
 def control_net() -> Any:
     """A CONTROL_NET for SD 1.5."""
     import comfy.cldm.cldm

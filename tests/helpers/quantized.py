@@ -4,6 +4,7 @@ Every weight of a linear layer is quantised; all else stays as it is. ComfyUI's 
 they do on newer graphics cards.
 """
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,9 @@ BLOCK = 16  # values of a packed tensor that share a scale
 def quantized(name: str, kind: str, factor: float = 1.0) -> Small:
     """A family with quantised weights; the test is skipped where this ComfyUI has none of that kind.
 
-    kind: one of KINDS. factor: of the scales, for weights that differ in nothing else.
+    kind: one of KINDS. factor: of the scales, for weights that differ in nothing else; a power of 2, as some scales are.
     """
+    logging.getLogger("comfy_kitchen").setLevel(logging.ERROR)  # a CPU multiplies in no type of fewer bits, and says so
     return with_conditioning(name, KINDS[kind](name, kind, factor))
 
 
@@ -67,7 +69,7 @@ def _in_comfyui_s_format(name: str, kind: str, factor: float) -> Any:
         del state[f"{layer}.weight"]
         parts = _quantized_tensor(weight, QUANT_ALGOS[algorithm]["comfy_tensor_layout"]).state_dict("weight")
         scale = "weight_scale_2" if "weight_scale_2" in parts else "weight_scale"
-        parts[scale] = factor * parts[scale] if factor != 1 else parts[scale]
+        parts[scale] = (factor * parts[scale].float()).to(parts[scale].dtype)
         state |= {f"{layer}.{part}": tensor for part, tensor in parts.items()} | {f"{layer}.comfy_quant": note.clone()}
     model.model.load_model_weights(state)
     return model

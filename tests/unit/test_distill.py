@@ -99,6 +99,22 @@ def test_the_loss_compares_expert_on_noise_with_teacher(task, view):
     assert loss.shape == (3,) and torch.equal(loss, expected)
 
 
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.is_logits])
+def test_a_temperature_divides_the_teacher_s_logits(task):
+    """A tagger's become probabilities each by a sigmoid, a classifier's by one softmax."""
+    guider, image = small_guider(task), images()
+    bank = make_bank(guider)
+    disturb(bank, 1)
+    sigma = level(1.0, image)
+    loss = distill_loss(guider, bank, Pairs(image, image, sigma), temperature=0.25)
+    student, teacher = with_experts(guider, bank).predict(image, sigma), 4 * guider.predict(image, clean(image))
+    torch.testing.assert_close(loss, TASKS[task].distance(student, teacher))
+    if task == "tags":
+        p, q = teacher.double().sigmoid(), student.double().sigmoid()
+        each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        torch.testing.assert_close(loss, each.sum(1).float(), rtol=1e-4, atol=1e-6)
+
+
 def test_without_noise_a_new_expert_has_nothing_to_learn():
     guider = small_guider()
     bank = make_bank(guider)

@@ -89,10 +89,10 @@ def _by_class(names: object, count: int) -> dict[int, str]:
 
 def _by_index(pairs: Iterable[tuple[object, object]]) -> dict[int, str]:
     """Names by number, without empty ones; empty if something else than a number is in its place."""
-    pairs = [(str(index), name) for index, name in pairs]
-    if not all(re.fullmatch(r"-?\d+", index) for index, _ in pairs):
+    named = [(str(index), name) for index, name in pairs]
+    if not all(re.fullmatch(r"-?\d+", index) for index, _ in named):
         return {}
-    return {int(index): _text(name) for index, name in pairs if name not in (None, "")}
+    return {int(index): _text(name) for index, name in named if name not in (None, "")}
 
 
 def _text(name: object) -> str:

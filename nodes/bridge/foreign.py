@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from operator import is_
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -155,14 +156,46 @@ class Memory:
     """
 
     def __init__(self, network: nn.Module, *options: Mapping):
-        self.network, self.options = network, options
+        self.options = options
+        layers = [layer for layer in network.modules() if layer._modules]  # single operations remember nothing
+        self._remembering = [layer for layer in layers if any(map(_is_changeable, read(layer).values()))]
+        noticed = set(map(id, self._remembering))
+        self._quiet = [(layer, dict(vars(layer))) for layer in layers if id(layer) not in noticed]
+        self._before: dict[int, dict] = {}  # what layers held before they began to remember
 
     def save(self) -> list[Content]:
         """Return what is remembered now."""
+        self._notice()
+        return self._save()
+
+    def _save(self) -> list[Content]:
         return [(place, read(place)) for place in self._places()]
+
+    def _notice(self) -> None:
+        """Find the layers that have begun to remember something; a look at all attributes each time would take too long."""
+        quiet = []
+        for layer, before in self._quiet:
+            now = vars(layer)
+            if len(now) == len(before) and all(map(is_, now.values(), before.values())):
+                quiet.append((layer, before))
+            else:
+                self._remembering.append(layer)
+                self._before[id(layer)] = {name: value for name, value in before.items() if _is_of_another_pack(name, value)}
+        self._quiet = quiet
+
+    def _places(self) -> list[Any]:
+        return held_by(*self._remembering, *self.options, with_globals=True)
 
     def restore(self, contents: list[Content]) -> None:
         """Remember what `save` returned, and forget what came after."""
+        self._notice()
+        self._restore(contents)
+
+    def _restore(self, contents: list[Content]) -> None:
+        known = {id(place) for place, _ in contents}
+        for layer in self._remembering:
+            if id(layer) not in known:
+                write(layer, self._before[id(layer)])
         for place, content in contents:
             write(place, content)
 
@@ -182,11 +215,8 @@ class Memory:
 
     def detach(self) -> None:
         """Let go of the graph of a gradient in everything that is remembered, with all the memory that it takes."""
+        self._notice()
         replace_tensors(self._places(), _detached)
-
-    def _places(self) -> list[Any]:
-        layers = [layer for layer in self.network.modules() if layer._modules]  # single operations remember nothing
-        return held_by(*layers, *self.options, with_globals=True)
 
 
 class SeparateMemory:
@@ -203,13 +233,20 @@ class SeparateMemory:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Context manager: the patches remember what they did in here before, and nothing else."""
-        with self.memory.kept():
-            self.memory.restore(self.contents)
-            try:
-                yield
-            finally:
-                self.memory.detach()
-                self.contents = self.memory.save()
+        memory = self.memory
+        before = memory.save()
+        memory._restore(self.contents)
+        try:
+            yield
+        finally:
+            memory.detach()
+            self.contents = memory._save()
+            memory._restore(before)
+
+
+def _is_changeable(value: Any) -> bool:
+    """Whether a value can change while it stays the same object."""
+    return _is_open(value) and not isinstance(value, tuple)
 
 
 def replace_tensors(places: Iterable[Any], change: Callable[[Tensor], Tensor]) -> None:

@@ -69,6 +69,7 @@ class SamplingRun:
     sigma_data: float
     compute: torch.dtype
     gradient_pass: GradientPass | None = None
+    memory: Memory | None = None  # of other packs' patches, once a gradient goes through the model
     records: list[TermRecord] = field(default_factory=list)
     sigmas: set[float] = field(default_factory=set)
     state: RunState = field(default_factory=RunState)
@@ -138,7 +139,7 @@ class GuidedModel(Feature):
         if not any_needs_vjp(run.terms_at(sigma), sigma):
             return executor(x, timestep, *args, **kwargs)
         run.gradient_pass = run.gradient_pass or GradientPass(*networks_of(executor.class_obj))
-        memory = Memory(net.diffusion_model, executor.class_obj.model_options, *args[:1])
+        memory = run.memory = run.memory or Memory(net.diffusion_model, executor.class_obj.model_options)
         before = memory.save()
         with outside_inference_mode():
             point = x if x.requires_grad else x.clone().requires_grad_(True)  # a guidance below may have begun already

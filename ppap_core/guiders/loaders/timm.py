@@ -1,8 +1,7 @@
 """Networks of timm from a local folder: the class of an image, its style, its structure, or its embedding."""
 import inspect
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from ..guider import Guider, IgnoreSigma, with_input
 from ..preprocess import timm_preprocess
 from .labels import TAGS_FILE, Head, imagenet_labels, read_head
 from .offline import offline
-from .weights import Loaded, read_weights, require_unused, tensors_without_weights, unwrapped
+from .timm_layouts import best_layout, without_tables
+from .weights import Loaded, read_weights, require_unused, tensors_without_weights
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +180,8 @@ def _load(folder: Path) -> tuple[Loaded, dict[str, Any]]:
 def _load_weights(net: Any, folder: Path, architecture: str) -> dict[str, Tensor]:
     """Fill a network from a folder, and return its tensors that the files do not hold."""
     saved = read_weights(folder)
-    weights = _best_layout(net, saved, architecture)
-    if weights.keys() != saved.keys():
+    weights = best_layout(net, saved, architecture)
+    if weights.keys() != without_tables(net, saved).keys():
         log.warning("%s: the names of its weights are of another layout; they were changed to timm's of today", folder.name)
     own = net.state_dict()
     wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
@@ -197,71 +197,6 @@ def _load_weights(net: Any, folder: Path, architecture: str) -> dict[str, Tensor
 
 def _misfit(folder: Path, architecture: str) -> str:
     return f"{folder.name}/model.safetensors does not fit {architecture}"
-
-
-def _best_layout(net: Any, weights: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """The weights under the names that fit a network best: as they are, out of a wrapper, or by timm's own conversion."""
-    own, best = net.state_dict(), _without_tables(net, weights)
-    for layout in _layouts(net, weights, architecture):
-        layout = _without_tables(net, layout)
-        if _misfits(own, layout) < _misfits(own, best):
-            best = layout
-        if not _misfits(own, best):
-            break
-    return best
-
-
-def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int:
-    wrong = sum(own[name].shape != weights[name].shape for name in own.keys() & weights.keys())
-    return len(own.keys() ^ weights.keys()) + wrong
-
-
-def _layouts(net: Any, weights: dict[str, Tensor], architecture: str) -> Iterator[dict[str, Tensor]]:
-    for inner in (weights, *unwrapped(weights)):
-        yield inner
-        yield _with_named_head(net, inner)
-        for convert in _conversions(architecture):
-            try:
-                yield _with_named_head(net, convert(dict(inner), net))
-            except Exception as error:  # written for files that its author had at hand
-                log.debug("timm's %s does not take these weights: %s", convert, error)
-
-
-def _conversions(architecture: str) -> Iterator[Callable[..., dict[str, Tensor]]]:
-    """Functions (weights, net) -> weights that timm has for older files of an architecture."""
-    import timm
-
-    for name, function in vars(sys.modules[timm.model_entrypoint(architecture).__module__]).items():
-        if "filter_fn" in name and callable(function):
-            yield function
-            if "adapt_layer_scale" in inspect.signature(function).parameters:
-                yield partial(function, adapt_layer_scale=True)
-
-
-def _with_named_head(net: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with the classifier's name as this release has it, where another is all that is missing."""
-    own = net.state_dict()
-    missing, unexpected = (sorted(a.keys() - b.keys()) for a, b in ((own, weights), (weights, own)))
-    if [own[name].shape for name in missing] != [weights[name].shape for name in unexpected]:
-        return weights
-    heads = _classifiers(net)
-    if not all(name.rpartition(".")[0] in heads for name in missing):
-        return weights
-    return {dict(zip(unexpected, missing, strict=True)).get(name, name): tensor for name, tensor in weights.items()}
-
-
-def _classifiers(net: Any) -> tuple[str, ...]:
-    named = net.default_cfg.get("classifier") or ()
-    return (named,) if isinstance(named, str) else tuple(named)
-
-
-def _without_tables(net: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without what a network makes itself, and without the head of one that has no classes."""
-    own = net.state_dict()
-    buffers = {name for name, _ in net.named_buffers()}
-    heads = tuple(f"{name}." for name in _classifiers(net)) if not net.num_classes else ()
-    return {name: tensor for name, tensor in weights.items()
-            if name in own or not (name in buffers or not tensor.is_floating_point() or (heads and name.startswith(heads)))}
 
 
 def _data_config(config: Mapping[str, Any], net: nn.Module) -> dict[str, Any]:

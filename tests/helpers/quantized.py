@@ -59,26 +59,25 @@ def _in_comfyui_s_format(name: str, kind: str, factor: float) -> Any:
 
     if not hasattr(comfy.ops, "mixed_precision_ops"):
         return _in_the_older_format(name, kind, factor)
-    from comfy.quant_ops import QUANT_ALGOS
-
-    algorithm = {"fp8_scaled": "float8_e4m3fn", "int8": "int8_tensorwise"}.get(kind, kind)
     model = unfilled(name, torch.float32, operations=comfy.ops.mixed_precision_ops({}, torch.float32))
     state = small(name).model.model.diffusion_model.state_dict()
-    note = torch.tensor(list(json.dumps({"format": algorithm}).encode()), dtype=torch.uint8)
     for layer, weight in linear_layers(name).items():
         del state[f"{layer}.weight"]
-        parts = _quantized_tensor(weight, QUANT_ALGOS[algorithm]["comfy_tensor_layout"]).state_dict("weight")
-        scale = "weight_scale_2" if "weight_scale_2" in parts else "weight_scale"
-        parts[scale] = (factor * parts[scale].float()).to(parts[scale].dtype)
-        state |= {f"{layer}.{part}": tensor for part, tensor in parts.items()} | {f"{layer}.comfy_quant": note.clone()}
+        state |= {f"{layer}.{part}": tensor for part, tensor in quantized_parts(weight, kind, factor).items()}
     model.model.load_model_weights(state)
     return model
 
 
-def _quantized_tensor(weight: Tensor, layout: str) -> Any:
-    from comfy.quant_ops import QuantizedTensor
+def quantized_parts(weight: Tensor, kind: str, factor: float = 1.0) -> dict[str, Tensor]:
+    """The entries of a state dict for a weight of a layer that ComfyUI quantises."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
-    return QuantizedTensor.from_float(weight.detach(), layout, scale="recalculate")
+    algorithm = {"fp8_scaled": "float8_e4m3fn", "int8": "int8_tensorwise"}.get(kind, kind)
+    layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+    parts = QuantizedTensor.from_float(weight.detach(), layout, scale="recalculate").state_dict("weight")
+    scale = "weight_scale_2" if "weight_scale_2" in parts else "weight_scale"
+    note = torch.tensor(list(json.dumps({"format": algorithm}).encode()), dtype=torch.uint8)
+    return {**parts, scale: (factor * parts[scale].float()).to(parts[scale].dtype), "comfy_quant": note}
 
 
 def _in_the_older_format(name: str, kind: str, factor: float) -> Any:

@@ -3,6 +3,7 @@
 #   make test        all tests; those of the nodes run where a ComfyUI is at hand
 #   make test-fast   the tests of the core without those that train, sample or measure: under a minute
 #   make test-real   the tests with real pretrained networks: installs one, or takes the folder at PPAP_REAL
+#   make test-versions  the tests of networks and experts with older releases of transformers and peft
 #   make lint        ruff and mypy
 #   make comfyui     start ComfyUI with this pack in it
 #   make bench       the short table of the benchmark
@@ -19,7 +20,11 @@ export COMFYUI_PATH
 NAME := $(notdir $(CURDIR))
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-fast test-real lint comfyui bench pictures help-pages archive
+VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
+VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
+	distill saved_work)
+
+.PHONY: demo test test-fast test-real test-versions lint comfyui bench pictures help-pages archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -36,6 +41,17 @@ test-fast: .venv/ready
 test-real: .venv/ready .venv/comfyui
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
 	$(PYTEST) -m real
+
+test-versions: $(VERSIONS:%=.venv/versions/%)
+	@for place in $^; do echo "With $${place##*/}"; PYTHONPATH=$$place $(PYTEST) $(VERSION_TESTS) || exit 1; done
+
+# Packages that stand before those of .venv; pip says what in .venv would not go with them.
+.venv/versions/transformers-%: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ transformers==$*
+
+.venv/versions/peft-%: .venv/versions/transformers-4.57.6
+	cp -r $< $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $@ peft==$*
 
 lint: .venv/ready
 	$(BIN)/ruff check .

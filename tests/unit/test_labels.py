@@ -208,15 +208,26 @@ def test_outputs_of_a_regression_are_numbers_with_names(tmp_path, write, names):
     torch.testing.assert_close(energy, expected)
 
 
-@pytest.mark.parametrize("write, names", [(write_timm, "label_names"), (write_transformers, "id2label")])
-def test_labels_of_a_multi_label_network_are_tags(tmp_path, write, names):
+@pytest.mark.parametrize("write, names, problem", [
+    (write_timm, "label_names", "multi_label_classification"), (write_timm, "label_names", "multilabel"),
+    (write_transformers, "id2label", "multi_label_classification")])
+def test_labels_of_a_multi_label_network_are_tags(tmp_path, write, names, problem):
     """Each has a probability of its own, and only those aimed at count."""
-    said = {names: {"0": "1girl", "1": "solo", "2": "smile"}, "problem_type": "multi_label_classification"}
+    said = {names: {"0": "1girl", "1": "solo", "2": "smile"}, "problem_type": problem}
     guider = load_guider(write(tmp_path / "net", **said))
     assert guider.task == "tags" and guider.labels == ("1girl", "solo", "smile")
     image = images()
     energy = guider.aim(class_target(guider, "solo")).energy(image, clean(image))
     torch.testing.assert_close(energy, -guider.predict(image, clean(image))[:, 1].sigmoid().log())
+
+
+def test_one_label_of_a_multi_label_network_is_a_tag(tmp_path):
+    """It can be wanted, or wanted absent."""
+    guider = load_guider(write_transformers(tmp_path / "net", labels=1, problem_type="multi_label_classification",
+                                            id2label={"0": "nsfw"}))
+    assert guider.task == "tags" and guider.labels == ("nsfw",)
+    there, absent = (gradient(guider.aim(class_target(guider, words))) for words in ("nsfw", "nsfw:-1"))
+    assert bool(((there * absent).flatten(1).sum(1) < 0).all())
 
 
 def test_a_folder_without_a_problem_type_has_classes(tmp_path):

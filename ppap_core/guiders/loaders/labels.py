@@ -12,8 +12,8 @@ log = logging.getLogger(__name__)
 
 TAGS_FILE = "selected_tags.csv"
 """Names of the outputs of a tagger, a row for each in their order, in a column `name`."""
-MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
-"""Values of `problem_type` in config.json, as transformers defines them."""
+PROBLEMS = {"multi.?label": "tags", "regression": "number"}
+"""Patterns of `problem_type` in config.json, of which transformers defines the values -> the task that they mean."""
 CODE = r"[nN]\d{4,}|/\w/\w+|Q?\d+"  # of a class in WordNet, OpenImages, Wikidata or a list, which tells nobody what it is
 IMAGENET_1K = r"in1k|ilsvrc|imagenet(?!.?(12|2\d))"  # in the name of a data set, or in the tag of weights
 
@@ -31,11 +31,12 @@ def read_head(folder: Path, count: int, problem_type: str | None, names: object,
     problem_type: what config.json says of it; None: one output is a number, several are classes, or tags where a table
     names them. names, descriptions: see `class_labels`. ValueError for a damaged table of tags.
     """
+    task = "number" if count == 1 else "class"
     if (folder / TAGS_FILE).exists():
-        problem_type, names = problem_type or MULTI_LABEL, tag_names(folder / TAGS_FILE)
-    if count == 1 and problem_type != MULTI_LABEL:
-        return Head("number", ())
-    task = {MULTI_LABEL: "tags", REGRESSION: "number"}.get(problem_type or "", "class")
+        task, names = "tags", tag_names(folder / TAGS_FILE)
+    task = next((meant for pattern, meant in PROBLEMS.items() if re.search(pattern, str(problem_type), re.I)), task)
+    if task == "number" and count == 1:
+        return Head(task, ())
     return Head(task, class_labels(folder.name, count, names, descriptions))
 
 

@@ -14,12 +14,14 @@ from nodes import common_ksampler  # type: ignore[attr-defined]  # of ComfyUI; m
 from ...ppap_core.experts.bank import ExpertBank
 from ...ppap_core.guidance.gradients import Prediction
 from ...ppap_core.guidance.precision import RunState
+from ...ppap_core.guidance.scrutiny import blurring, is_fooled, share_taken_back
 from ...ppap_core.guidance.shift import GuidanceSettings, guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, any_needs_vjp
-from ...ppap_core.guiders.guider import Decode, Guider
+from ...ppap_core.guiders.guider import Decode, Guider, has_network
 from ...ppap_core.guiders.latents import View
 from ...ppap_core.io.function_fingerprint import hashed_as
 from ...ppap_core.io.hashing import digest
+from ...ppap_core.viz.summary import Note, guidance_warnings, summarize_guidance
 from . import latents, noise_levels
 from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
 from .fingerprint import fingerprint_network, fingerprint_vae
@@ -59,6 +61,15 @@ class Report:
     names: tuple[str, ...]            # of the terms
     records: tuple[TermRecord, ...]
     levels: int                       # number of noise levels at which the model ran
+    notes: tuple[Note, ...] = ()      # what else there is to say of a term, by its index
+
+    def summary(self) -> str:
+        """Return what each term did, in words."""
+        return summarize_guidance(self.names, self.records, self.levels, self.notes)
+
+    def warnings(self) -> str:
+        """Return a line for each term that did nothing, or less than it should; "" where all is well."""
+        return guidance_warnings(self.names, self.records, self.levels, self.notes)
 
 
 @dataclass
@@ -73,6 +84,8 @@ class SamplingRun:
     records: list[TermRecord] = field(default_factory=list)
     sigmas: set[float] = field(default_factory=set)
     state: RunState = field(default_factory=RunState)
+    last_seen: dict[int, Prediction] = field(default_factory=dict)  # where each term acted last, by its index
+    notes: list[Note] = field(default_factory=list)
 
     def terms_at(self, sigma: float) -> list[Term]:
         """In pure noise the prediction hardly depends on it, and a gradient through the model would be rounding."""
@@ -84,6 +97,7 @@ class FinishedRun(NamedTuple):
 
     records: list[TermRecord]
     sigmas: set[float]
+    notes: list[Note]
 
 
 class GuidedModel(Feature):
@@ -117,7 +131,7 @@ class GuidedModel(Feature):
         with self.runs.running(self.new_run(executor.class_obj.model_patcher, noise)) as run:
             samples = executor(noise, *args, **kwargs)
         records = [record._replace(energy=record.energy.cpu(), rms=record.rms.cpu()) for record in run.records]
-        self.finished |= dict.fromkeys(samples_keys(samples), FinishedRun(records, run.sigmas))
+        self.finished |= dict.fromkeys(samples_keys(samples), FinishedRun(records, run.sigmas, run.notes))
         return samples
 
     def new_run(self, model: Patcher, noise: Tensor) -> SamplingRun:
@@ -130,7 +144,9 @@ class GuidedModel(Feature):
         materialize_on(self.networks, sigmas.device)
         if self.backprop_through_model:
             make_differentiable(guider)
-        return executor(guider, sigmas, *args, **kwargs)
+        samples = executor(guider, sigmas, *args, **kwargs)
+        self.runs.current.notes = scrutinize(self.runs.current)  # here, because the networks are still loaded
+        return samples
 
     def on_predict(self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Predict with gradients where a term needs them at this noise level."""
@@ -244,7 +260,35 @@ def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
     if guidance is None:
         return denoised
     run.records += guidance.records
+    seen = replace(prediction, vjp=None)
+    run.last_seen |= {record.term: seen for record in guidance.records}
     return denoised + latents.images_as_frames(guidance.delta, denoised)
+
+
+def scrutinize(run: SamplingRun) -> list[Note]:
+    """Return a note for each term whose energy fell only as far as nobody but its guider can see; one forward pass each."""
+    notes = []
+    for index, seen in run.last_seen.items():
+        guider, energies = run.terms[index].guider, [record.energy for record in run.records if record.term == index]
+        if guider.view == "noisy" or not has_network(guider):
+            continue
+        try:
+            share = _share_taken_back(run, index, seen, energies)
+        except torch.OutOfMemoryError:
+            continue
+        if is_fooled(share):
+            notes.append((index, f"seen only by the guider: a blur by one pixel takes back {share:.0%} of the fall of its "
+                                 "energy; lower the weight, send the gradient through the model, use experts, or add "
+                                 "another guider"))
+    return notes
+
+
+def _share_taken_back(run: SamplingRun, index: int, seen: Prediction, energies: list[Tensor]) -> float:
+    with torch.inference_mode(False):
+        point, sigma = seen.denoised.clone(), seen.sigma.clone()
+        with torch.no_grad():
+            guider = blurring(run.terms[index].guider, point, sigma)
+        return share_taken_back(energies[0], energies[-1], run.state.energy(index, guider, point, sigma, run.compute))
 
 
 def _vjp(args: dict, gradient: Tensor) -> Tensor:
@@ -271,17 +315,19 @@ def report_of(model: Patcher, latent: dict) -> Report:
     names: list[str] = []
     records: list[TermRecord] = []
     sigmas: set[float] = set()
+    notes: list[Note] = []
     key = samples_key(latent["samples"], latent["samples"].dtype)
     for guided in features_of(model, GUIDANCE):
         run = guided.finished.get(key)
         if run:
             records += [record._replace(term=record.term + len(names)) for record in run.records]
             sigmas |= run.sigmas
+            notes += [(term + len(names), note) for term, note in run.notes]
             names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(guided.terms, 1)]
     if not names:
         raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "
                          "Guidance and the latent that a sampler made with it")
-    return Report(tuple(names), tuple(records), len(sigmas))
+    return Report(tuple(names), tuple(records), len(sigmas), tuple(notes))
 
 
 def sample_guided(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, latent: dict,

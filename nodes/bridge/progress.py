@@ -7,6 +7,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import latent_preview
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...ppap_core.viz.plots import loss_plot
@@ -52,8 +53,20 @@ class LossProgress:
 
 def show_text(node: Any, text: str) -> dict[str, list[str]]:
     """Show a text in a node, and return it for the history, where programs read it."""
+    _send_text(text, getattr(node.hidden, "unique_id", None))
+    return {"text": [text]}
+
+
+def show_warnings(text: str) -> dict[str, list[str]] | None:
+    """Show warnings in the node that is running, of which no schema need know; "" shows nothing."""
+    if not text:
+        return None
+    context = get_executing_context()
+    _send_text(text, context.node_id if context else None)
+    return {"text": [text]}
+
+
+def _send_text(text: str, node_id: str | None) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    node_id = getattr(node.hidden, "unique_id", None)
     if node_id and server:
         server.send_progress_text(text, node_id)
-    return {"text": [text]}

@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ...ppap_core.guiders.latents import VIEWS
-from ..bridge import guidance
+from ..bridge import guidance, progress
 from ..bridge.guidance import GuidanceTerm
 from ..bridge.noise_levels import PercentSchedule
 from ..bridge.sampler import SamplerSettings
@@ -116,7 +116,8 @@ class PPAPGuidedKSampler(io.ComfyNode):
     def execute(cls, model, terms, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
                 max_rms, vae=None):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
-        return io.NodeOutput(*guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings))
+        latent, report = guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings)
+        return io.NodeOutput(latent, report, ui=progress.show_warnings(report.warnings()))
 
 
 NODES = [PPAPGuidanceTerm, PPAPCombineTerms, PPAPApplyGuidance, PPAPGuidedKSampler]

@@ -3,7 +3,6 @@ from comfy_api.latest import io
 
 from ...ppap_core.guiders.visualize import visualize
 from ...ppap_core.viz.plots import guidance_plot, loss_plot
-from ...ppap_core.viz.summary import summarize_guidance
 from ..bridge import guidance, guider_cache, progress, tensors
 from .inputs import also_found_as
 from .io_types import GuiderType, LossesType, ReportType
@@ -54,7 +53,7 @@ class PPAPReadGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, report):
-        text = summarize_guidance(report.names, report.records, report.levels)
+        text = report.summary()
         return io.NodeOutput(text, ui=progress.show_text(cls, text))
 
 
@@ -70,7 +69,8 @@ class PPAPGuidanceReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent):
-        return io.NodeOutput(guidance.report_of(model, latent))
+        report = guidance.report_of(model, latent)
+        return io.NodeOutput(report, ui=progress.show_warnings(report.warnings()))
 
 
 class PPAPLookThrough(io.ComfyNode):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guiders.guider import Guider, has_network
-from .gradients import HALF, energy_gradient, is_finite
+from .gradients import HALF, energy_at, energy_gradient, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,13 @@ class RunState:
                 self._remember(term, guider.name, known or compute_dtype or _type_of(guider), dtype, float(sigma[0]))
                 result = wider
         return result
+
+    @torch.no_grad()
+    def energy(self, term: int, guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+        """Energy (B,) without a gradient, in the type that `energy_gradient` has come to; the arguments are its own."""
+        known = self.fallbacks.get(term)
+        guider = in_full_precision(guider) if known == torch.float32 else guider
+        return energy_at(guider, point, sigma, known or compute_dtype)
 
     def _remember(self, term: int, name: str, narrow: torch.dtype, wide: torch.dtype, sigma: float) -> None:
         self.fallbacks[term] = wide

@@ -38,6 +38,14 @@ class Record(Protocol):
     def rms(self) -> Tensor:
         """Size of the shift of each image, root mean square, (B,)."""
 
+    @property
+    def unguided(self) -> int:
+        """Number of images without a finite gradient."""
+
+    @property
+    def fallback(self) -> torch.dtype | None:
+        """Number type that the network took instead of the one that it was asked for; None: it did not."""
+
 
 @dataclass(frozen=True)
 class Axes:

@@ -1,5 +1,6 @@
 """Guidance of a MODEL: its denoised predictions are shifted by guiders, and every sampling is reported."""
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -12,12 +13,12 @@ from torch import Tensor
 from nodes import common_ksampler  # type: ignore[attr-defined]  # of ComfyUI; mypy finds this pack's own
 
 from ...ppap_core.experts.bank import ExpertBank
-from ...ppap_core.guidance.gradients import Prediction
+from ...ppap_core.guidance.gradients import Prediction, energy_at
 from ...ppap_core.guidance.precision import RunState
-from ...ppap_core.guidance.scrutiny import blurring, is_fooled, share_taken_back
+from ...ppap_core.guidance.scrutiny import blurring, is_fooled, may_be_fooled, share_taken_back
 from ...ppap_core.guidance.shift import GuidanceSettings, guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, any_needs_vjp
-from ...ppap_core.guiders.guider import Decode, Guider, has_network
+from ...ppap_core.guiders.guider import Decode, Guider
 from ...ppap_core.guiders.latents import View
 from ...ppap_core.io.function_fingerprint import hashed_as
 from ...ppap_core.io.hashing import digest
@@ -269,26 +270,22 @@ def scrutinize(run: SamplingRun) -> list[Note]:
     """Return a note for each term whose energy fell only as far as nobody but its guider can see; one forward pass each."""
     notes = []
     for index, seen in run.last_seen.items():
-        guider, energies = run.terms[index].guider, [record.energy for record in run.records if record.term == index]
-        if guider.view == "noisy" or not has_network(guider):
-            continue
-        try:
-            share = _share_taken_back(run, index, seen, energies)
-        except torch.OutOfMemoryError:
-            continue
-        if is_fooled(share):
-            notes.append((index, f"seen only by the guider: a blur by one pixel takes back {share:.0%} of the fall of its "
-                                 "energy; lower the weight, send the gradient through the model, use experts, or add "
-                                 "another guider"))
+        records = [record for record in run.records if record.term == index]
+        if may_be_fooled(run.terms[index].guider, records):
+            with suppress(torch.OutOfMemoryError):  # a sampling that went well does not fail for this
+                share = _share_taken_back(run, index, seen, records)
+                notes += [(index, f"seen only by the guider: a blur by one pixel takes back {share:.0%} of the fall of its "
+                                  "energy; lower the weight, send the gradient through the model, use experts, or add "
+                                  "another guider")] if is_fooled(share) else []
     return notes
 
 
-def _share_taken_back(run: SamplingRun, index: int, seen: Prediction, energies: list[Tensor]) -> float:
-    with torch.inference_mode(False):
-        point, sigma = seen.denoised.clone(), seen.sigma.clone()
-        with torch.no_grad():
-            guider = blurring(run.terms[index].guider, point, sigma)
-        return share_taken_back(energies[0], energies[-1], run.state.energy(index, guider, point, sigma, run.compute))
+def _share_taken_back(run: SamplingRun, index: int, seen: Prediction, records: Sequence[TermRecord]) -> float:
+    guider, dtype = run.state.as_computed(index, run.terms[index].guider, run.compute)
+    with torch.inference_mode(False), torch.no_grad():
+        point = seen.denoised.clone()
+        blurred = energy_at(blurring(guider, point), point, seen.sigma.clone(), dtype)
+    return share_taken_back(records[0].energy, records[-1].energy, blurred)
 
 
 def _vjp(args: dict, gradient: Tensor) -> Tensor:

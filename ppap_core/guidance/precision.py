@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guiders.guider import Guider, has_network
-from .gradients import HALF, energy_at, energy_gradient, is_finite
+from .gradients import HALF, energy_gradient, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +66,11 @@ class RunState:
                 result = wider
         return result
 
-    @torch.no_grad()
-    def energy(self, term: int, guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
-        """Energy (B,) without a gradient, in the type that `energy_gradient` has come to; the arguments are its own."""
+    def as_computed(self, term: int, guider: Guider,
+                    compute_dtype: torch.dtype | None) -> tuple[Guider, torch.dtype | None]:
+        """A guider, and the type, in which `energy_gradient` has come to compute a term."""
         known = self.fallbacks.get(term)
-        guider = in_full_precision(guider) if known == torch.float32 else guider
-        return energy_at(guider, point, sigma, known or compute_dtype)
+        return in_full_precision(guider) if known == torch.float32 else guider, known or compute_dtype
 
     def _remember(self, term: int, name: str, narrow: torch.dtype, wide: torch.dtype, sigma: float) -> None:
         self.fallbacks[term] = wide

@@ -5,27 +5,39 @@ of the energy in a sampling a blur by one pixel takes back 0.29 to 0.82 where an
 0.16 where a photograph shows the class or a second network agrees.
 """
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..guiders.guider import Guider
+from ..guiders.guider import Guider, has_network
+from .terms import TermRecord
 
-BLUR = 1.0        # standard deviation in pixels of the image or of the network's input, whichever are larger
-MIN_FALL = 0.25   # share of the first energy by which it must have fallen to be tested
+BLUR = 1.0         # standard deviation in pixels of the image or of the network's input, whichever are larger
+MIN_FALL = 0.25    # share of the first energy by which it must have fallen to be tested
+MIN_SHIFT = 1e-4   # rms below which a term has hardly moved anything
 MAX_RETURN = 0.25  # share of that fall from which on it is called fooled
 
 
-def blurring(guider: Guider, point: Tensor, sigma: Tensor) -> Guider:
+def blurring(guider: Guider, point: Tensor) -> Guider:
     """The guider with a network that sees a slightly blurred image.
 
-    point (B, C, H, W): what the guider will look at, at noise levels sigma (B,); its image tells the size of a pixel.
+    point (B, C, H, W): what the guider will look at.
     """
-    image = guider.to_image(point[:1], sigma[:1])
-    return replace(guider, net=_OnBlurred(guider.net, min(image.shape[-2:])))
+    blurred = _OnBlurred(guider, min(point.shape[-2:]))
+    return replace(guider, net=blurred, decode=blurred.decode if guider.decode else None)
+
+
+def may_be_fooled(guider: Guider, records: Sequence[TermRecord]) -> bool:
+    """Whether a guider is worth the test: a network of the denoised view that moved images while its energy fell clearly.
+
+    records: of its term, in the order of sampling.
+    """
+    if guider.view == "noisy" or not has_network(guider) or max(float(record.rms.max()) for record in records) < MIN_SHIFT:
+        return False
+    return _fall(records[0].energy, records[-1].energy) > 0
 
 
 def share_taken_back(first: Tensor, last: Tensor, blurred: Tensor) -> float:
@@ -33,11 +45,15 @@ def share_taken_back(first: Tensor, last: Tensor, blurred: Tensor) -> float:
 
     first, last (B,): energies at the first and last step. blurred (B,): at the last step, of the blurred image.
     """
-    fall = float((first - last).mean())
-    if not fall > MIN_FALL * abs(float(first.mean())):
-        return 0.0
-    share = float((blurred - last).mean()) / fall
+    fall = _fall(first, last)
+    share = float((blurred - last).mean()) / fall if fall else 0.0
     return share if math.isfinite(share) else 0.0
+
+
+def _fall(first: Tensor, last: Tensor) -> float:
+    """How far an energy fell, as a mean over images; 0 where that is little."""
+    fall = float((first - last).mean())
+    return fall if fall > MIN_FALL * abs(float(first.mean())) else 0.0
 
 
 def is_fooled(share: float) -> bool:
@@ -46,11 +62,17 @@ def is_fooled(share: float) -> bool:
 
 
 class _OnBlurred(nn.Module):
-    """A network that is shown blurred images; side: shorter side of the image that it judges, in pixels."""
+    """The network of a guider, shown blurred images; side: shorter side of the image that it judges, in pixels."""
 
-    def __init__(self, net: Callable[..., Tensor], side: int):
+    def __init__(self, guider: Guider, side: int):
         super().__init__()
-        self.net, self.side = net, side
+        self.net, self.inner_decode, self.side = guider.net, guider.decode, side
+
+    def decode(self, latent: Tensor, sigma: Tensor) -> Tensor:
+        assert self.inner_decode
+        image = self.inner_decode(latent, sigma)
+        self.side = min(image.shape[-2:])
+        return image
 
     def forward(self, image: Tensor, *inputs: Tensor) -> Tensor:
         return self.net(_blur(image, BLUR * max(1.0, min(image.shape[-2:]) / self.side)), *inputs)

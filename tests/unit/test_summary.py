@@ -1,4 +1,6 @@
 """What guidance did, in words: also what it did not do."""
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import images, level, small_guider
@@ -6,12 +8,14 @@ from helpers.real import guider_folder, photograph
 from torch import nn
 from torch.nn import functional as F
 
+from ppap_core.guidance.gradients import energy_at
 from ppap_core.guidance.precision import RunState
-from ppap_core.guidance.scrutiny import MAX_RETURN, blurring, is_fooled, share_taken_back
+from ppap_core.guidance.scrutiny import MAX_RETURN, blurring, is_fooled, may_be_fooled, share_taken_back
 from ppap_core.guidance.terms import TermRecord
 from ppap_core.guiders.guider import Guider, IgnoreSigma, clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.preprocess import Preprocess
+from ppap_core.guiders.rules import rule_guider
 from ppap_core.guiders.targets import class_target
 from ppap_core.viz.summary import guidance_warnings, summarize_guidance
 
@@ -75,8 +79,8 @@ class Checkers(nn.Module):
 def share(guider: Guider, before: torch.Tensor, after: torch.Tensor) -> float:
     """Share of the fall of the energy that a blur takes back."""
     first, last = (guider.energy(image, clean(image)) for image in (before, after))
-    blurred = RunState().energy(0, blurring(guider, after, clean(after)), after, clean(after), None)
-    return share_taken_back(first.detach(), last.detach(), blurred)
+    blurred = energy_at(blurring(guider, after), after, clean(after))
+    return share_taken_back(first.detach(), last.detach(), blurred.detach())
 
 
 def pushed(guider: Guider, image: torch.Tensor, steps: int = 40, size: float = 0.008) -> torch.Tensor:
@@ -103,7 +107,7 @@ def test_the_blur_is_a_pixel_of_the_image_where_it_is_enlarged():
     for side in (20, 120):
         dot = torch.zeros(1, 3, side, side)
         dot[..., side // 2, side // 2] = 1
-        blurring(guider, dot, clean(dot)).energy(dot, clean(dot))
+        blurring(guider, dot).energy(dot, clean(dot))
     wide, narrow = ((image[0, 0].mean(0) > 0.1 * image[0, 0].mean(0).max()).sum() for image in seen)
     assert wide > 2 * narrow
 
@@ -123,13 +127,27 @@ def test_an_energy_that_hardly_fell_is_not_judged():
 
 def test_a_blurred_image_is_judged_in_the_type_of_the_run():
     guider, image = small_guider(), images()
-    blurred = blurring(guider, image, level(0.5, image))
-    exact = RunState().energy(0, blurred, image, level(0.5, image), None)
+    exact = energy_at(blurring(guider, image), image, level(0.5, image))
     for compute in (torch.float16, torch.bfloat16):
-        rough = RunState().energy(0, blurred, image, level(0.5, image), compute)
+        rough = energy_at(blurring(guider, image), image, level(0.5, image), compute)
         torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.02)
-    widened = RunState(fallbacks={0: torch.float32}).energy(0, blurred, image, level(0.5, image), torch.float16)
-    assert torch.equal(widened, exact)
+        assert not torch.equal(rough, exact)
+        assert RunState(fallbacks={0: torch.bfloat16}).as_computed(0, guider, compute) == (guider, torch.bfloat16)
+
+
+def test_a_decoded_image_tells_the_size_of_a_pixel():
+    guider = replace(small_guider(), decode=lambda latent, sigma: F.interpolate(latent, scale_factor=8))
+    blurred = blurring(guider, images())
+    energy_at(blurred, images(), clean(images()))
+    assert blurred.net.side == 8 * min(images().shape[-2:])
+
+
+def test_only_networks_that_moved_an_image_are_tested():
+    """The test costs a forward pass."""
+    fell = [TermRecord(0, sigma, torch.tensor([energy]), torch.tensor([0.1])) for sigma, energy in ((5.0, 4.0), (0.1, 1.0))]
+    assert may_be_fooled(small_guider(), fell) and not may_be_fooled(small_guider(), fell[::-1])
+    assert not may_be_fooled(small_guider(view="noisy"), fell) and not may_be_fooled(rule_guider("sharpness"), fell)
+    assert not may_be_fooled(small_guider(), [record._replace(rms=torch.tensor([1e-6])) for record in fell])
 
 
 @pytest.mark.slow

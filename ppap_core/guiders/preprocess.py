@@ -1,7 +1,7 @@
 """Preprocessing of images for a network: one differentiable object, built from the network's own files."""
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .fits import FITS, nearest_multiple
-from .processors import AS_THE_CLASS_SAYS, agrees, library_processor, read_probes, settings
+from .processors import AS_THE_CLASS_SAYS, agrees, library_processors, read_probes, settings
 from .resize import Size, resize
 
 log = logging.getLogger(__name__)
@@ -93,9 +93,9 @@ PADDINGS: dict[str, dict[str, Any]] = {
 
 
 def _crop_middle(image: Tensor, crop: Size, rounds: bool, beyond: float | Tensor) -> Tensor:
-    """The middle (height, width) of images, padded where they are smaller."""
+    """The middle (height, width) of images, padded where they are smaller; rounds: cut at the nearest pixel."""
     spare = [side - wanted for side, wanted in zip(image.shape[-2:], crop, strict=True)]
-    top, left = (round(pixels / 2) if rounds else int(pixels / 2) for pixels in spare)
+    top, left = (round(pixels / 2) if rounds and pixels > 0 else int(pixels / 2) for pixels in spare)
     edges = (-left, left - spare[1], -top, top - spare[0])
     inside = F.pad(image.new_ones(1, 1, *image.shape[-2:]), edges) > 0
     return torch.where(inside, F.pad(image, edges), beyond)
@@ -125,28 +125,33 @@ def processor_preprocess(config: Mapping[str, Any]) -> Preprocess:
     What the file leaves out is as the class of transformers has it, and the result is compared with that class on a few
     images. ValueError where they differ, and for a size, a mean or a step that cannot be read.
     """
-    processor = library_processor(config)
-    if processor is None:
-        unknown = [name for name, value in config.items() if name.startswith("do_") and value and name not in KNOWN_STEPS]
-        if unknown:
-            raise ValueError(f"preprocessor_config.json asks for {unknown[0]}, which is not known here: expected "
-                             f"some of {', '.join(KNOWN_STEPS)}; take a network that reads its images without it")
+    processors = library_processors(config)
+    if not processors:
+        _refuse_unknown_steps(config)
         return _read_config(config)
-    config = {**config, **settings(processor)}
+    config = {**config, **settings(processors[0])}
     preprocess = _read_config(config)
     squares = _reads_squares(config) and preprocess.fit == "stretch"
     if squares:
         log.warning("%s cuts or pads images that are not square; here they are stretched to squares", _kind(config))
-    probes = read_probes(processor, squares)
     other_order = replace(preprocess, bgr=not preprocess.bgr)  # a class may turn blue first without a word in its file
-    found = next((candidate for candidate in (preprocess, other_order) if agrees(candidate, probes)), None)
-    if found is None:
-        raise ValueError(f"{type(processor).__name__} {AS_THE_CLASS_SAYS}")
-    return found
+    for processor in processors:
+        probes = read_probes(processor, squares)
+        for candidate in (preprocess, other_order):
+            if agrees(candidate, probes):
+                return candidate
+    raise ValueError(f"{_kind(config)} {AS_THE_CLASS_SAYS}")
+
+
+def _refuse_unknown_steps(config: Mapping[str, Any]) -> None:
+    unknown = [name for name, value in config.items() if name.startswith("do_") and value and name not in KNOWN_STEPS]
+    if unknown:
+        raise ValueError(f"preprocessor_config.json asks for {unknown[0]}, which is not known here: expected some of "
+                         f"{', '.join(KNOWN_STEPS)}; take a network that reads its images without it")
 
 
 def _kind(config: Mapping[str, Any]) -> str:
-    return config.get("image_processor_type") or config.get("feature_extractor_type") or ""
+    return str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
 
 
 def _read_config(config: Mapping[str, Any]) -> Preprocess:
@@ -164,10 +169,15 @@ def _normalization(config: Mapping[str, Any]) -> tuple[Color, Color]:
     mean, std = _mean_and_std(config)
     scale, offset = _rescaling(config)
     if (scale, offset) != (1, 0):  # (image * scale - offset - mean) / std
-        mean, std = tuple((value + offset) / scale for value in mean), tuple(value / scale for value in std)
+        mean, std = _color((value + offset) / scale for value in mean), _color(value / scale for value in std)
     if config.get("include_top"):  # EfficientNet divides once more
-        std = tuple(value * again for value, again in zip(std, _three_numbers(config, "image_std"), strict=True))
+        std = _color(value * again for value, again in zip(std, _three_numbers(config, "image_std"), strict=True))
     return mean, std
+
+
+def _color(values: Iterable[float]) -> Color:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _mean_and_std(config: Mapping[str, Any]) -> tuple[Color, Color]:
@@ -261,14 +271,24 @@ def _with_both_edges(preprocess: Preprocess, config: Mapping[str, Any], size: Si
     return replace(preprocess, size=(nearest_multiple(size[0], multiple), nearest_multiple(size[1], multiple)))
 
 
+TIMM_FITS = {"squash": "stretch", "border": "inside", "center": "cover"}
+"""How timm calls the ways to make an image fit -> key of FITS."""
+
+
 def timm_preprocess(data: Mapping[str, Any]) -> Preprocess:
-    """Preprocess from the result of `timm.data.resolve_data_config`."""
-    height, width = data["input_size"][1:]
-    mode = data["interpolation"] if data["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    """Preprocess from the result of `timm.data.resolve_data_config`. ValueError for other than three channels."""
+    channels, height, width = data["input_size"]
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    if (channels, len(mean), len(std)) != (3, 3, 3):
+        raise ValueError(f"the network wants images of {channels} channels, with {len(mean)} means and {len(std)} "
+                         "deviations: expected three, red, green and blue; take a network of colour images")
+    mode = {"bilinear": "bilinear", "nearest": "nearest-exact"}.get(data["interpolation"], "bicubic")
     resized = int(height / data["crop_pct"]), int(width / data["crop_pct"])
-    stretched = Preprocess(resized, tuple(data["mean"]), tuple(data["std"]), mode, crop=(height, width), crop_rounds=True)
-    if data.get("crop_mode") == "squash":
-        return stretched
-    if height == width:
-        return replace(stretched, size=(resized[0], NO_LIMIT), fit="shortest")
-    return replace(stretched, fit="cover")
+    mode_of_crop = data.get("crop_mode") or "center"
+    preprocess = Preprocess(resized, mean, std, mode, TIMM_FITS.get(mode_of_crop, "cover"), crop=(height, width),
+                            crop_rounds=True)
+    if mode_of_crop == "border":
+        return replace(preprocess, fill=tuple(round(255 * value) / 255 for value in mean))
+    if preprocess.fit == "cover" and height == width:
+        return replace(preprocess, size=(resized[0], NO_LIMIT), fit="shortest")
+    return preprocess

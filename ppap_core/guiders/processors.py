@@ -34,22 +34,28 @@ class Reads(Protocol):
         """(height, width) that an image is resized to."""
 
 
-def library_processor(config: Mapping[str, Any]) -> Any | None:
-    """The processor that a preprocessor_config.json names; None where transformers has no such class or cannot make it."""
+def library_processors(config: Mapping[str, Any]) -> list[Any]:
+    """The processors of transformers of the kind that a preprocessor_config.json names; none where it has no such class.
+
+    It has up to two of a kind, which differ by a pixel here and there.
+    """
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or ""
     name = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     options = {key: value for key, value in config.items() if key not in DOWNLOADED}
-    for candidate in (name, f"{name}Fast", f"{name}Pil"):
-        try:
-            import transformers
-            from transformers.image_processing_utils import BaseImageProcessor
+    made = (_make(candidate, options) for candidate in (name, f"{name}Fast", f"{name}Pil"))
+    return list({type(processor): processor for processor in made if processor is not None}.values())
 
-            found = getattr(transformers, candidate, None)
-            if inspect.isclass(found) and issubclass(found, BaseImageProcessor):
-                return found.from_dict(options)
-        except Exception:  # noqa: S112 - of any kind: the library checks files in many ways, and may lack a package
-            continue
-    return None
+
+def _make(name: str, options: Mapping[str, Any]) -> Any | None:
+    try:
+        import transformers
+        from transformers.image_processing_utils import BaseImageProcessor
+
+        found: Any = getattr(transformers, name, None)
+        known = inspect.isclass(found) and issubclass(found, BaseImageProcessor)
+        return found.from_dict(dict(options)) if known else None
+    except Exception:  # of any kind: the library checks files in many ways, and may lack a package
+        return None
 
 
 def settings(processor: Any) -> dict[str, Any]:

@@ -205,6 +205,30 @@ def test_an_image_is_read_as_timm_reads_it(name, crop_mode, crop_pct, size):
         torch.testing.assert_close(ours(timm_preprocess(data), image)[0], expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("crop_mode, interpolation, crop_pct", [
+    ("border", "bicubic", 1.0), ("border", "bilinear", 0.9), ("border", "bicubic", 1.1), ("center", "bilinear", 1.1),
+    ("squash", "bilinear", 1.1), ("center", "nearest", 0.875), (None, "bicubic", 0.9), ("center", "lanczos", 0.9)])
+@pytest.mark.parametrize("size", [(96, 96), (97, 128)])
+def test_an_image_is_read_as_timm_reads_a_picture(crop_mode, interpolation, crop_pct, size):
+    """In 8 bits, as timm reads files: with borders in the mean colour, smaller than the crop, in every filter."""
+    create_transform = pytest.importorskip("timm.data").create_transform
+    from torchvision.transforms.functional import to_pil_image
+
+    data = {"input_size": (3, *size), "interpolation": interpolation, "mean": MEAN, "std": STD, "crop_pct": crop_pct,
+            "crop_mode": crop_mode}
+    for upright in (False, True):
+        image = photograph("chelsea", upright=upright)
+        expected = create_transform(**data, is_training=False)(to_pil_image(image))
+        found = ours(timm_preprocess(data), image)[0]
+        assert (found - expected).abs().mean() < 0.02 < (found.roll(1, -1) - expected).abs().mean() / 4  # not by a pixel
+
+
+def test_a_network_of_grey_images_is_refused():
+    data = {"input_size": (1, 28, 28), "interpolation": "bilinear", "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+    with says(ValueError, "1 channels", "three"):
+        timm_preprocess(data)
+
+
 def test_what_timm_says_of_a_network_is_enough():
     timm = pytest.importorskip("timm")
     from timm.data import create_transform, resolve_data_config

@@ -137,7 +137,6 @@ STEPS = {  # name of the case -> (kind, settings), one step that is unlike the d
     "ZoeDepth, padded only": ("ZoeDepth", {"do_resize": False}),
     "CLIP, larger crop": ("CLIP", {"size": {"shortest_edge": 64}, "crop_size": {"height": 80, "width": 100}}),
     "CLIP, stretched": ("CLIP", {"size": SQUARE, "do_center_crop": False}),
-    "CLIP, both edges": ("CLIP", {"size": {"shortest_edge": 64, "longest_edge": 80}, "do_center_crop": False}),
     "Segformer, labels": ("Segformer", {"size": SQUARE, "do_reduce_labels": True}),
     "MobileViT, not flipped": ("MobileViT", {"do_flip_channel_order": False}),
     "EoMT, whole": ("Eomt", {"size": {"shortest_edge": 96, "longest_edge": 150}}),

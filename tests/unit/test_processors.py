@@ -184,7 +184,7 @@ def test_a_size_that_is_no_size_is_refused(name, value):
         processor_preprocess(config | {name: value})
 
 
-def test_a_file_without_its_defaults_is_read_as_its_class_has_them():
+def test_what_a_file_leaves_out_is_as_its_class_has_it():
     """Old files leave out what their class does by default."""
     pytest.importorskip("transformers")
     config = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 96}

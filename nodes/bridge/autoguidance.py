@@ -19,9 +19,16 @@ from .fingerprint import fingerprint_foreign, fingerprint_weights, weights_of
 from .foreign import Memory, SeparateMemory
 from .hooks import AUTOGUIDANCE, Feature, Hooks, RunStack, attach
 from .latents import Patcher
-from .memory import compute_type
+from .memory import compute_type, log
 from .noise_levels import PercentSchedule
-from .shared_weights import as_other, differs, make_injections_differentiable, options_of
+from .shared_weights import (
+    acts_on_samplings_only,
+    as_other,
+    differs,
+    is_left_out,
+    make_injections_differentiable,
+    options_of,
+)
 
 DIFFUSION_MODEL_PREFIX = "diffusion_model."
 PredictBad = Callable[[dict], Tensor]
@@ -141,8 +148,10 @@ def shared_weights_model(bad: Patcher, cfg_guider: comfy.samplers.CFGGuider, cal
     good = cfg_guider.model_patcher
     adapters = difference(good, bad, call.noise.device, compute_type(good))
     if not differs(good, bad) and not adapters:
-        raise ValueError("the bad model is the model itself: connect a weaker one, such as an earlier checkpoint, or the "
-                         "same model with another LoRA or another strength of it")
+        same = ("differs from the model only by functions that act on whole samplings or after CFG, and predicts as it "
+                "does" if acts_on_samplings_only(good, bad) else "is the model itself")
+        raise ValueError(f"the bad model {same}: connect a weaker one, such as an earlier checkpoint, or the same model "
+                         "with another LoRA or another strength of it")
     memory = SeparateMemory(Memory(good.model.diffusion_model, call.extra_args["model_options"], bad.model_options))
     yield partial(_predict_sharing, SharingModels(good, bad, adapters, memory))
 
@@ -211,8 +220,14 @@ def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.d
     """
     strengths: dict[tuple, float] = defaultdict(float)
     patches: dict[tuple, _Patch] = {}
+    left_out = {key for key in good.patches if is_left_out(good, key)}
+    if left_out:
+        log.warning("ComfyUI does not apply the model's LoRA to %d weights of compiled layers: load the LoRA by bypass, or "
+                    "compile the whole model", len(left_out))
     for sign, patcher in ((-1.0, good), (1.0, bad)):
         for key, entries in patcher.patches.items():
+            if patcher is good and key in left_out:
+                continue
             for strength, *fields in entries:
                 patch = _Patch(*fields)
                 place = (key, id(patch.value), patch.offset)
@@ -221,7 +236,7 @@ def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.d
     adapters: dict[str, list[LoraUpdate]] = defaultdict(list)
     for place, strength in strengths.items():
         if strength:
-            layer = place[0].removeprefix(DIFFUSION_MODEL_PREFIX).removesuffix(".weight")
+            layer = place[0].removeprefix(DIFFUSION_MODEL_PREFIX).removesuffix(".weight").replace("_orig_mod.", "")
             adapters[layer].append(lora_update(good, place[0], patches[place], strength, device, dtype))
     return dict(adapters)
 

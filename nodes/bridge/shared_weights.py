@@ -65,6 +65,26 @@ def differs(good: Patcher, bad: Patcher) -> bool:
             or not _same(_effective(good), _effective(bad)))
 
 
+def acts_on_samplings_only(good: Patcher, bad: Patcher) -> bool:
+    """Tell whether a bad MODEL has functions that the good one has not, but that no single prediction runs."""
+    of_guidance = {key: functions for key, functions in bad.model_options.items() if key.startswith("sampler_")}
+    known = {id(function) for model in (good.wrappers, good.callbacks) for by_key in model.values()
+             for functions in by_key.values() for function in functions}
+    known |= {id(each) for value in good.model_options.values() for each in (value if isinstance(value, list) else [value])}
+    own = [function for model in (bad.wrappers, bad.callbacks) for by_key in model.values()
+           for functions in by_key.values() for function in functions]
+    own += [each for value in of_guidance.values() for each in (value if isinstance(value, list) else [value])]
+    return any(id(function) not in known for function in own)
+
+
+def is_left_out(good: Patcher, key: str) -> bool:
+    """Tell whether ComfyUI has left out the patches of a weight: it looks for those of compiled layers by other names."""
+    compiled = [path for path, value in good.object_patches.items() if hasattr(value, "_orig_mod")]
+    if key in good.backup or not any(key.startswith(f"{path}.") for path in compiled):
+        return False
+    return not getattr(good.get_model_object(key.rpartition(".")[0]), "weight_function", None)
+
+
 def _names(wrappers: Mapping[str, list]) -> dict[str, list[int]]:
     return {key: [id(function) for function in functions] for key, functions in wrappers.items()}
 

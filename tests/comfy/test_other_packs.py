@@ -223,6 +223,18 @@ def test_the_same_lora_by_bypass_is_the_model_itself(bench: Workbench):
         ksampler(bench, autoguided(bench, scene, scene.model.clone()))
 
 
+def test_what_acts_on_samplings_only_makes_no_bad_model(bench: Workbench):
+    """The sentence does not say that the bad model is the model itself, for it is not."""
+    scene, post_cfg, wrapper = bench.scene(FLOW), bench.scene(FLOW).model.clone(), bench.scene(FLOW).model.clone()
+    post_cfg.set_model_sampler_post_cfg_function(lambda args: 0.5 * args["denoised"])
+    wrapper.add_wrapper_with_key("predict_noise", "another pack", lambda executor, *args: 0.5 * executor(*args))
+    for bad in (post_cfg, wrapper):
+        with says(ValueError, "only by functions that act on whole samplings", "connect a weaker one"):
+            ksampler(bench, autoguided(bench, scene, bad))
+        with says(ValueError, "the bad model is the model itself"):
+            ksampler(bench, autoguided(bench, replace(scene, model=bad), bad))
+
+
 # Layers, functions on weights, options
 
 def with_layer(model: Any, path: str, layer: Any) -> Any:
@@ -285,6 +297,19 @@ def test_compiled_blocks_are_guided_as_others(bench: Workbench, good: str, bad: 
                                            WAYS[bad](base if which == "both" else used, 0.3)))
     plain = replace(scene, model=ordinary(scene.model, 1.0 * (good != "none")))
     assert close(found, ksampler(bench, autoguided(bench, plain, ordinary(scene.model, 0.3))))
+
+
+@pytest.mark.slow
+def test_a_lora_that_comfyui_leaves_out_is_not_taken_off(bench: Workbench, caplog: pytest.LogCaptureFixture):
+    """ComfyUI applies no patches to layers that were compiled one by one; the bad model has its own LoRA all the same."""
+    scene = bench.scene(FLOW)
+    with torch.inference_mode():
+        used, other, apart = (small(FLOW).model for _ in range(3))
+        base = compiled(used)
+        found = ksampler(bench, autoguided(bench, replace(scene, model=ordinary(base, 1.0)), ordinary(base, 0.3)))
+        wanted = ksampler(bench, autoguided(bench, replace(scene, model=ordinary(compiled(other), 1.0)),
+                                            ordinary(apart, 0.3)))
+    assert close(found, wanted) and "does not apply the model's LoRA" in caplog.text
 
 
 @pytest.mark.slow

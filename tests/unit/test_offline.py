@@ -74,11 +74,13 @@ def edit(folder: Path, part: str = "", **changes) -> None:
     ("MaskFormer", "", {"use_pretrained_backbone": True}),
     ("UperNet on timm", "backbone_config", {"use_pretrained_backbone": True}),
     ("UperNet on timm", "", NAMES_TIMM),
+    ("UperNet on timm", "", {**NAMES_TIMM, "backbone": "timm/resnet10t.c3_in1k", "use_timm_backbone": False}),
     ("UperNet", "", {"use_pretrained_backbone": True}),
     ("Depth Anything", "", NAMES_HUB), ("DPT depth", "", {"use_pretrained_backbone": True}), ("ZoeDepth", "", NAMES_HUB),
     ("Mask2Former", "", NAMES_HUB),
     ("DINOv2", "", {"attn_implementation": "some-one/fast-attention", "_attn_implementation": "some-one/fast-attention"}),
-], ids=["decoder as 4.57 saves it", "MaskFormer", "timm backbone with weights", "timm backbone by name", "UperNet",
+], ids=["decoder as 4.57 saves it", "MaskFormer", "timm backbone with weights", "timm backbone by name", "timm page by name",
+        "UperNet",
         "name beside settings", "DPT", "ZoeDepth", "Mask2Former", "kernels"])
 def test_a_named_backbone_is_not_fetched(name: str, part: str, changes: dict, tmp_path, monkeypatch):
     """The network is that of the folder as it was, and the hub is not asked."""
@@ -97,6 +99,16 @@ def test_a_backbone_on_the_hub_alone_is_refused(name: str, tmp_path, monkeypatch
     WRITERS[name](tmp_path)
     edit(tmp_path, **NAMES_HUB, backbone_config=None)
     with says(ValueError, "some-one/some-backbone", "backbone_config", "nothing is downloaded", "config.json"):
+        load_guider(tmp_path)
+    assert not attempts
+
+
+def test_a_page_in_the_place_of_a_timm_name_is_refused(tmp_path, monkeypatch):
+    """Timm would read the settings of such a name from the hub, even without its weights."""
+    attempts = forbid_network(monkeypatch)
+    WRITERS["UperNet on timm"](tmp_path)
+    edit(tmp_path, "backbone_config", backbone="hf-hub:some-one/some-net")
+    with says(ValueError, "hf-hub:some-one/some-net", "timm.list_models()"):
         load_guider(tmp_path)
     assert not attempts
 

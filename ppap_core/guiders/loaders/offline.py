@@ -52,6 +52,9 @@ def settled(config: dict[str, Any], name: str) -> dict[str, Any]:
     config = {key: settled(value, name) if isinstance(value, dict) else value for key, value in config.items()
               if not key.endswith(("attn_implementation", "dtype"))}  # the former may name a page with compiled code
     if config.get("model_type") == "timm_backbone":
+        if ":" in str(config.get("backbone")):  # timm would ask for its settings, even without its weights
+            raise ValueError(f"{name}/config.json names the backbone {config['backbone']}, which is on the hub, and nothing "
+                             "is downloaded while a network is loaded: expected one of timm.list_models()")
         return config | {"use_pretrained_backbone": False}
     if "use_pretrained_backbone" in config:
         config["use_pretrained_backbone"] = False
@@ -65,6 +68,7 @@ def settled(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _backbone_settings(backbone: str, config: dict[str, Any], name: str) -> dict[str, Any]:
     kwargs = config.get("backbone_kwargs") or {}
+    backbone = backbone.removeprefix("timm/")  # timm's pages of the hub are called as its networks
     if config.get("use_timm_backbone") or "/" not in backbone:
         renamed = {{"in_chans": "num_channels"}.get(key, key): value for key, value in kwargs.items()}
         return settled({"model_type": "timm_backbone", "backbone": backbone, **renamed}, name)

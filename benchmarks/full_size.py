@@ -79,7 +79,8 @@ def decoders(device: str, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Te
     tiny: Any = built(from_diffusers("AutoencoderTiny"), device, dtype)
     whole: Any = built(lambda: from_diffusers("AutoencoderKL")(**VAE), device, dtype)
     return {"colours": space.colors, "stem": built(lambda: Stem(space, torch.Generator()), device),
-            "taesd": lambda latent: tiny.decode(latent).sample, "vae": lambda latent: whole.decode(latent).sample}
+            "taesd": lambda latent: tiny.decode(latent.to(dtype)).sample,
+            "vae": lambda latent: whole.decode(latent.to(dtype)).sample}
 
 
 def _decode(decoder: Callable[[Tensor], Tensor], latent: Tensor, sigma: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .preprocess import CHANNELS, PADDINGS, Preprocess
 from .tasks import TASKS, resize_map
 
 Decode = Callable[[Tensor, Tensor], Tensor]
-"""(latent (B, C, h, w), sigma (B,)) -> image (B, 3, H, W) in [-1, 1]"""
+"""(latent (B, C, h, w), sigma (B,)) -> image (B, 3, H, W) in [-1, 1]; computes in a type of its own, outside of autocast"""
 
 
 @dataclass(frozen=True)

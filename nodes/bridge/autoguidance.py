@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ppap_core.guidance.autoguidance import Autoguidance, autoguidance_delta
 from ...ppap_core.io.function_fingerprint import hashed_as
-from ...ppap_core.training.lora import Adapters, LoraUpdate, with_adapters
+from ...ppap_core.training.lora import Adapters, LoraUpdate
 from . import latents, noise_levels
 from .fingerprint import fingerprint_foreign, fingerprint_weights, weights_of
 from .foreign import Memory, SeparateMemory
@@ -23,11 +23,13 @@ from .memory import compute_type, log
 from .noise_levels import PercentSchedule
 from .shared_weights import (
     acts_on_samplings_only,
+    adapted,
     as_other,
     differs,
     is_left_out,
     make_injections_differentiable,
     options_of,
+    without_layers,
 )
 
 DIFFUSION_MODEL_PREFIX = "diffusion_model."
@@ -146,7 +148,8 @@ def shared_weights_model(bad: Patcher, cfg_guider: comfy.samplers.CFGGuider, cal
     ValueError for the good model itself, and for one that differs by what cannot be exchanged.
     """
     good = cfg_guider.model_patcher
-    adapters = difference(good, bad, call.noise.device, compute_type(good))
+    with without_layers(good):
+        adapters = difference(good, bad, call.noise.device, compute_type(good))
     if not differs(good, bad) and not adapters:
         same = ("differs from the model only by functions that act on whole samplings or after CFG, and predicts as it "
                 "does" if acts_on_samplings_only(good, bad) else "is the model itself")
@@ -176,7 +179,7 @@ def _predict_sharing(models: SharingModels, args: dict) -> Tensor:
     with models.memory.active(), as_other(models.good, models.bad):
         if torch.is_grad_enabled():
             make_injections_differentiable(models.bad)
-        with with_adapters(args["model"].diffusion_model, models.adapters):
+        with adapted(models.good, models.adapters):
             return predict(models.bad, args["model"], args["cond"], args, models.good)
 
 
@@ -222,8 +225,8 @@ def difference(good: Patcher, bad: Patcher, device: torch.device, dtype: torch.d
     patches: dict[tuple, _Patch] = {}
     left_out = {key for key in good.patches if is_left_out(good, key)}
     if left_out:
-        log.warning("ComfyUI does not apply the model's LoRA to %d weights of compiled layers: load the LoRA by bypass, or "
-                    "compile the whole model", len(left_out))
+        log.warning("ComfyUI does not apply the model's LoRA to %d weights inside of compiled layers, or of layers that "
+                    "another pack has put in their place: load the LoRA by bypass", len(left_out))
     for sign, patcher in ((-1.0, good), (1.0, bad)):
         for key, entries in patcher.patches.items():
             if patcher is good and key in left_out:

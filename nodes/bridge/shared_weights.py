@@ -8,6 +8,7 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
+from ...ppap_core.training.lora import Adapters, with_adapters
 from .foreign import held_by, replace_tensors
 from .latents import Patcher
 
@@ -78,11 +79,21 @@ def acts_on_samplings_only(good: Patcher, bad: Patcher) -> bool:
 
 
 def is_left_out(good: Patcher, key: str) -> bool:
-    """Tell whether ComfyUI has left out the patches of a weight: it looks for those of compiled layers by other names."""
-    compiled = [path for path, value in good.object_patches.items() if hasattr(value, "_orig_mod")]
-    if key in good.backup or not any(key.startswith(f"{path}.") for path in compiled):
+    """Tell whether ComfyUI has left out the patches of a weight: inside layers in the place of others it has other names."""
+    replaced = [path for path in good.object_patches if path.split(".")[0] == NETWORK]
+    if key in good.backup or not any(key.startswith(f"{path}.") for path in replaced):
         return False
-    return not getattr(good.get_model_object(key.rpartition(".")[0]), "weight_function", None)
+    with without_layers(good):
+        return not getattr(comfy.utils.get_attr(good.model, key.rpartition(".")[0]), "weight_function", None)
+
+
+@contextmanager
+def adapted(good: Patcher, adapters: Adapters) -> Iterator[None]:
+    """Context manager: add low-rank updates to layers of a network by their own names, whatever is around them."""
+    with ExitStack() as stack:
+        with without_layers(good):
+            stack.enter_context(with_adapters(good.model.diffusion_model, adapters))
+        yield
 
 
 def _names(wrappers: Mapping[str, list]) -> dict[str, list[int]]:

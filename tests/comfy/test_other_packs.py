@@ -51,6 +51,32 @@ def test_a_cache_goes_on_for_each_model_by_itself(bench: Workbench, cache: str):
     assert close(found, ksampler(bench, autoguided(bench, good, with_lora_at(alone, 1.0))))
 
 
+class EveryOther(torch.nn.Module):
+    """A layer that is computed every other time, the way of packs that put cached layers in the place of others."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer, self.last = layer, None
+
+    def forward(self, *args: Any) -> Tensor:
+        self.last, output = (None, self.last) if self.last is not None else (self.layer(*args),) * 2
+        return output
+
+
+def test_a_layer_that_remembers_does_so_for_each_model(bench: Workbench):
+    """Both models have the same layer object, in the place of the same layer; ComfyUI applies no LoRA inside of it."""
+    import comfy.sd
+
+    scene, path = replace(bench.scene(FLOW), steps=4, cfg=1.0), "diffusion_model.final_layer"
+    with torch.inference_mode():
+        used, other, apart = (with_layer(model, path, EveryOther(model.model.diffusion_model.final_layer))
+                              for model in (small(FLOW).model for _ in range(3)))
+        tensors = {name: tensor for name, tensor in lora(scene.model).items() if "final_layer" not in name}
+        bad, bad_apart = (comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)[0] for model in (used, apart))
+    found = ksampler(bench, autoguided(bench, replace(scene, model=used), bad))
+    assert close(found, ksampler(bench, autoguided(bench, replace(scene, model=other), bad_apart)))
+
+
 @pytest.mark.parametrize("kind", ["shared", "own weights"])
 def test_real_caches_leave_the_bad_model_alone(bench: Workbench, kind: str):
     scene = replace(bench.scene(EPS), steps=6, cfg=1.0)

@@ -16,6 +16,7 @@ from ppap_core.guiders.guider import IgnoreSigma
 from ppap_core.guiders.preprocess import Preprocess
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.files import (
+    FileInUseError,
     load_tensors,
     optimizer_tensors,
     read_json,
@@ -96,6 +97,28 @@ def test_a_stop_between_writing_and_renaming_leaves_the_old_file(tmp_path, write
     with pytest.raises(KeyboardInterrupt):
         write(path)
     assert path.read_bytes() == b"old" and [each.name for each in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def save_some_bank(path: Path) -> None:
+    guider = small_guider()
+    save_bank(path, make_bank(guider), guider)
+
+
+@pytest.mark.parametrize("write", [*WRITERS.values(), save_some_bank], ids=[*WRITERS, "bank"])
+def test_a_file_that_is_held_open_is_told_in_words(tmp_path, write, monkeypatch):
+    """Windows refuses to replace what a loader holds: the sentence says so, and says nothing of the disk."""
+    def refuse(*_):
+        raise PermissionError(13, "Access is denied")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr("ppap_core.io.files.os.replace", refuse)
+        patch.setattr("ppap_core.io.files.time.sleep", lambda seconds: None)
+        with says(FileInUseError, "could not write x.safetensors", "held open", "loaded from it"):
+            write(path)
+    assert path.read_bytes() == b"old" and [each.name for each in tmp_path.iterdir()] == ["x.safetensors"]
+    write(path)
+    assert path.read_bytes() != b"old"
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)

@@ -1,5 +1,6 @@
 """All that is done with a MODEL, with quantised weights: the columns of the table in docs/compatibility.md."""
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -66,7 +67,8 @@ class QuantizedWorld:
 
     def _generate(self, settings: dict, vae: Any) -> tuple:
         latent = {"samples": torch.zeros(32, *self.scene.latent["samples"].shape[1:-2], 4, 8)}
-        return self.bench.comfy("PPAPGenerateSamples", name=f"{self.family} {self.kind}", model=self.scene.model, vae=vae,
+        name = f"quantized {list(FAMILIES).index(self.family)} {self.kind}"
+        return self.bench.comfy("PPAPGenerateSamples", name=name, model=self.scene.model, vae=vae,
                                 positive=self.scene.positive, latent_image=latent, **settings)
 
     def distil(self) -> None:
@@ -106,10 +108,17 @@ class QuantizedWorld:
             return
         trained = []
         for scene in (self.scene, self.plain):
-            model, losses = train_lora(self.bench, scene, f"{self.kind} {scene is self.plain}", steps=2, batch_size=1)
+            model, losses = train_lora(self.bench, self._of_frames(scene), f"{self.kind} {scene is self.plain}", steps=2,
+                                       batch_size=1)
             assert losses.isfinite().all()
             trained.append(set(model.patches))
         assert trained[0] == trained[1], "other layers were trained than in float32"
+
+    def _of_frames(self, scene: Scene) -> Scene:
+        """Images of a model of frames are encoded as videos of one frame."""
+        empty = scene.latent["samples"]
+        videos = self.family in FRAMES and empty.ndim == 4
+        return replace(scene, latent={"samples": empty[:, :, None]}) if videos else scene
 
 
 USES: dict[str, Callable[[QuantizedWorld], Any]] = {

@@ -62,11 +62,12 @@ class Report:
     names: tuple[str, ...]            # of the terms
     records: tuple[TermRecord, ...]
     levels: int                       # number of noise levels at which the model ran
-    notes: tuple[Note, ...] = ()      # what else there is to say of a term, by its index
+    notes: tuple[Note, ...] = ()      # what else there is to warn of, by the index of a term
+    remarks: tuple[Note, ...] = ()    # what is worth knowing of a term, but no fault
 
     def summary(self) -> str:
         """Return what each term did, in words."""
-        return summarize_guidance(self.names, self.records, self.levels, self.notes)
+        return summarize_guidance(self.names, self.records, self.levels, (*self.remarks, *self.notes))
 
     def warnings(self) -> str:
         """Return a line for each term that did nothing, or less than it should; "" where all is well."""
@@ -313,6 +314,7 @@ def report_of(model: Patcher, latent: dict) -> Report:
     records: list[TermRecord] = []
     sigmas: set[float] = set()
     notes: list[Note] = []
+    remarks: list[Note] = []
     key = samples_key(latent["samples"], latent["samples"].dtype)
     for guided in features_of(model, GUIDANCE):
         run = guided.finished.get(key)
@@ -320,11 +322,16 @@ def report_of(model: Patcher, latent: dict) -> Report:
             records += [record._replace(term=record.term + len(names)) for record in run.records]
             sigmas |= run.sigmas
             notes += [(term + len(names), note) for term, note in run.notes]
+            remarks += [(index, text) for index, term in enumerate(guided.terms, len(names)) if (text := _left_out(term))]
             names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(guided.terms, 1)]
     if not names:
         raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "
                          "Guidance and the latent that a sampler made with it")
-    return Report(tuple(names), tuple(records), len(sigmas), tuple(notes))
+    return Report(tuple(names), tuple(records), len(sigmas), tuple(notes), tuple(remarks))
+
+
+def _left_out(term: GuidanceTerm) -> str:
+    return term.guider.net.describe_left_out() if isinstance(term.guider.net, ExpertBank) else ""
 
 
 def sample_guided(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, latent: dict,

@@ -69,11 +69,21 @@ def test_fallbacks_and_failed_steps_are_counted(comfy, pixels: PixelWorld, monke
     assert latent["samples"].isfinite().all() and "without a gradient" in report.warnings()
 
 
+def test_layers_without_adapters_are_told_and_no_fault(comfy, pixels: PixelWorld):
+    experts = pixels.experts()
+    experts.net.left_out = ("stem.grouped",)
+    terms = pixels.term(pixels.guider, terms=pixels.term(experts, strength="balanced", weight=0.3))
+    _, report = comfy("PPAPGuidedKSampler", model=pixels.model, terms=terms, max_rms=0.0, **pixels.settings())
+    with_experts, plain = comfy("PPAPReadGuidance", report=report)[0].splitlines()
+    assert "1 of " in with_experts and "stem.grouped" in with_experts and "stem.grouped" not in plain
+    assert "stem.grouped" not in report.warnings()
+
+
 def test_a_report_of_an_earlier_version_is_read(comfy, pixels: PixelWorld):
-    """It had no notes."""
+    """It had neither notes nor remarks."""
     _, report = comfy("PPAPGuidedKSampler", model=pixels.model, terms=pixels.term(), max_rms=0.0, **pixels.settings())
     old = object.__new__(type(report))
-    vars(old).update({name: value for name, value in vars(report).items() if name != "notes"})
+    vars(old).update({name: value for name, value in vars(report).items() if name not in ("notes", "remarks")})
     assert comfy("PPAPReadGuidance", report=old) == comfy("PPAPReadGuidance", report=report) and old.warnings() == ""
 
 

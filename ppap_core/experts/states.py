@@ -41,7 +41,8 @@ def state_folder(guider: Guider, bank: ExpertBank, folder_of: FolderOf) -> Path:
     for other, names in (*_noted(folder.parent, note), *_former(guider, bank, folder_of)):
         log.info("the distillation of %s goes on from %s, which names the layers differently", guider.name, other.name)
         for file in sorted(other.glob("expert_*.state.safetensors")):
-            _copy_state(file, folder / file.name, bank, names)
+            with suppress(ValueError, KeyError):  # an expert whose state cannot be read begins anew
+                _copy_state(file, folder / file.name, bank, names)
         break
     write_json(folder / NOTE, note)
     return folder
@@ -54,7 +55,7 @@ def _weights_of(layer: str, weights: dict[str, str]) -> str:
 def _noted(parent: Path, note: dict) -> Iterator[tuple[Path, Names]]:
     """Folders of the same distillation under other names, with the names."""
     for file in sorted(parent.glob(f"*/{NOTE}")):
-        with suppress(ValueError):  # a note that cannot be read is no reason not to train
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # a spoilt note is no reason not to train
             other = read_json(file)
             if other.get("identity") == note["identity"]:
                 names = match_weights(other["weights"], note["weights"])

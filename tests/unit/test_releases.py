@@ -1,4 +1,5 @@
 """Experts outlive their library: networks are recognised by their values, whatever the next release calls their modules."""
+import json
 from pathlib import Path
 
 import pytest
@@ -265,13 +266,18 @@ def test_a_distillation_goes_on_under_other_names(tmp_path, first, second):
     torch.testing.assert_close(outputs(bank), outputs(straight), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["another network", "another rank", "a damaged note"])
+@pytest.mark.parametrize("change", ["another network", "another rank", "half a note", "a note of nothing",
+                                    "half a state"])
 def test_another_distillation_does_not_go_on(tmp_path, change: str):
     distillation = Distillation(tmp_path)
     with pytest.raises(Stopped):
         distillation.run(before(), stop=11)
-    if change == "a damaged note":
-        next(tmp_path.glob(f"states/*/{NOTE}")).write_text("{")
+    note = next(tmp_path.glob(f"states/*/{NOTE}"))
+    if change in ("half a note", "a note of nothing"):
+        note.write_text("{" if change == "half a note" else json.dumps(json.loads(note.read_text()) | {"weights": [1]}))
+    if change == "half a state":
+        for file in note.parent.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-9])
     net = before(stem__bias=torch.ones(8)) if change == "another network" else before()
     distillation.run(After(net).eval(), rank=3 if change == "another rank" else 2)
     assert distillation.steps == list(range(16))

@@ -127,6 +127,11 @@ def mutation_allowed() -> Iterator[None]:
         yield
 
 
+def has_fast_products(layer: torch.nn.Module) -> bool:
+    """Tell whether a layer of ComfyUI's would round its inputs to the type of its quantised weights."""
+    return vars(layer).get(FULL_PRECISION) is False and getattr(layer, "layout_type", None) is not None
+
+
 class QuantizedLayers:
     """Quantised layers of networks, which gradients pass as long as the context is open.
 
@@ -142,7 +147,7 @@ class QuantizedLayers:
     def __enter__(self) -> None:
         with torch.inference_mode(False):
             for layer in self.layers:
-                if vars(layer).get(FULL_PRECISION) is False:
+                if has_fast_products(layer):
                     self._change(vars(layer), FULL_PRECISION, True)
                 for name, weight in layer._parameters.items():
                     if is_wrapper(weight) and weight.is_inference():
@@ -165,6 +170,9 @@ class GradientPass:
 
     def __init__(self, *networks: torch.nn.Module):
         self.networks, self.saves_on_cpu = networks, False
+        if count := sum(has_fast_products(layer) for net in networks for layer in net.modules()):
+            log.info("%d quantised layers multiply in the type of their inputs where gradients go through them, more slowly",
+                     count)
 
     def run(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Call `step`, which runs the network and may be called a second time, and return its result."""

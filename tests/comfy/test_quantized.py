@@ -71,8 +71,9 @@ def switches(model: object) -> list[bool]:
     return [vars(layer)["_full_precision_mm"] for layer in model.model.modules() if "_full_precision_mm" in vars(layer)]
 
 
-def test_quantised_layers_are_put_back_whatever_happens(bench: Workbench, monkeypatch: pytest.MonkeyPatch):
-    """A pass that fails leaves the layers as they were, so that later samplings are the same bit for bit."""
+def test_quantised_layers_are_put_back_whatever_happens(bench: Workbench, monkeypatch: pytest.MonkeyPatch,
+                                                        caplog: pytest.LogCaptureFixture):
+    """A pass that fails leaves the layers as they were: later samplings are the same bit for bit. The log tells of it."""
     with torch.inference_mode():
         scene = Scene(*quantized("Flux", "fp8_scaled"))
     if not switches(scene.model):
@@ -85,8 +86,10 @@ def test_quantised_layers_are_put_back_whatever_happens(bench: Workbench, monkey
         raise ValueError("a guider that stops while the model is in its gradient pass")
 
     monkeypatch.setattr(bench.comfy.pack.nodes.bridge.guidance, "apply_shift", fails)
+    caplog.set_level("INFO")
     with says(ValueError, "in its gradient pass"):
         ksampler(bench, bench.guide(scene, **THROUGH))
+    assert caplog.text.count("quantised layers multiply in the type of their inputs") == 1
     assert not any(switches(scene.model))
     quantised = [weight for weight in scene.model.model.parameters() if hasattr(weight, "_qdata")]
     assert quantised and all(weight.is_inference() for weight in quantised), "ComfyUI could not move others"

@@ -48,18 +48,25 @@ def is_plain(layer: Any) -> bool:
 
 
 def mixes_channels(layer: Any) -> bool:
-    """Whether a layer is linear or a convolution, judged by what it has: libraries have classes of their own."""
-    kind = hasattr(layer, "in_features") or hasattr(layer, "in_channels")
-    return kind and getattr(getattr(layer, "weight", None), "ndim", 0) > 1
+    """Whether a layer multiplies by a matrix or kernel, as embeddings and norms do not."""
+    other = hasattr(layer, "num_embeddings") or hasattr(layer, "normalized_shape")
+    return not other and getattr(getattr(layer, "weight", None), "ndim", 0) > 1
 
 
 def takes_adapter(layer: nn.Module) -> bool:
-    """Whether peft can give a layer an adapter: an ungrouped 2D convolution, or a linear layer, that owns its weight."""
+    """Whether a layer can have an adapter: an ungrouped 2D convolution, or a linear layer, that owns its weight."""
     if "weight" not in layer._parameters:  # computed from others (weight or spectral norm), and nothing can be added to it
         return False
-    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
-        return is_plain(layer) or _can_be_repeated(layer)
-    return isinstance(layer, nn.Linear)
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and (is_plain(layer) or _can_be_repeated(layer))
+    return is_linear(layer)
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer keeps the matrix of a linear layer, judged by what it has: libraries have classes of their own."""
+    shape = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) == shape
 
 
 def _can_be_repeated(layer: nn.Conv2d) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.packages import importing
-from .adapted_layer import AdaptedLayer, mixes_channels, takes_adapter
+from .adapted_layer import AdaptedLayer, is_linear, mixes_channels, takes_adapter
 
 SPARE_SHARE, SPARE_BYTES = 0.25, 16 * 2**20  # memory that merged weights may add to a network's: the larger of the two
 
@@ -24,7 +24,7 @@ class LoraSpec:
 
 
 def default_targets(net: nn.Module) -> tuple[str, ...]:
-    """Names of every Linear and ungrouped Conv2d but the last one, the head. ValueError for fewer than two such layers.
+    """Names of every linear layer and ungrouped Conv2d but the last, the head. ValueError for fewer than two such layers.
 
     The stem, which meets the noise first, is among them. Left out is what takes no adapter, see `left_out`.
     """
@@ -39,7 +39,7 @@ def left_out(net: nn.Module) -> tuple[str, ...]:
     """Names of the layers but the last one, the head, that mix channels and take no adapter.
 
     They are grouped, transposed, 1D and 3D convolutions, layers whose weight is computed from others (weight and spectral
-    norm), linear layers of a class that is not torch's, and those inside `nn.MultiheadAttention`.
+    norm), and those inside `nn.MultiheadAttention`.
     """
     taken = _adaptable(net)
     return tuple(name for name in [name for name, module in net.named_modules() if mixes_channels(module)][:-1]
@@ -59,12 +59,24 @@ def inject_adapters(net: nn.Module, spec: LoraSpec, count: int) -> None:
         from peft.tuners.lora import Conv2d, Linear
     names = "|".join(re.escape(name) for name in spec.targets)
     config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=f"({names})")  # type: ignore[arg-type]
-    config._register_custom_module({nn.Linear: type("AdaptedLinear", (AdaptedLayer, Linear), {}),
-                                    nn.Conv2d: type("AdaptedConv2d", (AdaptedLayer, Conv2d), {})})
+    linear, conv = (type(f"Adapted{kind.__name__}", (AdaptedLayer, kind), {}) for kind in (Linear, Conv2d))
+    layers = map(net.get_submodule, spec.targets)
+    config._register_custom_module({nn.Conv2d: conv} | {type(layer): linear for layer in layers if is_linear(layer)})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws from the global generator
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several adapters are the point
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # judged by is_linear
         for index in range(count):
             inject_adapter_in_model(config, net, adapter_name=_name(index))
+    _replace_in_lists(net)
+
+
+def _replace_in_lists(net: nn.Module) -> None:
+    """Put adapted layers into plain lists too, by which Mask2Former and OneFormer, say, call layers past their modules."""
+    adapted = {id(module.base_layer): module for module in net.modules() if isinstance(module, AdaptedLayer)}
+    for module in net.modules():
+        for values in vars(module).values():
+            if isinstance(values, list):
+                values[:] = [adapted.get(id(value), value) for value in values]
 
 
 def initialize_adapter(parameters: dict[str, nn.Parameter], generator: torch.Generator) -> None:

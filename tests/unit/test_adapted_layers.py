@@ -1,17 +1,20 @@
 """An adapter is a change of its layer's weight: what an expert learns beside the network is what it does once merged."""
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import disturb, level, randn
-from helpers.guider_families import random_weights
+from helpers.guider_families import FAMILIES, aimed, photographs, random_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from ppap_core.experts import adapters
 from ppap_core.experts.adapters import LoraSpec, default_targets, left_out
-from ppap_core.experts.bank import ExpertBank
+from ppap_core.experts.bank import ExpertBank, base_network, with_experts
+from ppap_core.guiders.guider import clean
+from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.transformers import ForwardNet
 from ppap_core.schedules import ExpertSchedule
 
@@ -43,6 +46,26 @@ class ScaledLinear(nn.Linear):
         return F.linear(x, self.weight * 0.3, self.bias)
 
 
+class ForeignLinear(nn.Module):
+    """A linear layer of another library, which shares no class with torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 6, 8
+        self.weight, self.bias = nn.Parameter(torch.empty(8, 6)), nn.Parameter(torch.empty(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Transposed(nn.Module):
+    """A linear layer that keeps its matrix the other way round, as transformers' Conv1D."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(6, 8))
+
+
 class ReadLinear(nn.Module):
     """A layer that is never called, only its weight is read, as that of BEiT, EVA and Swin 2."""
 
@@ -52,6 +75,21 @@ class ReadLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+class ListedLinear(nn.Module):
+    """Layers that are called by a list which is no module, as those of Mask2Former."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(6, 8), nn.ReLU()]
+        for number, layer in enumerate(self.layers):
+            self.add_module(str(number), layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class OtherArguments(nn.Conv2d):
@@ -87,16 +125,18 @@ TAKEN = {
     "same, reflect": nn.Conv2d(6, 8, 4, padding="same", padding_mode="reflect"),
     "standardised": StandardizedConv2d(6, 8, 3, padding=1), "TensorFlow's": SamePaddedConv2d(6, 8, 3, 2, dilation=1),
     "linear": nn.Linear(6, 8), "linear without bias": nn.Linear(6, 8, bias=False), "scaled": ScaledLinear(6, 8),
-    "read": ReadLinear()}
+    "read": ReadLinear(), "listed": ListedLinear(), "of another library": ForeignLinear()}
 NOT_TAKEN = {
     "grouped": nn.Conv2d(6, 8, 3, groups=2), "transposed": nn.ConvTranspose2d(6, 8, 2),
     "weight norm": parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), "weight norm by a hook": weight_norm(nn.Linear(6, 8)),
     "spectral norm": parametrizations.spectral_norm(nn.Conv2d(6, 8, 3)),
-    "spectral norm by a hook": spectral_norm(nn.Conv2d(6, 8, 3)), "other arguments": OtherArguments(6, 2)}
+    "spectral norm by a hook": spectral_norm(nn.Conv2d(6, 8, 3)), "other arguments": OtherArguments(6, 2),
+    "the other way round": Transposed()}
 
 
 def between(layer: nn.Module) -> nn.Module:
-    return random_weights(Between(layer, isinstance(layer, (nn.Linear, ReadLinear)))).requires_grad_(False)
+    flat = isinstance(layer, (nn.Linear, ReadLinear, ListedLinear, ForeignLinear))
+    return random_weights(Between(layer, flat)).requires_grad_(False)
 
 
 def trained(base: nn.Module) -> ExpertBank:
@@ -209,6 +249,25 @@ NETWORKS = {
     "DeepLab on MobileNet": lambda: transformers_network("MobileNetV2ForSemanticSegmentation", "MobileNetV2Config",
                                                          depth_multiplier=0.25, image_size=64),
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_equals_beside_for_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every kind of network that docs/guiders.md lists, as its guider asks it."""
+    FAMILIES[name].write(tmp_path / "net")
+    guider = aimed(load_guider(tmp_path / "net", FAMILIES[name].output), FAMILIES[name])
+    image = photographs()
+    plain = guider.predict(image, clean(image))
+    found = []
+    for spare in (adapters.SPARE_BYTES, -1):
+        monkeypatch.setattr(adapters, "SPARE_BYTES", spare)
+        monkeypatch.setattr(adapters, "SPARE_SHARE", 0.0)
+        bank = trained(base_network(guider))
+        found.append(with_experts(guider, bank).predict(image, level(0.3, image)) - plain)
+        assert bool(bank.adapted.merged) == (spare > 0)
+    assert found[0].abs().max() > 0
+    assert (found[0] - found[1]).abs().max() < 1e-3 * found[0].abs().max()  # softmaxes and logarithms follow
 
 
 @pytest.mark.parametrize("name", NETWORKS)

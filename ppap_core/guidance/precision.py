@@ -92,7 +92,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)  # others emulate it
     return torch.amp.is_autocast_available(device.type)
 
 

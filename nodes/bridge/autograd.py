@@ -135,9 +135,10 @@ def has_fast_products(layer: torch.nn.Module) -> bool:
 class QuantizedLayers:
     """Quantised layers of networks, which gradients pass as long as the context is open.
 
-    They multiply in the type of their inputs, since rounded inputs have no gradient, by ComfyUI's own switch for graphics
-    cards that cannot multiply in the type of the weights; and loaders made their weights in inference mode. Only the wrapper
-    of a weight is made anew, and the old one is put back: ComfyUI could not move another one.
+    They multiply in the type of their inputs, by ComfyUI's own switch for graphics cards that cannot multiply in the type of
+    the weights: the gradient of its quantised products fails in networks that change their outputs in place. Loaders made
+    the weights in inference mode. Only the wrapper of a weight is made anew, and the old one is put back: ComfyUI could not
+    move another one.
     """
 
     def __init__(self, networks: Iterable[torch.nn.Module]):

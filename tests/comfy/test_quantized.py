@@ -195,7 +195,7 @@ def test_a_quantised_controlnet_is_told_apart_and_differentiable(bench: Workbenc
 
 @torch.inference_mode()
 def test_a_packed_vae_or_controlnet_is_told_apart(bench: Workbench):
-    """Layers that save stand-ins without values are hashed by what they hold."""
+    """Their blocks of bytes are hashed with the scales."""
     module, prints = bench.comfy.pack.nodes.bridge.fingerprint, []
     for factor in (1.0, 1.0, 2.0):
         vae, control = small_vae(4), control_net()

@@ -135,8 +135,7 @@ def processor_preprocess(config: Mapping[str, Any]) -> Preprocess:
     if squares:
         log.warning("%s cuts or pads images that are not square; here they are stretched to squares", _kind(config))
     other_order = replace(preprocess, bgr=not preprocess.bgr)  # a class may turn blue first without a word in its file
-    for processor in processors:
-        probes = read_probes(processor, squares)
+    for probes in read_probes(processors, squares):
         for candidate in (preprocess, other_order):
             if agrees(candidate, probes):
                 return candidate
@@ -251,9 +250,13 @@ NO_LIMIT = 10**6  # an edge that no image reaches
 
 def _with_shorter_edge(preprocess: Preprocess, config: Mapping[str, Any], kind: str, edge: int,
                        longest: int | None) -> Preprocess:
-    share = config.get("crop_pct") or (0.875 if kind.startswith(("ConvNext", "Levit")) else None)
-    if share and edge < 384:
-        return replace(preprocess, size=(int(edge / share), NO_LIMIT), fit="shortest", crop=(edge, edge))
+    levit = kind.startswith("Levit")
+    share = config.get("crop_pct") or (0.875 if levit or kind.startswith("ConvNext") else None)
+    scaled = share and (levit or edge < 384 or kind.startswith("PoolFormer"))
+    if scaled:  # ConvNeXt always crops what it reads, the others where their files say so
+        whole = "do_center_crop" not in config or kind.startswith("ConvNext")
+        return replace(preprocess, size=(int(edge / share), NO_LIMIT), fit="shortest",
+                       crop=(edge, edge) if whole else preprocess.crop)
     if share or _reads_squares(config):  # large ConvNeXt stretch
         return replace(preprocess, size=(edge, edge), fit="stretch", crop=None)
     return replace(preprocess, size=(edge, longest or NO_LIMIT), fit="shortest", multiple=config.get("size_divisor") or 1)

@@ -252,8 +252,8 @@ def _with_shorter_edge(preprocess: Preprocess, config: Mapping[str, Any], kind: 
                        longest: int | None) -> Preprocess:
     levit = kind.startswith("Levit")
     share = config.get("crop_pct") or (0.875 if levit or kind.startswith("ConvNext") else None)
-    scaled = share and (levit or edge < 384 or kind.startswith("PoolFormer"))
-    if scaled:  # ConvNeXt always crops what it reads, the others where their files say so
+    if share and (levit or edge < 384 or kind.startswith("PoolFormer")):
+        # ConvNeXt always crops what it reads, the others where their files say so
         whole = "do_center_crop" not in config or kind.startswith("ConvNext")
         return replace(preprocess, size=(int(edge / share), NO_LIMIT), fit="shortest",
                        crop=(edge, edge) if whole else preprocess.crop)

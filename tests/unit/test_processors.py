@@ -17,7 +17,7 @@ from ppap_core.guiders.preprocess import processor_preprocess
 from ppap_core.guiders.resize import Size
 
 SIZES: tuple[Size, ...] = ((320, 490), (333, 222), (200, 200), (800, 1000))  # height, width
-READ = ("beit", "bit", "blip", "chinese_clip", "chmv2", "clip", "convnext", "deit", "depth_pro", "dinov3_vit", "dpt",
+READ = ("beit", "bit", "blip", "chmv2", "clip", "convnext", "deit", "depth_pro", "dinov3_vit", "dpt",
         "efficientnet", "eomt", "glpn", "levit", "maskformer", "mask2former", "mobilenet_v1", "mobilenet_v2", "mobilevit",
         "poolformer", "pp_lcnet", "prompt_depth_anything", "pvt", "segformer", "siglip", "siglip2", "vit", "zoedepth")
 """Folders of processors of networks that can guide: none of these may be refused."""

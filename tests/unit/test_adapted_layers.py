@@ -15,7 +15,7 @@ from ppap_core.experts.adapters import LoraSpec, default_targets, left_out
 from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.loaders import load_guider
-from ppap_core.guiders.loaders.transformers import ForwardNet
+from ppap_core.guiders.loaders.transformers_outputs import ForwardNet
 from ppap_core.schedules import ExpertSchedule
 
 SCHEDULE = ExpertSchedule((0.1, 1.0, 10.0))

@@ -17,7 +17,7 @@ from ppap_core.experts.distill import distill_loss
 from ppap_core.experts.samples import Pairs
 from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.loaders import load_guider
-from ppap_core.guiders.loaders.transformers import semantic_logits
+from ppap_core.guiders.loaders.transformers_outputs import semantic_logits
 from ppap_core.guiders.targets import class_target, image_target
 from ppap_core.guiders.tasks import TASKS, most_probable
 from ppap_core.noise import to_vp

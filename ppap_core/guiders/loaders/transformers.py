@@ -1,134 +1,42 @@
-"""Networks of transformers from a local folder, each as net(image[, prompt]) -> tensor that a gradient passes through.
+"""Guiders of transformers' networks from a local folder.
 
 Written against transformers 4.50 to 5: where the two differ, the loaded object is asked, not the version.
 """
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...io.files import read_json, read_safetensors, write_json
-from ...io.packages import importing, release
+from ...io.files import read_json, read_safetensors
+from ...io.packages import importing
 from ..guider import Guider, IgnoreSigma
 from ..preprocess import Preprocess, processor_preprocess
-from ..resize import without_autocast
-from .labels import Head, class_labels, count_labels, read_head
-from .offline import offline, settled
-from .weights import Loaded, read_weights, require_unused, tensors_without_weights, unwrapped
+from .labels import Head, class_labels, read_head
+from .offline import settled
+from .texts import read_text, task_tokens, text_features, text_model
+from .transformers_outputs import (
+    ForwardFn,
+    ForwardNet,
+    cls_token,
+    head_score,
+    image_embedding,
+    inverse_depth,
+    logits,
+    naflex_embedding,
+    prompted_mask,
+    self_similarity,
+    semantic_logits,
+    task_semantic_logits,
+)
+from .transformers_weights import load_model, misfit
+from .weights import require_unused
 
 log = logging.getLogger(__name__)
-
-METRIC_DEPTH = ("zoedepth", "glpn", "tipsv2_dpt")  # model types whose depth is in metres; that of all others is inverse
-SMALLEST_SHARE = 1e-6  # of a class in a place, before its logarithm
-
-ForwardFn = Callable[..., Tensor]
-"""(model, image (B, 3, H, W)[, prompt (B, D)]) -> output"""
-
-
-class ForwardNet(nn.Module):
-    """A model with the function that calls it."""
-
-    def __init__(self, model: nn.Module, forward_fn: ForwardFn):
-        super().__init__()
-        self.model, self.forward_fn = model, forward_fn
-
-    def forward(self, image: Tensor, *prompt: Tensor) -> Tensor:
-        return self.forward_fn(self.model, image, *prompt)
-
-    def names_in_files(self) -> dict[str, str]:
-        """Return the names that the weights have in files, and had in the network before transformers 5, by their own."""
-        try:
-            from transformers.core_model_loading import revert_weight_conversion
-        except ImportError:  # transformers 4, which names them as files do
-            return {}
-        model: Any = self.model
-        own = list(model.state_dict())
-        try:
-            found = revert_weight_conversion(model, {name: torch.tensor([i]) for i, name in enumerate(own)})
-        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):  # values would change as well
-            return {}
-        return {f"model.{own[int(index)]}": f"model.{name}" for name, index in found.items()}
-
-
-def logits(model: Any, image: Tensor) -> Tensor:
-    """Logits of classes (B, K), or of classes in each place (B, K, h, w)."""
-    return model(pixel_values=image).logits
-
-
-def inverse_depth(model: Any, image: Tensor) -> Tensor:
-    """Depth as relative networks predict it, near is large, (B, 1, h, w)."""
-    depth = model(pixel_values=image).predicted_depth[:, None]
-    metric = getattr(model.config, "depth_estimation_type", "") == "metric" or model.config.model_type in METRIC_DEPTH
-    return 1 / (1 + depth) if metric else depth
-
-
-def semantic_logits(model: Any, image: Tensor, **task: Tensor) -> Tensor:
-    """Log of the share of each class in each place, (B, K, h, w): class probabilities of the queries times their masks.
-
-    Semantic inference (Cheng et al. 2021), as `post_process_semantic_segmentation` does it, with a gradient. A single class,
-    with nothing to compare its share to, has the logit of being marked by any query instead.
-    """
-    output = model(pixel_values=image, **task)
-    with without_autocast(image.device.type):  # float16 cannot hold the gradient of a small share
-        classes = output.class_queries_logits.float().softmax(-1)[..., :-1]
-        masks = output.masks_queries_logits.float().sigmoid()
-        if classes.shape[-1] == 1:
-            absent = (1 - classes[..., None] * masks).clamp_min(SMALLEST_SHARE).log().sum(1, keepdim=True)
-            return (-absent.expm1()).clamp_min(SMALLEST_SHARE).log() - absent
-        return torch.einsum("bqk,bqhw->bkhw", classes, masks).clamp_min(SMALLEST_SHARE).log()
-
-
-def task_semantic_logits(tokens: Tensor, model: Any, image: Tensor) -> Tensor:
-    """`semantic_logits` of a network that is given its task in words, as tokens (1, n)."""
-    return semantic_logits(model, image, task_inputs=tokens.to(image.device).expand(len(image), -1))
-
-
-def image_embedding(model: Any, image: Tensor) -> Tensor:
-    """Embedding of the image half of a dual encoder, (B, D)."""
-    return model["projection"](model["vision"](pixel_values=image).pooler_output)
-
-
-def naflex_embedding(patch: int, model: Any, image: Tensor) -> Tensor:
-    """Image embedding (B, D) of a network that takes patches in any arrangement (SigLIP 2 NaFlex)."""
-    patches = rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-    grid = torch.tensor([[side // patch for side in image.shape[-2:]]], device=image.device).expand(len(image), -1)
-    present = torch.ones(patches.shape[:2], dtype=torch.long, device=image.device)
-    return model["projection"](model["vision"](patches, present, grid).pooler_output)
-
-
-def cls_token(model: Any, image: Tensor) -> Tensor:
-    """First token of a vision transformer, which stands for the whole image, (B, D)."""
-    return model(pixel_values=image).last_hidden_state[:, 0]
-
-
-def self_similarity(model: Any, image: Tensor) -> Tensor:
-    """Cosine of each pair of patch tokens, (B, n, n): the structure of an image without its colours.
-
-    Tumanyan et al. 2022, on the tokens of the last layer.
-    """
-    first_patch = 1 + getattr(model.config, "num_register_tokens", 0)
-    tokens = F.normalize(model(pixel_values=image).last_hidden_state[:, first_patch:], dim=-1)
-    return tokens @ tokens.mT
-
-
-def prompted_mask(layers: list[int], model: Any, image: Tensor, prompt: Tensor) -> Tensor:
-    """Mask logits (B, 1, h, w) for the embedding of a text (B, D). CLIPSeg's own forward keeps no gradient."""
-    hidden = model["vision"](pixel_values=image, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
-    return model["decoder"]([hidden[layer + 1] for layer in layers], prompt).logits[:, None]
-
-
-def head_score(embed: ForwardFn, model: Any, image: Tensor) -> Tensor:
-    """Number that a head gives to the normalised embedding, (B, 1)."""
-    return model["head"](F.normalize(embed(model, image), dim=-1))
-
 
 TASK_HEADS: dict[str, tuple[str, ForwardFn]] = {
     "ForImageClassification": ("class", logits), "ForImageClassificationWithTeacher": ("class", logits),
@@ -142,7 +50,6 @@ DUAL_ENCODERS = ("CLIPModel", "SiglipModel", "Siglip2Model", "CLIPVisionModelWit
 BACKBONES = ("Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel", "ViTModel", "ViTMSNModel")
 BACKBONE_OUTPUTS: dict[str, ForwardFn] = {"structure": self_similarity, "embedding": cls_token}
 PROMPTED = "CLIPSegForImageSegmentation"
-TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 MakeGuider = Callable[..., Guider]
 """`Guider` without the name and the preprocessing, which depend on the folder alone."""
@@ -154,11 +61,11 @@ def load_transformers(folder: Path, output: str = "own") -> Guider:
     output: "own" is what the network was made to predict; "structure" or "embedding" are read inside it. ValueError or
     FileNotFoundError for a folder that does not fit, and where the network has no such output.
     """
-    model, missing = _load(folder)
-    architecture = read_json(folder / "config.json")["architectures"][0]
+    architecture = _architecture(read_json(folder / "config.json"), folder.name)
+    model, missing = load_model(folder, architecture)
     guider = _guider(folder, model, architecture, output)
-    text = partial(_text_features, _text_model(model), torch.zeros(1, 1, dtype=torch.long)) if guider.read_text else None
-    require_unused(guider, missing, _misfit(folder, architecture), text)
+    text = partial(text_features, text_model(model), torch.zeros(1, 1, dtype=torch.long)) if guider.read_text else None
+    require_unused(guider, missing, misfit(folder, architecture), text)
     return guider
 
 
@@ -183,8 +90,8 @@ def _dual_encoder(guider: MakeGuider, folder: Path, model: Any) -> Guider:
     if (folder / "head.safetensors").exists():
         parts["head"] = linear_head(folder / "head.safetensors")
         return guider(IgnoreSigma(ForwardNet(parts, partial(head_score, embed))), task="number")
-    read_text = partial(_read_text, folder, model) if hasattr(model, "text_model") else None
-    return guider(IgnoreSigma(ForwardNet(parts, embed)), task="embedding", read_text=read_text)
+    reader = partial(read_text, folder, model) if hasattr(model, "text_model") else None
+    return guider(IgnoreSigma(ForwardNet(parts, embed)), task="embedding", read_text=reader)
 
 
 def _backbone(guider: MakeGuider, model: Any, architecture: str, output: str) -> Guider:
@@ -197,13 +104,13 @@ def _backbone(guider: MakeGuider, model: Any, architecture: str, output: str) ->
 def _prompted(guider: MakeGuider, folder: Path, model: Any) -> Guider:
     parts = nn.ModuleDict({"vision": model.clip.vision_model, "decoder": model.decoder})
     net = ForwardNet(parts, partial(prompted_mask, list(model.extract_layers)))
-    return guider(IgnoreSigma(net), task="mask", read_text=partial(_read_text, folder, model.clip))
+    return guider(IgnoreSigma(net), task="mask", read_text=partial(read_text, folder, model.clip))
 
 
 def _with_task_head(guider: MakeGuider, folder: Path, model: Any, architecture: str) -> Guider:
     task, forward_fn = next(head for suffix, head in TASK_HEADS.items() if architecture.endswith(suffix))
     if architecture.startswith("OneFormer"):
-        forward_fn = partial(task_semantic_logits, _task_tokens(folder, model.config.task_seq_len))
+        forward_fn = partial(task_semantic_logits, task_tokens(folder, model.config.task_seq_len))
     head = _head(folder, model.config.num_labels, task)
     return guider(IgnoreSigma(ForwardNet(model, forward_fn)), task=head.task, labels=head.labels)
 
@@ -263,94 +170,6 @@ def _architecture(config: Mapping[str, Any], name: str) -> str:
     return architecture
 
 
-def _load(folder: Path) -> Loaded:
-    """The frozen model. Nothing is downloaded, only safetensors are read, no code of the folder is run."""
-    said = read_json(folder / "config.json")
-    architecture, config = _architecture(said, folder.name), settled(said, folder.name)
-    weights = read_weights(folder)
-    try:
-        with offline():
-            model, loading = _with_all_labels(architecture, _config(architecture, config), weights)
-    except ImportError as error:  # a part of the network is of another package
-        raise ImportError(f"{folder.name} needs a package that is missing, or that does not fit "
-                          f"{release('transformers')}: {' '.join(str(error).split())[:300]}") from error
-    except Exception as error:  # each release and each architecture has errors of its own
-        raise ValueError(f"{folder.name} cannot be loaded as {architecture} ({' '.join(str(error).split())[:300]}): "
-                         "copy the folder again from the network's own page") from error
-    wrong = _mismatched(loading)
-    if wrong:
-        raise ValueError(f"{_misfit(folder, architecture)}: {len(wrong)} are of another shape than config.json says, such "
-                         f"as {min(wrong)}; copy the folder again")
-    _require_values(model, folder.name)
-    model = model.float().eval().requires_grad_(False)
-    _warn_of_unused(folder.name, weights, loading["unexpected_keys"])
-    return Loaded(model, tensors_without_weights(model, loading["missing_keys"]))
-
-
-def _misfit(folder: Path, architecture: str) -> str:
-    return f"the weights in {folder.name} do not fit {architecture}"
-
-
-def _config(architecture: str, config: Mapping[str, Any]) -> Any:
-    import transformers
-
-    kind = getattr(transformers, architecture).config_class
-    config = {key: value for key, value in config.items() if key != "problem_type"}  # of losses only; some is refused
-    with TemporaryDirectory() as place:  # only from a file is it read as the library reads it
-        write_json(Path(place) / "config.json", config)
-        return kind.from_pretrained(place, local_files_only=True)
-
-
-def _with_all_labels(architecture: str, config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    """`_filled` with as many labels as the weights have, where the names in the file are fewer or more."""
-    model, loading = _filled(architecture, config, weights)
-    own = model.state_dict()
-    shapes = [(weights[key].shape, own[key].shape) for key in _mismatched(loading) if key in weights and key in own]
-    count = count_labels(config.num_labels, shapes)
-    if count == config.num_labels:
-        return model, loading
-    config.num_labels = count
-    return _filled(architecture, config, weights)
-
-
-def _mismatched(loading: Mapping[str, Any]) -> list[str]:
-    return [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]
-
-
-def _filled(architecture: str, config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    """A model with its weights, and what the library says of how they fit: of all wrappers the one that fits best."""
-    import transformers
-
-    filled = []
-    for layout in (weights, *unwrapped(weights)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # what no file holds is the same each time
-            filled.append(getattr(transformers, architecture).from_pretrained(
-                None, config=config, state_dict=dict(layout), output_loading_info=True, ignore_mismatched_sizes=True))
-        if not filled[-1][1]["missing_keys"]:
-            break
-    return min(filled, key=_count_missing)
-
-
-def _require_values(model: nn.Module, name: str) -> None:
-    """ValueError for a model that the library left with tensors on no device."""
-    empty = [part for part, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if empty:
-        raise ValueError(f"this release of transformers leaves {len(empty)} tensors of {name} without values, such as "
-                         f"{empty[0]}: expected a network that it can load; another release may load it")
-
-
-def _count_missing(filled: tuple[Any, dict[str, Any]]) -> int:
-    return len(filled[1]["missing_keys"])
-
-
-def _warn_of_unused(name: str, weights: Mapping[str, Tensor], unexpected: Collection[str]) -> None:
-    unused = sorted(key for key in unexpected if key not in weights or weights[key].is_floating_point())
-    if unused:
-        log.warning("%s: the network that config.json describes has no place for %d of its weights, such as %s; it was "
-                    "loaded without them", name, len(unused), unused[0])
-
-
 def _preprocess(folder: Path, name: str = "") -> Preprocess:
     file = folder / "preprocessor_config.json"
     if file.exists():
@@ -386,51 +205,3 @@ def _linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear:
     layer = nn.Linear(weight.shape[-1], weight.shape[0])
     layer.load_state_dict({"weight": weight, "bias": bias.float()})
     return layer
-
-
-@torch.no_grad()
-def _read_text(folder: Path, model: Any, text: str) -> Tensor:
-    """The embedding of a text, (1, D)."""
-    length, padded = model.config.text_config.max_position_embeddings, "siglip" in model.config.model_type
-    tokens = _tokens(folder, text, length, padded)
-    return _text_features(model, tokens["input_ids"])
-
-
-def _text_model(model: Any) -> Any:
-    return getattr(model, "clip", model)
-
-
-def _text_features(model: Any, tokens: Tensor) -> Tensor:
-    features = model.get_text_features(input_ids=tokens)  # no mask: SigLIP was trained to read its padding
-    return features if isinstance(features, Tensor) else features.pooler_output
-
-
-def _task_tokens(folder: Path, length: int) -> Tensor:
-    """The task that OneFormer is given, (1, length)."""
-    tokens = _tokens(folder, "the task is semantic", length, padded=True)
-    return tokens["input_ids"] * tokens["attention_mask"]
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, AttributeError):  # of a class that another release has; tokenizer.json is all that a fast one does
-        if not (folder / "tokenizer.json").exists():
-            raise
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-
-
-def _tokens(folder: Path, text: str, length: int, padded: bool) -> Mapping[str, Tensor]:
-    if not any((folder / name).exists() for name in TOKENIZERS):  # transformers 5 would make one that knows no word
-        raise FileNotFoundError(f"{folder.name} has no tokenizer: expected one of {', '.join(TOKENIZERS)}; copy the "
-                                "tokenizer's files from the network's own page")
-    try:
-        with offline():
-            tokenizer = _tokenizer(folder)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"the tokenizer in {folder.name} cannot be read ({' '.join(str(error).split())[:150]}): copy its "
-                         "files again from the network's own page") from error
-    return tokenizer([text], padding="max_length" if padded else False, truncation=True, max_length=length,
-                     return_tensors="pt", return_attention_mask=True)

@@ -46,8 +46,17 @@ def library_processors(config: Mapping[str, Any]) -> list[Any]:
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or ""
     name = str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     options = {key: value for key, value in config.items() if key not in DOWNLOADED}
-    made = (_make(candidate, options) for candidate in (name, f"{name}Fast", f"{name}Pil"))
-    return list({type(processor): processor for processor in made if processor is not None}.values())
+    made = (_make(candidate, options) for candidate in (name, f"{name}{_other_kind()}"))
+    return [processor for processor in made if processor is not None]
+
+
+def _other_kind() -> str:
+    """How the name of the second processor of a kind ends: transformers 5 warns of the names of 4."""
+    try:
+        from transformers import __version__
+    except ImportError:
+        return ""
+    return "Fast" if int(__version__.split(".")[0]) < 5 else "Pil"
 
 
 def _make(name: str, options: Mapping[str, Any]) -> Any | None:

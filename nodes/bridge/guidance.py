@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import comfy.sd
 import torch
@@ -12,66 +12,24 @@ from torch import Tensor
 
 from nodes import common_ksampler  # type: ignore[attr-defined]  # of ComfyUI; mypy finds this pack's own
 
-from ...ppap_core.experts.bank import ExpertBank
 from ...ppap_core.guidance.gradients import Prediction, energy_at
 from ...ppap_core.guidance.precision import RunState
 from ...ppap_core.guidance.scrutiny import blurring, is_fooled, may_be_fooled, share_taken_back
 from ...ppap_core.guidance.shift import GuidanceSettings, guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, any_needs_vjp
-from ...ppap_core.guiders.guider import Decode, Guider
-from ...ppap_core.guiders.latents import View
 from ...ppap_core.io.function_fingerprint import hashed_as
-from ...ppap_core.io.hashing import digest
-from ...ppap_core.viz.summary import Note, guidance_warnings, summarize_guidance
+from ...ppap_core.viz.summary import Note
 from . import latents, noise_levels
 from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
-from .fingerprint import fingerprint_network, fingerprint_vae
+from .fingerprint import fingerprint_vae
 from .foreign import Memory
-from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach, features_of
+from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach
 from .latents import Patcher
-from .memory import GradientMemory, compute_type, materialize_on, module_of, patcher_of
-from .noise_levels import PURE_NOISE, PercentSchedule
+from .memory import GradientMemory, compute_type, materialize_on, patcher_of
+from .noise_levels import PURE_NOISE
+from .reports import FinishedRun, Report, report_of, samples_keys
 from .sampler import SamplerSettings
-
-SAMPLED_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the LATENTs that samplers may make of what was sampled
-
-
-@dataclass(frozen=True)
-class GuidanceTerm:
-    """One guider's part in guidance, in the units of ComfyUI; a model turns it into a core `Term`."""
-
-    guider: Guider
-    weight: float                                 # neutral: 0
-    schedule: PercentSchedule = PercentSchedule()
-    mask: Tensor | None = None                    # MASK (B|1, H, W) in [0, 1]; None: everywhere
-    normalized: bool = True                       # whether only the direction of the gradient counts; else its size too
-    backprop_through_model: bool = False          # whether the gradient in the prediction goes back through the model
-
-    def fingerprint_fields(self) -> dict:
-        """Return the fields under the names by which saved work of version 0.1.0 is recognised."""
-        schedule = self.schedule
-        return {"guider": self.guider, "weight": self.weight, "start": schedule.start, "end": schedule.end,
-                "factor_at_start": schedule.factor_at_start, "factor_at_end": schedule.factor_at_end, "mask": self.mask,
-                "balanced": self.normalized, "through": self.backprop_through_model}
-
-
-@dataclass(frozen=True)
-class Report:
-    """Record of guidance in one sampling."""
-
-    names: tuple[str, ...]            # of the terms
-    records: tuple[TermRecord, ...]
-    levels: int                       # number of noise levels at which the model ran
-    notes: tuple[Note, ...] = ()      # what else there is to warn of, by the index of a term
-    remarks: tuple[Note, ...] = ()    # what is worth knowing of a term, but no fault
-
-    def summary(self) -> str:
-        """Return what each term did, in words."""
-        return summarize_guidance(self.names, self.records, self.levels, (*self.remarks, *self.notes))
-
-    def warnings(self) -> str:
-        """Return a line for each term that did nothing, or less than it should; "" where all is well."""
-        return guidance_warnings(self.names, self.records, self.levels, self.notes)
+from .terms import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, to_core_term
 
 
 @dataclass
@@ -92,14 +50,6 @@ class SamplingRun:
     def terms_at(self, sigma: float) -> list[Term]:
         """In pure noise the prediction hardly depends on it, and a gradient through the model would be rounding."""
         return self.terms if sigma <= PURE_NOISE else [replace(term, backprop_through_model=False) for term in self.terms]
-
-
-class FinishedRun(NamedTuple):
-    """The little that is kept of a sampling for its report, for as long as the guided MODEL lives."""
-
-    records: list[TermRecord]
-    sigmas: set[float]
-    notes: list[Note]
 
 
 class GuidedModel(Feature):
@@ -186,70 +136,6 @@ def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float
     return GuidedModel(model, terms, max_rms, vae).attach(model)
 
 
-def fingerprint_terms(terms: Sequence[GuidanceTerm]) -> str:
-    """Hash terms with the weights of their networks."""
-    return digest([(term, fingerprint_network(term.guider.net)) for term in terms])
-
-
-def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], decode: Decode | None) -> Term:
-    """Convert a term to the units of a model's noise and the grid of what is sampled.
-
-    shape: (B, C, h, w) of what is sampled. decode: makes images of that for its guider; None for pixels.
-    """
-    mask = None if term.mask is None else latents.mask_for(term.mask, shape)
-    return Term(replace(term.guider, decode=decode), term.weight, term.schedule.in_sigmas(model), mask, term.normalized,
-                term.backprop_through_model)
-
-
-def require_same_space(guider: Guider, model: Patcher) -> None:
-    """ValueError if a guider's experts read other latents than a model diffuses."""
-    kind = latents.space_name(model)
-    if isinstance(guider.net, ExpertBank) and guider.net.space_name != kind:
-        raise ValueError(f"the experts of {guider.name} were distilled for {guider.net.space_name} models, but this model's "
-                         f"kind is {kind}: use experts that were distilled for a model of this kind, or the plain guider")
-
-
-def with_view(guider: Guider, view: View | Literal["own"]) -> Guider:
-    """Return the guider with another view; "own" keeps its own. ValueError for experts, which know one view only."""
-    if view == "own" or view == guider.view:
-        return guider
-    if isinstance(guider.net, ExpertBank):
-        raise ValueError(f"the experts of {guider.name} were distilled for the {guider.view} view, not the {view} one: "
-                         "choose 'own', or distil experts for that view")
-    return replace(guider, view=view)
-
-
-def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
-                 vae: comfy.sd.VAE | None) -> tuple[list[Decode | None], list[torch.nn.Module]]:
-    """Return how each term's guider decodes what a model diffuses, and every network that takes part.
-
-    ValueError for experts of other latents.
-    """
-    for term in terms:
-        require_same_space(term.guider, model)
-    vae_decoder = None
-    if vae is not None and any(_uses_vae(term.guider, model) for term in terms):
-        vae_decoder = latents.Decoder(vae, model)
-    networks = {id(net): net for net in map(module_of, (term.guider for term in terms))}
-    decoders = [_decoder_of(term.guider, model, vae_decoder) for term in terms]
-    return decoders, [*networks.values(), *([vae_decoder] if vae_decoder else [])]
-
-
-def _uses_vae(guider: Guider, model: Patcher) -> bool:
-    return guider.decode is None and guider.view == "denoised" and not latents.is_pixel(model)
-
-
-def _decoder_of(guider: Guider, model: Patcher, vae_decoder: Decode | None) -> Decode | None:
-    if guider.decode or latents.is_pixel(model):
-        return guider.decode
-    return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.latent_space(model).colors
-
-
-def active_guiders(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:
-    """Return the guiders whose weight is not 0, with their decoders."""
-    return [replace(term.guider, decode=decode) for term, decode in zip(terms, decoders, strict=True) if term.weight]
-
-
 def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
     """Shift the denoised prediction by the terms of a run. args: of a post-CFG function; max_rms 0: no limit."""
     denoised, sampling = args["denoised"], args["model"].model_sampling
@@ -296,42 +182,6 @@ def _vjp(args: dict, gradient: Tensor) -> Tensor:
     [pulled] = torch.autograd.grad(denoised, args["input"], gradient.to(denoised), retain_graph=True)
     scale = noise_levels.to_ve(sampling, torch.ones_like(args["input"]), args["sigma"])[0]
     return latents.frames_as_images(pulled / scale)
-
-
-def samples_key(samples: Tensor, dtype: torch.dtype) -> str:
-    """Digest samples as a LATENT of a type holds them, also where they are not a number."""
-    return digest(samples.to(dtype).nan_to_num())
-
-
-def samples_keys(samples: Tensor) -> list[str]:
-    """Digest samples for every type that a LATENT made of them may have."""
-    return [samples_key(samples, dtype) for dtype in SAMPLED_TYPES]
-
-
-def report_of(model: Patcher, latent: dict) -> Report:
-    """Return what guidance did while this LATENT was sampled. ValueError if it was not sampled with this MODEL."""
-    names: list[str] = []
-    records: list[TermRecord] = []
-    sigmas: set[float] = set()
-    notes: list[Note] = []
-    remarks: list[Note] = []
-    key = samples_key(latent["samples"], latent["samples"].dtype)
-    for guided in features_of(model, GUIDANCE):
-        run = guided.finished.get(key)
-        if run:
-            records += [record._replace(term=record.term + len(names)) for record in run.records]
-            sigmas |= run.sigmas
-            notes += [(term + len(names), note) for term, note in run.notes]
-            remarks += [(index, text) for index, term in enumerate(guided.terms, len(names)) if (text := _left_out(term))]
-            names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(guided.terms, 1)]
-    if not names:
-        raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "
-                         "Guidance and the latent that a sampler made with it")
-    return Report(tuple(names), tuple(records), len(sigmas), tuple(notes), tuple(remarks))
-
-
-def _left_out(term: GuidanceTerm) -> str:
-    return term.guider.net.describe_left_out() if isinstance(term.guider.net, ExpertBank) else ""
 
 
 def sample_guided(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, latent: dict,

@@ -18,13 +18,13 @@ from . import latents, noise_levels, paths
 from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae
 from .foreign import Memory
-from .guidance import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, to_core_term
 from .hooks import PRIOR, Hooks, attach
 from .latents import Patcher
 from .memory import GradientMemory, materialize_on, patcher_of
 from .progress import Progress
 from .sampler import new_cfg_guider, run_inside_sampler
 from .tensors import mask_from_comfy
+from .terms import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, to_core_term
 
 
 @dataclass

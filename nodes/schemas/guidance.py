@@ -3,10 +3,10 @@ from comfy_api.latest import io
 
 from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import guidance, progress
-from ..bridge.guidance import GuidanceTerm
 from ..bridge.noise_levels import PercentSchedule
 from ..bridge.sampler import SamplerSettings
 from ..bridge.tensors import mask_from_comfy
+from ..bridge.terms import GuidanceTerm, with_view
 from .inputs import (
     IN_PREDICTION,
     THROUGH_MODEL,
@@ -59,7 +59,7 @@ class PPAPGuidanceTerm(io.ComfyNode):
     def execute(cls, guider, weight, start_percent, end_percent, factor_at_start, factor_at_end, view, mask=None, terms=(),
                 strength=BALANCED, gradient=IN_PREDICTION):
         schedule = PercentSchedule(start_percent, end_percent, factor_at_start, factor_at_end)
-        term = GuidanceTerm(guidance.with_view(guider, view), weight, schedule,
+        term = GuidanceTerm(with_view(guider, view), weight, schedule,
                             None if mask is None else mask_from_comfy(mask), strength == BALANCED, gradient == THROUGH_MODEL)
         return io.NodeOutput((*terms, term))
 

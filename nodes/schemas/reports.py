@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ...ppap_core.guiders.visualize import visualize
 from ...ppap_core.viz.plots import guidance_plot, loss_plot
-from ..bridge import guidance, guider_cache, progress, tensors
+from ..bridge import guider_cache, progress, reports, tensors
 from .inputs import also_found_as
 from .io_types import GuiderType, LossesType, ReportType
 
@@ -69,7 +69,7 @@ class PPAPGuidanceReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent):
-        report = guidance.report_of(model, latent)
+        report = reports.report_of(model, latent)
         return io.NodeOutput(report, ui=progress.show_warnings(report.warnings()))
 
 

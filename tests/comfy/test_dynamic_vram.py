@@ -79,7 +79,7 @@ def test_a_decoder_is_a_private_copy_made_on_demand(comfy, freed: list[int]):
     for view, networks in (("denoised", 2), ("noisy", 1)):
         [terms] = comfy("PPAPGuidanceTerm", guider=world.guider, weight=1.0, start_percent=0.0, end_percent=1.0,
                         factor_at_start=1.0, factor_at_end=1.0, view=view)
-        assert len(comfy.pack.nodes.bridge.guidance.decoders_for(terms, world.model("flow"), world.vae)[1]) == networks
+        assert len(comfy.pack.nodes.bridge.terms.decoders_for(terms, world.model("flow"), world.vae)[1]) == networks
 
 
 def test_a_gradient_through_the_model_takes_weights_that_stay(comfy, freed: list[int]):

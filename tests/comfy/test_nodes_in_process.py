@@ -69,7 +69,7 @@ def test_guidance_makes_the_judge_see_what_was_asked_for(comfy):
 
 def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: PixelWorld):
     model = world.model
-    to_core_term = comfy.pack.nodes.bridge.guidance.to_core_term
+    to_core_term = comfy.pack.nodes.bridge.terms.to_core_term
     terms = [to_core_term(model, world.term(start_percent=a, end_percent=b)[0], (1, 3, 32, 32), None)
              for a, b in ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))]
     edge = float(model.get_model_object("model_sampling").percent_to_sigma(0.3))
@@ -79,7 +79,7 @@ def test_the_windows_of_a_sampling_share_every_step_once(comfy, world: PixelWorl
 
 def test_a_ramp_spans_the_noise_of_the_model(comfy, world: PixelWorld):
     """A ramp goes from the first factor at the highest noise level to the last at the lowest."""
-    term = comfy.pack.nodes.bridge.guidance.to_core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
+    term = comfy.pack.nodes.bridge.terms.to_core_term(world.model, world.term(factor_at_start=3.0, factor_at_end=0.5)[0],
                                                (1, 3, 32, 32), None)
     assert term.schedule.ramp(80.0) == pytest.approx(3.0) and term.schedule.ramp(0.02) == pytest.approx(0.5)
 
@@ -398,7 +398,7 @@ def test_the_fingerprint_ignores_which_expert_is_active(comfy, world: PixelWorld
     for index in (0, 1):
         experts.net.select(index)
         names.append(bridge.fingerprint.fingerprint_model(model)["model"])
-    first, second = (bridge.guidance.fingerprint_terms(world.term(each))
+    first, second = (bridge.terms.fingerprint_terms(world.term(each))
                      for each in (experts, world.experts(seed=1)))
     assert names[0] == names[1] and first != second
 

@@ -1,0 +1,102 @@
+"""Terms of guidance in the units of ComfyUI, and how their guiders see what a MODEL diffuses."""
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ...ppap_core.experts.bank import ExpertBank
+from ...ppap_core.guidance.terms import Term
+from ...ppap_core.guiders.guider import Decode, Guider
+from ...ppap_core.guiders.latents import View
+from ...ppap_core.io.hashing import digest
+from . import latents
+from .fingerprint import fingerprint_network
+from .latents import Patcher
+from .memory import module_of
+from .noise_levels import PercentSchedule
+
+
+@dataclass(frozen=True)
+class GuidanceTerm:
+    """One guider's part in guidance, in the units of ComfyUI; a model turns it into a core `Term`."""
+
+    guider: Guider
+    weight: float                                 # neutral: 0
+    schedule: PercentSchedule = PercentSchedule()
+    mask: Tensor | None = None                    # MASK (B|1, H, W) in [0, 1]; None: everywhere
+    normalized: bool = True                       # whether only the direction of the gradient counts; else its size too
+    backprop_through_model: bool = False          # whether the gradient in the prediction goes back through the model
+
+    def fingerprint_fields(self) -> dict:
+        """Return the fields under the names by which saved work of version 0.1.0 is recognised."""
+        schedule = self.schedule
+        return {"guider": self.guider, "weight": self.weight, "start": schedule.start, "end": schedule.end,
+                "factor_at_start": schedule.factor_at_start, "factor_at_end": schedule.factor_at_end, "mask": self.mask,
+                "balanced": self.normalized, "through": self.backprop_through_model}
+
+
+def fingerprint_terms(terms: Sequence[GuidanceTerm]) -> str:
+    """Hash terms with the weights of their networks."""
+    return digest([(term, fingerprint_network(term.guider.net)) for term in terms])
+
+
+def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], decode: Decode | None) -> Term:
+    """Convert a term to the units of a model's noise and the grid of what is sampled.
+
+    shape: (B, C, h, w) of what is sampled. decode: makes images of that for its guider; None for pixels.
+    """
+    mask = None if term.mask is None else latents.mask_for(term.mask, shape)
+    return Term(replace(term.guider, decode=decode), term.weight, term.schedule.in_sigmas(model), mask, term.normalized,
+                term.backprop_through_model)
+
+
+def require_same_space(guider: Guider, model: Patcher) -> None:
+    """ValueError if a guider's experts read other latents than a model diffuses."""
+    kind = latents.space_name(model)
+    if isinstance(guider.net, ExpertBank) and guider.net.space_name != kind:
+        raise ValueError(f"the experts of {guider.name} were distilled for {guider.net.space_name} models, but this model's "
+                         f"kind is {kind}: use experts that were distilled for a model of this kind, or the plain guider")
+
+
+def with_view(guider: Guider, view: View | Literal["own"]) -> Guider:
+    """Return the guider with another view; "own" keeps its own. ValueError for experts, which know one view only."""
+    if view == "own" or view == guider.view:
+        return guider
+    if isinstance(guider.net, ExpertBank):
+        raise ValueError(f"the experts of {guider.name} were distilled for the {guider.view} view, not the {view} one: "
+                         "choose 'own', or distil experts for that view")
+    return replace(guider, view=view)
+
+
+def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
+                 vae: comfy.sd.VAE | None) -> tuple[list[Decode | None], list[torch.nn.Module]]:
+    """Return how each term's guider decodes what a model diffuses, and every network that takes part.
+
+    ValueError for experts of other latents.
+    """
+    for term in terms:
+        require_same_space(term.guider, model)
+    vae_decoder = None
+    if vae is not None and any(_uses_vae(term.guider, model) for term in terms):
+        vae_decoder = latents.Decoder(vae, model)
+    networks = {id(net): net for net in map(module_of, (term.guider for term in terms))}
+    decoders = [_decoder_of(term.guider, model, vae_decoder) for term in terms]
+    return decoders, [*networks.values(), *([vae_decoder] if vae_decoder else [])]
+
+
+def _uses_vae(guider: Guider, model: Patcher) -> bool:
+    return guider.decode is None and guider.view == "denoised" and not latents.is_pixel(model)
+
+
+def _decoder_of(guider: Guider, model: Patcher, vae_decoder: Decode | None) -> Decode | None:
+    if guider.decode or latents.is_pixel(model):
+        return guider.decode
+    return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.latent_space(model).colors
+
+
+def active_guiders(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:
+    """Return the guiders whose weight is not 0, with their decoders."""
+    return [replace(term.guider, decode=decode) for term, decode in zip(terms, decoders, strict=True) if term.weight]

@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_finite_differences(name: str, imagenet: Guider)
     torch.testing.assert_close((gradient * away).sum()[None], change, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["expression", "age", "identity", "cifar10", "imagenet"])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "style"])  # which takes a CPU too long
 def test_half_precision_points_the_same_way(name: str, imagenet: Guider):
     guider, small = seen(name, imagenet)
     exact = energy_gradient(guider, small, clean(small))[1]

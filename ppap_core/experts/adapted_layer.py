@@ -29,8 +29,8 @@ class AdaptedLayer(PeftLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
-                raise
+            if name == "base_layer" or name not in getattr(self.base_layer, "__constants__", ()):
+                raise  # what others put on a layer, to manage its memory, say, is not ours to show twice
             return getattr(self.base_layer, name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -168,7 +168,7 @@ def test_an_older_workflow_gets_neutral_values(server: Server):
     graph = posted(page, server.get("/object_info"))
     [guider] = [each["inputs"] for each in graph.values() if each["class_type"] == "PPAPLoadGuider"]
     [distil] = [each["inputs"] for each in graph.values() if each["class_type"] == "PPAPDistilExperts"]
-    assert guider == {"guider_name": "tinyworld/class", "answer": "own"}
+    assert guider == {"guider_name": "tinyworld/class", "answer": "own", "channels": "own", "padding": "own"}
     assert distil["temperature"] == 1.0 and distil["seed"] == 0 and distil["alpha"] == 8
 
 

@@ -167,6 +167,15 @@ def gap(base: nn.Module, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> floa
     return float((answers(beside, image) - plain - effect).abs().max() / effect.abs().max())
 
 
+def test_an_adapted_layer_shows_its_settings_and_no_marks():
+    """A network reads its stride; what others put on the layer within, and delete again, is theirs."""
+    base = between(TAKEN["even"])
+    base.layer.marked_by_others = True
+    layer = trained(base).net.layer
+    assert layer.stride == (2, 2) and layer.padding == (1, 1)
+    assert layer.base_layer.marked_by_others and not hasattr(layer, "marked_by_others")
+
+
 @pytest.mark.parametrize("name", TAKEN)
 def test_merged_equals_beside_for_each_kind_of_layer(name: str, monkeypatch: pytest.MonkeyPatch):
     base = between(TAKEN[name])

@@ -56,7 +56,11 @@ class SampleGenerator(Feature):
     def __init__(self, model: Patcher, vae: comfy.sd.VAE | None, latent: dict, settings: SamplerSettings):
         self.model, self.vae, self.settings = model, vae, settings
         self.space = space_to_distil(model, vae)
-        self.shape = tuple(latents.resize_empty_latent(model, latent).shape)
+        empty = latents.resize_empty_latent(model, latent)
+        if (frames := latents.frame_count(empty)) > 1:
+            raise ValueError(f"this latent has {frames} frames, and experts learn from single images so far: connect one of "
+                             "a single frame, or use the plain guider, which judges frame by frame")
+        self.shape = tuple(empty.shape)
         self.recorder, self.recording_model = TrajectoryRecorder(), model.clone()
         self.recording_model.set_model_sampler_post_cfg_function(self.post_cfg)
         self.recording_model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, SAMPLES, self.on_sample)
@@ -88,15 +92,18 @@ class SampleGenerator(Feature):
         """Record one step, and leave the prediction as it is."""
         x, sigma = noise_levels.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
         if sigma.isfinite().all():
-            self.recorder.record(x, sigma, args["denoised"])
+            self.recorder.record(latents.frames_as_images(x), sigma, latents.frames_as_images(args["denoised"]))
         return args["denoised"]
 
     def generate(self, seeds: list[int]) -> tuple[Tensor, Trajectories]:
         """Return the images of some seeds, (B, 3, H, W) in [-1, 1], and the steps that led to them."""
         batches = [self._sample(seeds[i:i + self.shape[0]]) for i in range(0, len(seeds), self.shape[0])]
         samples, trajectories = zip(*batches, strict=True)
-        images = samples if self.vae is None else [image_from_comfy(self.vae.decode(part)) for part in samples]
-        return torch.cat(images), Trajectories(*map(torch.cat, zip(*trajectories, strict=True)))
+        images = torch.cat([self._decode(part) for part in samples])
+        return images, Trajectories(*map(torch.cat, zip(*trajectories, strict=True)))
+
+    def _decode(self, samples: Tensor) -> Tensor:
+        return samples if self.vae is None else image_from_comfy(latents.decode_images(self.vae, samples))
 
     def _sample(self, seeds: list[int]) -> tuple[Tensor, Trajectories]:
         settings, noise = self.settings, seeded_noise(seeds, self.shape[1:])
@@ -113,9 +120,6 @@ class SampleGenerator(Feature):
 def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | None:
     """Return the latents that experts will look at; None for pixels. ValueError for a model that cannot be distilled for."""
     latents.require_supported(model)
-    if model.get_model_object("latent_format").latent_dimensions == 3:
-        raise ValueError("this model diffuses frames, and experts learn from single images so far: use the plain guider, "
-                         "which judges frame by frame")
     if not latents.is_pixel(model) and vae is None:
         raise ValueError("this model diffuses latents, and the untouched network looks at images: connect the model's VAE")
     return latents.space_of(model)

@@ -1,4 +1,5 @@
 """Pixels and latents that a MODEL of ComfyUI diffuses, the images made of them, and shapes of LATENTs and masks."""
+from copy import copy
 from typing import Any, TypeAlias
 
 import comfy.model_patcher
@@ -75,31 +76,46 @@ def preview(model: Patcher, diffused: Tensor) -> Tensor | None:
     if is_pixel(model):
         return diffused
     has_colors = model.get_model_object("latent_format").latent_rgb_factors is not None
-    return latent_space(model).colors(diffused) if has_colors else None
+    return latent_space(model).colors(frames_as_images(diffused)) if has_colors else None
 
 
 class Decoder(torch.nn.Module):
-    """A private copy of a VAE that gradients can pass: (latent, sigma) -> image (B, 3, H, W) in [-1, 1].
+    """A private copy of a VAE that gradients can pass: (latent (B, C, h, w), sigma) -> image (B, 3, H, W) in [-1, 1].
 
-    ValueError for a VAE of videos.
+    A VAE of videos decodes one frame. ValueError for a VAE of sound.
     """
 
     net: Any
 
     def __init__(self, vae: comfy.sd.VAE, model: Patcher):
         super().__init__()
-        if vae.latent_dim != 2:
-            raise ValueError("this VAE decodes videos, but a guider looks at one decoded image at a time: disconnect it, "
-                             "and the guiders will look at the colours of the latents")
+        if vae.latent_dim not in (2, 3):
+            raise ValueError("this VAE does not decode images: connect the model's own VAE, or none, and the guiders will "
+                             "look at the colours of the latents")
         with torch.inference_mode(False):
             self.net = private_copy(vae.first_stage_model).to(vae.vae_dtype).eval().requires_grad_(False)
-        self.process_out = model.get_model_object("latent_format").process_out
+            self.latent_format = _cloned(model.get_model_object("latent_format"))
+        self.axes = vae.latent_dim
         self.decodes_to_unit = vae.process_output(torch.zeros(1)).item() == 0  # others map 0 to 0.5
 
     def forward(self, latent: Tensor, sigma: Tensor) -> Tensor:
         weight = next(self.net.parameters())
-        image = self.net.decode(self.process_out(latent).to(weight.dtype)).float()
+        latent = self.latent_format.process_out(with_axes(latent, self.latent_format.latent_dimensions))
+        image = first_frame(self.net.decode(with_axes(latent, self.axes).to(weight.dtype))).float()[:, :3]
         return 2 * image - 1 if self.decodes_to_unit else image
+
+
+def _cloned(latent_format: Any) -> Any:
+    """Copy what scales latents: its tensors may have been made in inference mode, where no gradient passes."""
+    copied = copy(latent_format)
+    vars(copied).update({name: value.clone() for name, value in vars(copied).items() if isinstance(value, Tensor)})
+    return copied
+
+
+def decode_images(vae: comfy.sd.VAE, samples: Tensor) -> Tensor:
+    """Return the images (B, H, W, 3) in [0, 1] that a VAE makes of images, or of videos of one frame."""
+    image = vae.decode(with_axes(samples, vae.latent_dim))
+    return image[:, 0] if image.ndim == 5 else image
 
 
 def mask_for(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -119,6 +135,33 @@ def resize_empty_latent(model: Patcher, latent: dict) -> Tensor:
 def without_sizes(latent: dict) -> dict:
     """Return a LATENT without the keys that only an empty one needs."""
     return {key: value for key, value in latent.items() if key not in SIZES}
+
+
+def as_diffused(model: Patcher, samples: Tensor) -> Tensor:
+    """Give images the time axis that a model diffuses, as ComfyUI's samplers do. ValueError for videos of other models."""
+    axes = model.get_model_object("latent_format").latent_dimensions
+    samples = with_axes(samples, axes)
+    if samples.ndim != 2 + axes:
+        raise ValueError(f"the latent has the shape {tuple(samples.shape)}, but this model diffuses single images: encode "
+                         "images with the model's own VAE")
+    return samples
+
+
+def with_axes(x: Tensor, axes: int) -> Tensor:
+    """Add or drop a time axis of length one, for so many axes behind the channels; longer videos stay as they are."""
+    if x.ndim == 4 and axes == 3:
+        return x[:, :, None]
+    return x[:, :, 0] if axes == 2 and x.ndim == 5 and x.shape[2] == 1 else x
+
+
+def first_frame(x: Tensor) -> Tensor:
+    """Return the first frame of videos (B, C, T, h, w), as images; images stay as they are."""
+    return x[:, :, 0] if x.ndim == 5 else x
+
+
+def frame_count(x: Tensor) -> int:
+    """Return how many frames each video of a batch has; 1 for images."""
+    return x.shape[2] if x.ndim == 5 else 1
 
 
 def frames_as_images(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class LoraTraining:
     def __init__(self, model: Patcher, positive: list, images: dict, name: str, config: FineTune):
         latents.require_supported(model)
         self.model, self.positive, self.name, self.config = model, positive, name, config
-        self.images = model.model.process_latent_in(images["samples"])
+        self.images = model.model.process_latent_in(latents.as_diffused(model, images["samples"]))
         self.early_steps = {config.steps // fraction for fraction in CHECKPOINT_FRACTIONS} - {0}
         for file_name in (name, *map(self.early_name, self.early_steps)):
             paths.new_lora_file(file_name)

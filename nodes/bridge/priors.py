@@ -24,7 +24,7 @@ from .memory import GradientMemory, materialize_on, patcher_of
 from .progress import Progress
 from .sampler import new_cfg_guider, run_inside_sampler
 from .tensors import mask_from_comfy
-from .terms import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, to_core_term
+from .terms import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, require_one_frame, to_core_term
 
 
 @dataclass
@@ -50,6 +50,7 @@ class PriorSearch:
         self.decoders, self.networks = decoders_for(self.terms, self.model, self.vae)
         self.start = {**latents.without_sizes(self.latent), "samples": latents.resize_empty_latent(self.model, self.latent)}
         self.images = self.model.model.process_latent_in(self.start["samples"])
+        require_one_frame(self.terms, self.decoders, self.images)
         self.progress = Progress(self.config.steps)
 
     def run(self) -> tuple[dict, Losses]:

@@ -87,6 +87,19 @@ def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
     return decoders, [*networks.values(), *([vae_decoder] if vae_decoder else [])]
 
 
+def require_one_frame(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None], x: Tensor) -> None:
+    """ValueError if experts or a decoded image would judge videos of several frames."""
+    if (frames := latents.frame_count(x)) == 1:
+        return
+    for term, decode in zip(terms, decoders, strict=True):
+        if isinstance(term.guider.net, ExpertBank):
+            raise ValueError(f"the experts of {term.guider.name} know single images, but this latent has {frames} frames: "
+                             "use the plain guider, which judges frame by frame, or a latent of one frame")
+        if isinstance(decode, latents.Decoder):
+            raise ValueError(f"the VAE shows a guider one image at a time, but this latent has {frames} frames: disconnect "
+                             "it, and the guiders will look at the colours of every frame, or use a latent of one frame")
+
+
 def _uses_vae(guider: Guider, model: Patcher) -> bool:
     return guider.decode is None and guider.view == "denoised" and not latents.is_pixel(model)
 

@@ -137,6 +137,20 @@ def small_vae(channels: int) -> Any:
     return comfy.sd.VAE(sd=net.state_dict(), config=config)
 
 
+def small_video_vae() -> Any:
+    """Wan's VAE, which Qwen-Image and Cosmos-Predict2 share, with random weights and few channels."""
+    import inspect
+
+    import comfy.sd
+    from comfy.ldm.wan.vae import WanVAE
+
+    if "conv_out_channels" not in inspect.signature(WanVAE).parameters:
+        pytest.skip("this ComfyUI builds Wan's VAE at its full size only")
+    net = fill(WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+                      temperal_downsample=[False, True, True]))
+    return comfy.sd.VAE(sd=net.state_dict())
+
+
 def control_net() -> Any:
     """A CONTROL_NET for SD 1.5."""
     import comfy.cldm.cldm

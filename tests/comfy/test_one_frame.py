@@ -1,0 +1,200 @@
+"""Latents with a time axis of length one are images: samples, experts, the VAE, priors and trainings take them as such."""
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import says
+from helpers.model_families import small_vae, small_video_vae
+from helpers.workbench import (
+    THROUGH,
+    Scene,
+    Workbench,
+    autoguided,
+    cosmos_is_fused,
+    ksampler,
+    search,
+    steered,
+    train_lora,
+    with_lora_at,
+)
+from torch import Tensor
+
+FAMILIES = ("Qwen-Image", "Cosmos-Predict2", "Wan 2.1")
+
+
+@pytest.fixture(params=FAMILIES)
+def scene(bench: Workbench, request: pytest.FixtureRequest) -> Scene:
+    """A model of frames with a latent of one frame, 12 by 20."""
+    return replace(bench.scene(request.param), latent={"samples": torch.zeros(2, 16, 1, 12, 20)})
+
+
+def family_of(bench: Workbench, scene: Scene) -> str:
+    return next(family for family in FAMILIES if bench.scene(family).model is scene.model)
+
+
+def has_gradient(bench: Workbench, scene: Scene) -> bool:
+    return family_of(bench, scene) != "Cosmos-Predict2" or not cosmos_is_fused()
+
+
+def made(bench: Workbench, scene: Scene, vae: Any, name: str, size: tuple[int, ...] = (1, 4, 8)) -> Any:
+    """A store of 64 samples."""
+    return bench.comfy("PPAPGenerateSamples", name=name, count=64, steps=3, cfg=1.0, sampler_name="euler", seed=0,
+                       scheduler="simple", model=scene.model, vae=vae, positive=scene.positive,
+                       latent_image={"samples": torch.zeros(32, 16, *size)})[0]
+
+
+@pytest.fixture(scope="module")
+def distilled(bench: Workbench) -> Callable[..., Any]:
+    """(family, view) -> experts that have hardly learned anything, made once."""
+    made_before: dict[tuple, Any] = {}
+
+    def distil(family: str, view: str = "denoised") -> Any:
+        if (family, view) not in made_before:
+            [plain] = bench.comfy("PPAPLoadGuider", guider_name="tinyworld/class")
+            [aimed] = bench.comfy("PPAPAimAtClass", guider=plain, classes="star")
+            samples = made(bench, bench.scene(family), small_vae(16), f"one frame {family}")
+            made_before[family, view], _, *_ = bench.comfy(
+                "PPAPDistilExperts", samples=samples, guider=aimed, view=view, experts=2, sigma_min=0.0, sigma_max=0.0,
+                steps=1, batch_size=2, learning_rate=1e-3, rank=2, alpha=2.0, seed=0)
+        return made_before[family, view]
+    return distil
+
+
+def test_samples_of_one_frame_are_images(bench: Workbench, scene: Scene):
+    store = made(bench, scene, small_vae(16), f"frames {FAMILIES.index(family_of(bench, scene))}").store
+    assert store.denoised.shape[2:] == (16, 4, 8) and store.images.shape == (64, 3, 8, 16)
+
+
+def test_a_latent_without_time_makes_the_same_samples(bench: Workbench):
+    """ComfyUI's empty latents of images have four dimensions."""
+    scene = bench.scene("Qwen-Image")
+    flat, framed = (made(bench, scene, small_vae(16), name, size).store for name, size in (
+        ("without time", (4, 8)), ("with time", (1, 4, 8))))
+    assert torch.equal(flat.denoised, framed.denoised) and torch.equal(flat.images, framed.images)
+
+
+def test_samples_are_decoded_by_the_video_vae(bench: Workbench):
+    vae, scene = small_video_vae(), bench.scene("Qwen-Image")
+    store = made(bench, scene, vae, "by a video vae").store
+    samples = scene.model.model.process_latent_out(store.denoised[:2, -1].float()[:, :, None])
+    [image] = bench.comfy("VAEDecode", samples={"samples": samples}, vae=vae)
+    assert store.images.shape == (64, 3, 32, 64)
+    assert (image.movedim(-1, 1) - store.images[:2] / 255).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("view", ["denoised", "noisy"])
+def test_experts_guide_one_frame(bench: Workbench, scene: Scene, distilled: Callable, view: str):
+    experts = distilled(family_of(bench, scene), view)
+    assert experts.net.space_name == "Wan21"
+    plain, neutral, guided = (ksampler(bench, each) for each in (
+        scene, bench.guide(scene, guider=experts, weight=0.0), bench.guide(scene, guider=experts, weight=1.0)))
+    assert torch.equal(plain, neutral) and guided.isfinite().all() and not torch.equal(plain, guided)
+    assert guided.shape == (2, 16, 1, 12, 20)
+
+
+def test_experts_of_one_frame_go_through_the_model(bench: Workbench, scene: Scene, distilled: Callable):
+    guided = bench.guide(scene, guider=distilled("Qwen-Image"), weight=1.0, **THROUGH)
+    if not has_gradient(bench, scene):
+        with says(ValueError, "do not pass through this model"):
+            ksampler(bench, guided)
+        return
+    made, plain = ksampler(bench, guided), ksampler(bench, scene)
+    assert made.isfinite().all() and not torch.equal(made, plain)
+
+
+def test_one_frame_is_guided_through_the_video_vae(bench: Workbench, scene: Scene, caplog: pytest.LogCaptureFixture):
+    scene = replace(scene, latent={"samples": torch.zeros(2, 16, 1, 4, 6)}, steps=2)
+    vae, plain = small_video_vae(), ksampler(bench, scene)
+
+    def through_vae(weight: float) -> Tensor:
+        return ksampler(bench, bench.patch(scene, "PPAPApplyGuidance", terms=bench.terms(weight), max_rms=0.0, vae=vae))
+    guided = through_vae(0.5)
+    assert not [record for record in caplog.records if "memory" in record.message], "the memory of the VAE is not known"
+    assert torch.equal(through_vae(0.0), plain)
+    before, after = (brightness(bench, vae, samples) for samples in (plain, guided))
+    assert (after - 0.9).abs().mean() < (before - 0.9).abs().mean()
+
+
+def brightness(bench: Workbench, vae: Any, samples: Tensor) -> Tensor:
+    [image] = bench.comfy("VAEDecode", samples={"samples": samples}, vae=vae)
+    return image.mean((1, 2, 3))
+
+
+def test_the_private_video_decoder_decodes_as_the_vae(bench: Workbench):
+    """Gradients pass it, though the latents' scale was made in inference mode."""
+    vae, model, pack = small_video_vae(), bench.scene("Wan 2.1").model, bench.comfy.pack.nodes.bridge
+    decoder = pack.latents.Decoder(vae, model)
+    with pack.autograd.outside_inference_mode():
+        latent = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        image = decoder(latent, torch.ones(2))
+        [gradient] = torch.autograd.grad(image.square().sum(), latent)
+        samples = model.model.process_latent_out(latent.detach()[:, :, None])
+    [wanted] = bench.comfy("VAEDecode", samples={"samples": samples}, vae=vae)
+    assert image.shape == (2, 3, 32, 48) and gradient.isfinite().all() and (gradient != 0).float().mean() > 0.9
+    torch.testing.assert_close((image.detach().clamp(-1, 1) + 1) / 2, wanted.movedim(-1, 1), rtol=0, atol=1e-4)
+
+
+def test_an_image_vae_shows_a_frame_too(bench: Workbench, scene: Scene):
+    guided = bench.patch(scene, "PPAPApplyGuidance", terms=bench.terms(0.5), max_rms=0.0, vae=small_vae(16))
+    assert not torch.equal(ksampler(bench, guided), ksampler(bench, scene))
+
+
+def test_latents_scaled_in_inference_mode_are_decoded(bench: Workbench):
+    """Playground's latents have a mean and a deviation for each channel too."""
+    scene = bench.scene("Playground 2.5 (EDM)")
+    guided = bench.patch(scene, "PPAPApplyGuidance", terms=bench.terms(0.5), max_rms=0.0, vae=small_vae(4))
+    assert not torch.equal(ksampler(bench, guided), ksampler(bench, scene))
+
+
+def test_a_prior_finds_one_frame(bench: Workbench, scene: Scene, distilled: Callable):
+    terms = bench.terms(guider=distilled("Qwen-Image"))
+    for samples in (torch.zeros(2, 16, 1, 12, 20), torch.ones(2, 16, 12, 20)):
+        found = search(bench, {**scene.conditioned(), "latent_image": {"samples": samples}}, terms, steps=2)
+        assert found.shape == (2, 16, 1, 12, 20) and found.isfinite().all()
+
+
+def test_a_lora_is_trained_on_latents_without_time(bench: Workbench, scene: Scene):
+    """Images as four dimensions or five give the same LoRA."""
+    if not has_gradient(bench, scene):
+        pytest.skip("gradients do not pass through this model")
+    family, patches = family_of(bench, scene), []
+    for shape in ((2, 16, 12, 20), (2, 16, 1, 12, 20)):
+        of_shape = replace(scene, latent={"samples": torch.zeros(shape)})
+        model, losses = train_lora(bench, of_shape, f"one frame {FAMILIES.index(family)} {len(shape)}", steps=2)
+        assert losses.isfinite().all()
+        patches.append(model.patches)
+    flat, framed = ({key: value[-1][1].weights[0] for key, value in each.items()} for each in patches)
+    assert flat.keys() == framed.keys() and all(torch.equal(flat[key], framed[key]) for key in flat)
+
+
+def test_a_lora_is_not_trained_on_videos_of_an_image_model(bench: Workbench):
+    scene = replace(bench.scene("SD 3"), latent={"samples": torch.zeros(2, 16, 3, 12, 20)})
+    with says(ValueError, "(4, 16, 3, 12, 20)", "single images", "own VAE"):
+        train_lora(bench, scene, "videos", steps=2)
+
+
+def test_autoguidance_of_one_frame(bench: Workbench, scene: Scene):
+    bad = with_lora_at(scene, 0.5)
+    plain, neutral, guided = (ksampler(bench, each) for each in (
+        scene, autoguided(bench, scene, bad, 1.0), autoguided(bench, scene, bad)))
+    assert torch.equal(plain, neutral) and guided.isfinite().all() and not torch.equal(plain, guided)
+
+
+def test_a_guider_steers_one_frame(bench: Workbench, scene: Scene):
+    steered(bench, scene)
+
+
+def test_videos_are_refused_where_images_are_needed(bench: Workbench, distilled: Callable):
+    """Experts and the VAE look at single images; plain guiders judge frame by frame."""
+    video = bench.scene("Wan 2.1")
+    with says(ValueError, "3 frames", "single frame"):
+        made(bench, video, small_vae(16), "videos", (3, 4, 8))
+    with says(ValueError, "3 frames", "plain guider"):
+        ksampler(bench, bench.guide(video, guider=distilled("Wan 2.1")))
+    through_vae = bench.patch(video, "PPAPApplyGuidance", terms=bench.terms(), max_rms=0.0, vae=small_vae(16))
+    with says(ValueError, "3 frames", "the colours of every frame"):
+        ksampler(bench, through_vae)
+    with says(ValueError, "3 frames", "plain guider"):
+        search(bench, video.conditioned(), bench.terms(guider=distilled("Wan 2.1")), steps=1)

@@ -1,7 +1,7 @@
 """Latents with a time axis of length one are images: samples, experts, the VAE, priors and trainings take them as such."""
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from helpers.workbench import (
     train_lora,
     with_lora_at,
 )
+from helpers.worlds import HEIGHT, WIDTH, LatentWorld
 from torch import Tensor
 
 FAMILIES = ("Qwen-Image", "Cosmos-Predict2", "Wan 2.1")
@@ -30,6 +31,38 @@ def scene(bench: Workbench, request: pytest.FixtureRequest) -> Scene:
     return replace(bench.scene(request.param), latent={"samples": torch.zeros(2, 16, 1, 12, 20)})
 
 
+class TwinWorld(LatentWorld):
+    """The latent tiny world whose flow model and its latents have a time axis of length one."""
+
+    SHAPE: ClassVar = (16, 1, HEIGHT, WIDTH)
+
+    def __init__(self, comfy: Callable[..., tuple]):
+        super().__init__(comfy)
+        import comfy.latent_formats as formats
+
+        frames = type("SD3", (formats.SD3,), {"latent_dimensions": 3})
+        flow = super().model("flow").clone()
+        flow.add_object_patch("latent_format", frames())
+        flow.set_model_unet_function_wrapper(without_time)
+        self.models = (flow, *self.models[1:])
+
+    def sample(self, model: Any, **changes: Any) -> Tensor:
+        return super().sample(model, **{"latent_image": {"samples": torch.zeros(3, *self.SHAPE)}, **changes})
+
+    def samples(self, kind: str, name: str) -> Any:
+        return made_by(self, self.model(kind), self.nothing, self.vae, name, torch.zeros(32, *self.SHAPE))
+
+
+def without_time(apply_model: Callable, args: dict) -> Tensor:
+    return apply_model(args["input"][:, :, 0], args["timestep"], **args["c"])[:, :, None]
+
+
+def made_by(world: Any, model: Any, positive: list, vae: Any, name: str, latent: Tensor) -> Any:
+    """A store of 64 samples."""
+    return world.comfy("PPAPGenerateSamples", name=name, count=64, steps=3, cfg=1.0, sampler_name="euler", seed=0,
+                       scheduler="simple", model=model, vae=vae, positive=positive, latent_image={"samples": latent})[0]
+
+
 def family_of(bench: Workbench, scene: Scene) -> str:
     return next(family for family in FAMILIES if bench.scene(family).model is scene.model)
 
@@ -39,10 +72,7 @@ def has_gradient(bench: Workbench, scene: Scene) -> bool:
 
 
 def made(bench: Workbench, scene: Scene, vae: Any, name: str, size: tuple[int, ...] = (1, 4, 8)) -> Any:
-    """A store of 64 samples."""
-    return bench.comfy("PPAPGenerateSamples", name=name, count=64, steps=3, cfg=1.0, sampler_name="euler", seed=0,
-                       scheduler="simple", model=scene.model, vae=vae, positive=scene.positive,
-                       latent_image={"samples": torch.zeros(32, 16, *size)})[0]
+    return made_by(bench, scene.model, scene.positive, vae, name, torch.zeros(32, 16, *size))
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +228,30 @@ def test_videos_are_refused_where_images_are_needed(bench: Workbench, distilled:
         ksampler(bench, through_vae)
     with says(ValueError, "3 frames", "plain guider"):
         search(bench, video.conditioned(), bench.terms(guider=distilled("Wan 2.1")), steps=1)
+
+
+@pytest.fixture(scope="module")
+def worlds(comfy: Callable[..., tuple]) -> tuple[LatentWorld, TwinWorld]:
+    return LatentWorld(comfy), TwinWorld(comfy)
+
+
+def test_a_twin_with_time_gives_the_same_samples(worlds: tuple[LatentWorld, TwinWorld]):
+    of_images, of_frames = (world.samples("flow", name).store for world, name in zip(worlds, ("flow", "twin"), strict=True))
+    for one, other in ((of_images.denoised, of_frames.denoised), (of_images.noisy_vp, of_frames.noisy_vp),
+                       (of_images.images, of_frames.images)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("term", [{}, {"view": "noisy"}, THROUGH, {"strength": "raw"},
+                                  {"mask": torch.ones(1, 8, 8).tril()}],
+                         ids=["in the prediction", "noisy", "through the model", "raw", "mask"])
+@pytest.mark.parametrize("how", ["experts", "colours", "VAE"])
+def test_a_twin_with_time_is_guided_alike(worlds: tuple[LatentWorld, TwinWorld], how: str, term: dict):
+    """Guidance of (B, C, 1, h, w) is that of (B, C, h, w), bit for bit."""
+    of_images, of_frames = worlds
+    view = term.get("view", "denoised")
+    guider = of_images.experts("flow", view) if how == "experts" else None
+    settings = {"guider": guider, "vae": of_images.vae if how == "VAE" else None, **term}
+    image, frame = (world.guided("flow", **settings) for world in worlds)
+    assert frame.shape == (3, *TwinWorld.SHAPE) and torch.equal(frame[:, :, 0], image)
+    assert not torch.equal(image, of_images.sample(of_images.model("flow")))

@@ -12,7 +12,6 @@ from helpers.model_families import FAMILIES, lora, small_vae
 from helpers.quantized import dequantized, quantized
 from helpers.workbench import THROUGH, Scene, Workbench, autoguided, cosmos_is_fused, ksampler, search, steered, train_lora
 
-FRAMES = ("Qwen-Image", "Cosmos-Predict2", "Wan 2.1", "HunyuanVideo", "LTX-Video")  # experts learn from single images
 TOLERANCES = {"fp8_scaled": 0.25, "plain fp8": 1e-3, "int8": 0.1, "nvfp4": 0.6, "mxfp8": 0.25, "GGUF-like": 1e-3}
 """Error of a picture by the inputs of layers that are rounded to the type of their weights too."""
 
@@ -34,10 +33,10 @@ class QuantizedWorld:
     def unguided(self) -> Tensor:
         return ksampler(self.bench, self.scene)
 
-    def is_right(self, change: Callable[[Scene], Scene], times: float = 1.0) -> None:
+    def is_right(self, change: Callable[[Scene], Scene], times: float = 1.0, unguided: Tensor | None = None) -> None:
         """A change has an effect, and the same as on the model with the values of the weights in float32."""
         made, wanted = (ksampler(self.bench, change(scene)) for scene in (self.scene, self.plain))
-        assert made.isfinite().all() and not torch.equal(made, self.unguided), "no effect"
+        assert made.isfinite().all() and not torch.equal(made, self.unguided if unguided is None else unguided), "no effect"
         error = float((made - wanted).norm() / wanted.norm())
         assert error < times * TOLERANCES[self.kind], f"differs from the dequantised model by {error:.3g}"
 
@@ -57,31 +56,26 @@ class QuantizedWorld:
 
     def samples(self) -> Any:
         settings = {"steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "seed": 0, "count": 64}
-        if self.family in FRAMES:
-            with says(ValueError, "diffuses frames"):
-                self._generate(settings, None)
-            return None
         made, pictures = self._generate(settings, small_vae(FAMILIES[self.family].latent[1]))
         assert len(made.store) == 64 and pictures.isfinite().all()
         return made
 
     def _generate(self, settings: dict, vae: Any) -> tuple:
-        latent = {"samples": torch.zeros(32, *self.scene.latent["samples"].shape[1:-2], 4, 8)}
+        latent = {"samples": torch.zeros(32, FAMILIES[self.family].latent[1], 4, 8)}
         name = f"quantized {list(FAMILIES).index(self.family)} {self.kind}"
         return self.bench.comfy("PPAPGenerateSamples", name=name, model=self.scene.model, vae=vae,
                                 positive=self.scene.positive, latent_image=latent, **settings)
 
     def distil(self) -> None:
         samples = self.samples()
-        if samples is None:
-            return
         [plain] = self.bench.comfy("PPAPLoadGuider", guider_name="tinyworld/class")
         [aimed] = self.bench.comfy("PPAPAimAtClass", guider=plain, classes="star")
         experts, *losses = self.bench.comfy(
             "PPAPDistilExperts", samples=samples, guider=aimed, view="denoised", experts=1, sigma_min=0.0, sigma_max=0.0,
             steps=2, batch_size=2, learning_rate=1e-3, rank=2, alpha=2.0, seed=0)
         assert losses
-        self.is_right(lambda scene: self.bench.guide(scene, guider=experts))
+        self.is_right(lambda scene: self.bench.guide(of_one_frame(scene), guider=experts),
+                      unguided=ksampler(self.bench, of_one_frame(self.scene)))
 
     def prior(self) -> None:
         inputs = self.scene.conditioned()
@@ -108,17 +102,17 @@ class QuantizedWorld:
             return
         trained = []
         for scene in (self.scene, self.plain):
-            model, losses = train_lora(self.bench, self._of_frames(scene), f"{self.kind} {scene is self.plain}", steps=2,
+            model, losses = train_lora(self.bench, scene, f"{self.kind} {scene is self.plain}", steps=2,
                                        batch_size=1)
             assert losses.isfinite().all()
             trained.append(set(model.patches))
         assert trained[0] == trained[1], "other layers were trained than in float32"
 
-    def _of_frames(self, scene: Scene) -> Scene:
-        """Images of a model of frames are encoded as videos of one frame."""
-        empty = scene.latent["samples"]
-        videos = self.family in FRAMES and empty.ndim == 4
-        return replace(scene, latent={"samples": empty[:, :, None]}) if videos else scene
+
+def of_one_frame(scene: Scene) -> Scene:
+    """The scene with the first frame of its latent, since experts know single images; images stay as they are."""
+    empty = scene.latent["samples"]
+    return replace(scene, latent={"samples": empty[:, :, :1]}) if empty.ndim == 5 else scene
 
 
 USES: dict[str, Callable[[QuantizedWorld], Any]] = {

@@ -127,9 +127,12 @@ def mask_for(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def resize_empty_latent(model: Patcher, latent: dict) -> Tensor:
-    """Return the samples of a LATENT; an empty one is given the channels and the size that a model diffuses."""
-    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **{key: latent[key] for key in SIZES
-                                                                               if key in latent})
+    """Return the samples of a LATENT; an empty one is given the channels and the size that a model diffuses.
+
+    ValueError for videos where the model diffuses images.
+    """
+    sizes = {key: latent[key] for key in SIZES if key in latent}
+    return as_diffused(model, comfy.sample.fix_empty_latent_channels(model, latent["samples"], **sizes))
 
 
 def without_sizes(latent: dict) -> dict:
@@ -138,12 +141,12 @@ def without_sizes(latent: dict) -> dict:
 
 
 def as_diffused(model: Patcher, samples: Tensor) -> Tensor:
-    """Give images the time axis that a model diffuses, as ComfyUI's samplers do. ValueError for videos of other models."""
+    """Give images the time axis that a model diffuses, or take it away; ValueError for videos where it diffuses images."""
     axes = model.get_model_object("latent_format").latent_dimensions
     samples = with_axes(samples, axes)
     if samples.ndim != 2 + axes:
-        raise ValueError(f"the latent has the shape {tuple(samples.shape)}, but this model diffuses single images: encode "
-                         "images with the model's own VAE")
+        raise ValueError(f"the latent has the shape {tuple(samples.shape)}, but this model diffuses single images: connect "
+                         "a latent of images, empty or encoded by the model's own VAE")
     return samples
 
 

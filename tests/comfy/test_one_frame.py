@@ -199,10 +199,20 @@ def test_a_lora_is_trained_on_latents_without_time(bench: Workbench, scene: Scen
     assert flat.keys() == framed.keys() and all(torch.equal(flat[key], framed[key]) for key in flat)
 
 
-def test_a_lora_is_not_trained_on_videos_of_an_image_model(bench: Workbench):
-    scene = replace(bench.scene("SD 3"), latent={"samples": torch.zeros(2, 16, 3, 12, 20)})
-    with says(ValueError, "(4, 16, 3, 12, 20)", "single images", "own VAE"):
-        train_lora(bench, scene, "videos", steps=2)
+def test_image_models_refuse_videos_in_words(bench: Workbench):
+    scene = replace(bench.scene("SD 3"), latent={"samples": torch.zeros(4, 16, 3, 12, 20)})
+    uses = (lambda: train_lora(bench, scene, "videos", steps=2), lambda: search(bench, scene.conditioned(), bench.terms()))
+    for use in uses:
+        with says(ValueError, "(4, 16, 3, 12, 20)", "single images", "own VAE"):
+            use()
+
+
+def test_image_models_take_one_frame(bench: Workbench):
+    """Samples, searches and trainings of a model without a time axis."""
+    scene = replace(bench.scene("SD 3"), latent={"samples": torch.zeros(2, 16, 1, 12, 20)})
+    assert made(bench, scene, small_vae(16), "a frame of an image model").store.denoised.shape[2:] == (16, 4, 8)
+    assert search(bench, scene.conditioned(), bench.terms(), steps=2).shape == (2, 16, 12, 20)
+    assert train_lora(bench, scene, "a frame of an image model", steps=2)[1].isfinite().all()
 
 
 def test_autoguidance_of_one_frame(bench: Workbench, scene: Scene):

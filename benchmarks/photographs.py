@@ -1,0 +1,189 @@
+"""The paper's claim on a real network: a classifier of photographs under noise, plain and with experts.
+
+The experts learn from other photographs, without their labels, which stand for the images that a model would make.
+"""
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ppap_core import TASKS, ExpertBank, ExpertSchedule, Guider, LoraSpec, base_network, load_guider, to_vp
+from ppap_core.experts.samples import Pairs
+from ppap_core.guiders.guider import clean
+from ppap_core.noise import NoiseInterval, expand
+from ppap_core.rng import seeded
+from ppap_core.training.loop import RunOptions, optimize
+from ppap_core.viz.plots import Axes, line_plot
+
+from . import report
+from .real import real_folder, real_networks
+from .report import Column, Report, Row, cached_json
+from .training import Networks, StepReport, config_hash, trainable
+
+LEVELS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2, 2.0, 3.0)
+SHOWN = (0.0, 0.2, 0.5, 0.8, 1.2, 2.0)  # of LEVELS, in the table
+
+
+@dataclass(frozen=True)
+class PhotographBench:
+    """Everything that a result depends on, besides the networks and the photographs."""
+
+    network: str = "tf_efficientnet_lite0"
+    edges: tuple[float, ...] = (0.1, 0.2, 0.4, 0.75, 1.5, 3.0)  # noise levels
+    steps: int = 60            # for each interval
+    batch: int = 16
+    rank: int = 4
+    photographs: int = 40      # of each class: half of them to learn from, half to test with
+
+
+@dataclass(frozen=True)
+class Learner:
+    """How a network for noisy photographs comes about.
+
+    edges: of the intervals of noise that have a network each; none: the plain network has them all. subjects: of the
+    photographs to learn from, the "same" as those of the test or "others". whole: every weight learns, and not a LoRA.
+    """
+
+    edges: tuple[float, ...] = ()
+    subjects: str = "same"
+    whole: bool = False
+
+
+def learners(bench: PhotographBench) -> dict[str, Learner]:
+    """The rows of the table."""
+    return {"plain network": Learner(), "five experts": Learner(bench.edges),
+            "five experts, other subjects": Learner(bench.edges, subjects="others"),
+            "one expert of as many steps": Learner((bench.edges[0], bench.edges[-1])),
+            "five whole networks": Learner(bench.edges, whole=True)}
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Photographs (n, 3, 224, 224) in [-1, 1]: to learn from, by their subjects, and to test with, with their classes."""
+
+    learned: dict[str, Tensor]
+    tested: Tensor
+    classes: Tensor  # (n,)
+
+
+def read_photographs(bench: PhotographBench) -> Photographs:
+    """Ten classes of ImageNet, every second photograph to test with; and flowers. ValueError where there are none."""
+    real = real_networks()
+    images, classes = real.imagenette(each=bench.photographs)
+    is_tested = torch.arange(len(images)) % 2 == 0
+    flowers = F.interpolate(real.flowers()[0], images.shape[-2:], mode="bilinear")
+    return Photographs({"same": images[~is_tested], "others": flowers}, images[is_tested], classes[is_tested])
+
+
+@dataclass(frozen=True)
+class LearnerRun:
+    """The training and the test of one learner; a stopped training resumes."""
+
+    bench: PhotographBench
+    learner: Learner
+    guider: Guider            # the plain one, the teacher
+    photographs: Photographs
+    folder: Path
+    report: Report
+
+    def row(self) -> Row:
+        """Accuracy by noise level, and what it cost."""
+        started = time.process_time()
+        if self.learner.edges:
+            self.train()
+        minutes = (time.process_time() - started) / 60
+        accuracies = {str(level): self.accuracy(level) for level in LEVELS}
+        return {"top_1": {level: top_1 for level, (top_1, _) in accuracies.items()},
+                "top_5": {level: top_5 for level, (_, top_5) in accuracies.items()},
+                "trainable_share": self.net.trainable_share() if self.learner.edges else 0, "training_minutes": minutes}
+
+    @cached_property
+    def net(self) -> ExpertBank | Networks:
+        """The network of every interval."""
+        base, schedule = base_network(self.guider), ExpertSchedule(self.learner.edges)
+        if self.learner.whole:
+            return Networks(base, schedule)
+        return ExpertBank(base, schedule, LoraSpec(self.bench.rank, self.bench.rank), "noisy")
+
+    @cached_property
+    def student(self) -> Guider:
+        """The guider that looks at noisy photographs."""
+        return replace(self.guider, view="noisy", net=self.net if self.learner.edges else self.guider.net)
+
+    def train(self) -> None:
+        """Let every interval learn what the plain network says of clean photographs."""
+        count = len(self.net.schedule)
+        steps, rate = self.bench.steps * (len(self.bench.edges) - 1) // count, 1e-4 if self.learner.whole else 1e-3
+        for index in range(count):
+            options = RunOptions({"index": index}, self.folder / f"interval_{index}.state.safetensors",
+                                 on_step=StepReport(self.report, count, steps).of_interval(index))
+            with trainable(self.net, index) as parameters:
+                optimize(parameters, partial(self.loss, index), steps, rate, f"interval {index}", options)
+
+    def loss(self, index: int, step: int) -> Tensor:
+        """Loss of a training step of an interval, a function of (index, step) alone."""
+        generator = seeded(0, index, step)
+        images = self.photographs.learned[self.learner.subjects]
+        images = images[torch.randint(len(images), (self.bench.batch,), generator=generator)]
+        pairs = noisy_pairs(images, self.net.schedule[index], generator)
+        with torch.no_grad():
+            teacher = self.guider.predict(pairs.images, clean(pairs.images))
+        return TASKS[self.guider.task].distance(self.student.predict(pairs.inputs, pairs.sigma), teacher).mean()
+
+    @torch.no_grad()
+    def accuracy(self, level: float) -> tuple[float, float]:
+        """Share of the tested photographs whose class is the likeliest at a noise level, and among the five likeliest."""
+        student = self.student if level >= self.bench.edges[0] else self.guider
+        logits = []
+        for number, images in enumerate(self.photographs.tested.split(25)):
+            sigma = torch.full((len(images),), level)
+            noise = torch.randn(images.shape, generator=seeded(1, number))
+            logits.append(student.predict(to_vp(images + level * noise, sigma), sigma))
+        right = torch.cat(logits).topk(5).indices == self.photographs.classes[:, None]
+        return float(right[:, 0].float().mean()), float(right.any(1).float().mean())
+
+
+def noisy_pairs(images: Tensor, interval: NoiseInterval, generator: torch.Generator) -> Pairs:
+    """Images (B, 3, H, W), half of them mirrored, under noise of an interval, for the noisy view."""
+    images = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.flip(-1), images)
+    sigma = interval.sample(len(images), generator)
+    noise = torch.randn(images.shape, generator=generator)
+    return Pairs(images, to_vp(images + expand(sigma, images) * noise, sigma), sigma)
+
+
+def photograph_bench(bench: PhotographBench, folder: Path, report: Report) -> list[Row]:
+    """A row for each learner; finished ones are read from the folder. ValueError without the real networks."""
+    photographs = read_photographs(bench)
+    guider = load_guider(Path(real_folder() or "") / "guiders" / bench.network)
+    rows = []
+    for name, learner in learners(bench).items():
+        place = folder / config_hash({"learner": asdict(learner), **asdict(bench)})
+        run = LearnerRun(bench, learner, guider, photographs, place, partial(_prefixed, report, name))
+        rows.append({"row": name, **cached_json(place / "row.json", run.row)})
+        report(f"{name}: {rows[-1]['top_1']}")
+    return rows
+
+
+def _prefixed(report: Report, name: str, line: str) -> None:
+    report(f"{name}: {line}")
+
+
+COLUMNS = (Column("right at sigma", "{row}", numeric=False),
+           *(Column(f"{level:g}", f"{{top_1[{level}]:.0%}}") for level in SHOWN),
+           Column("trained share", "{trainable_share:.1%}"), Column("minutes of a core", "{training_minutes:.0f}"))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows in Markdown."""
+    return report.markdown(COLUMNS, rows)
+
+
+def plot(rows: Sequence[Row]) -> Tensor:
+    """Top-1 accuracy by noise level, as a picture (1, 3, H, W) in [-1, 1]."""
+    lines = {row["row"]: [(float(level), right) for level, right in row["top_1"].items()] for row in rows}
+    return line_plot(lines, "Photographs under noise: share whose class is found", Axes("sigma", "share", log_x=True))

@@ -2,6 +2,7 @@
 #   make demo        distil five experts on the bundled world and guide with them (no ComfyUI needed)
 #   make test        all tests; those of the nodes run where a ComfyUI is at hand
 #   make test-fast   the tests of the core without those that train, sample or measure: under a minute
+#   make test-wide   every quantisation of every model, and every image processor of transformers: ten minutes
 #   make test-real   the tests with real pretrained networks: installs one, or takes the folder at PPAP_REAL
 #   make test-versions  the tests of networks and experts with older releases of transformers and peft
 #   make lint        ruff and mypy
@@ -24,7 +25,7 @@ VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
 VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
 	distill saved_work)
 
-.PHONY: demo test test-fast test-real test-versions lint comfyui bench pictures help-pages archive
+.PHONY: demo test test-fast test-wide test-real test-versions lint comfyui bench pictures help-pages archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -36,7 +37,10 @@ test: .venv/ready .venv/comfyui
 	$(PYTEST)
 
 test-fast: .venv/ready
-	$(PYTEST) tests/unit -m "not slow"
+	$(PYTEST) tests/unit -m "not slow and not wide"
+
+test-wide: .venv/ready .venv/comfyui
+	$(PYTEST) -m wide
 
 test-real: .venv/ready .venv/comfyui
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"

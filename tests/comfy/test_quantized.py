@@ -27,7 +27,7 @@ def failures(world: QuantizedWorld) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow)
+@pytest.mark.parametrize("family", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.wide)
                                     for name in FAMILIES])
 def test_quantised_weights_serve_in_all_nodes(bench: Workbench, family: str, kind: str):
     assert failures(QuantizedWorld(bench, family, kind)) == {}

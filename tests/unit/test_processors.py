@@ -105,7 +105,7 @@ def named(kind: str, **settings: Any) -> Any:
     return getattr(transformers, f"{kind}ImageProcessor")(**settings)
 
 
-@pytest.mark.slow  # 90 s for the two hundred of transformers 5
+@pytest.mark.wide  # 90 s for the two hundred of transformers 5
 @pytest.mark.parametrize("folder", folders())
 def test_every_processor_is_equal_or_refused(folder):
     processors = [processor for kind in processor_classes(folder) if (processor := make(kind))]

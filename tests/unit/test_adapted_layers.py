@@ -18,6 +18,8 @@ from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.transformers_outputs import ForwardNet
 from ppap_core.schedules import ExpertSchedule
 
+pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+
 SCHEDULE = ExpertSchedule((0.1, 1.0, 10.0))
 CLOSE = 1e-4  # of an adapter's effect
 

@@ -13,6 +13,8 @@ from ppap_core.guiders.loaders import hub as module
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.hub import download, files_to_fetch, folder_name
 
+pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("timm")
 

@@ -42,6 +42,7 @@ def test_what_is_told_is_what_is_kept(view, task, compute):
         assert kept > 5000 and predicted == pytest.approx(kept, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm ResNet", "timm VGG, style", "CLIP", "Depth Anything", "SegFormer", "CLIPSeg"])
 def test_memory_of_library_networks_in_half_precision(name, tmp_path):
     """The bytes are predicted for networks of the libraries too, and these compute in half precision."""

@@ -26,6 +26,8 @@ from ppap_core.guiders.guider import clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.offline import offline
 
+pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 

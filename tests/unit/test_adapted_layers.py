@@ -18,7 +18,7 @@ from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.transformers_outputs import ForwardNet
 from ppap_core.schedules import ExpertSchedule
 
-pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute
 
 SCHEDULE = ExpertSchedule((0.1, 1.0, 10.0))
 CLOSE = 1e-4  # of an adapter's effect

@@ -13,7 +13,7 @@ from ppap_core.guiders.loaders import hub as module
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.hub import download, files_to_fetch, folder_name
 
-pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute
 
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("timm")

@@ -23,7 +23,7 @@ from ppap_core.guiders.tasks import TASKS, most_probable
 from ppap_core.noise import to_vp
 from ppap_core.schedules import ExpertSchedule
 
-pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")

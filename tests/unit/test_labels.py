@@ -11,7 +11,7 @@ from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.labels import class_labels
 from ppap_core.guiders.targets import class_target, number_target
 
-pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")

@@ -29,7 +29,7 @@ from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.io.hashing import fingerprint_network
 
-pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("transformers")

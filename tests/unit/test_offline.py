@@ -26,7 +26,7 @@ from ppap_core.guiders.guider import clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.offline import offline
 
-pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ppap_core.guiders.preprocess import processor_preprocess
 from ppap_core.guiders.resize import Size
 
-pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute
 
 SIZES: tuple[Size, ...] = ((320, 490), (333, 222), (200, 200), (800, 1000))  # height, width
 READ = ("beit", "bit", "blip", "chmv2", "clip", "convnext", "deit", "depth_pro", "dinov3_vit", "dpt",

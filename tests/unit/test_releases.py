@@ -22,7 +22,7 @@ from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.io.hashing import digest, weight_digests
 from ppap_core.schedules import ExpertSchedule
 
-pytestmark = pytest.mark.slow  # all together, networks of the libraries take half a minute
+pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute
 
 NETWORKS = sorted(file.stem for file in (RELEASES / WRITERS[0]).glob("*.safetensors") if file.stem != "answers")
 SCHEDULE = ExpertSchedule((0.1, 1.0, 10.0))

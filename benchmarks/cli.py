@@ -8,28 +8,31 @@ from torch import Tensor
 
 from ppap_core.viz.drawing import save_picture
 
-from . import label_maps, latent, photographs, rules, speed, tables, tours
+from . import faces, label_maps, latent, photographs, rules, speed, tables, tours
 from .report import Report, Row, write_report
 from .runs import run_table
 
 
 class Benchmark(NamedTuple):
-    """A benchmark outside the tables of rows/*.json: (folder, report) -> rows, and the rows in Markdown and as a plot."""
+    """A benchmark outside the tables of rows/*.json: how it is measured, and its rows in Markdown and as a plot."""
 
-    measure: Callable[[Path, Report], list[Row]]
+    measure: Callable[[Path, Report, Sequence[str]], list[Row]]  # (folder, report, names of the only rows to run; (): all)
     table: Callable[[Sequence[Row]], str]
     plot: Callable[[Sequence[Row]], Tensor] | None = None
 
 
 BENCHMARKS = {
-    "labelmaps": Benchmark(lambda folder, report: label_maps.label_bench(label_maps.LabelBench(), report), label_maps.table),
-    "latent": Benchmark(lambda folder, report: latent.latent_bench(latent.LatentBench(), folder / "latent", report),
+    "faces": Benchmark(lambda folder, report, only: faces.face_bench(faces.FaceBench(), folder / "faces", report, only),
+                       faces.table, faces.plot),
+    "labelmaps": Benchmark(lambda folder, report, only: label_maps.label_bench(label_maps.LabelBench(), report),
+                           label_maps.table),
+    "latent": Benchmark(lambda folder, report, only: latent.latent_bench(latent.LatentBench(), folder / "latent", report),
                         latent.table),
-    "photographs": Benchmark(lambda folder, report: photographs.photograph_bench(
+    "photographs": Benchmark(lambda folder, report, only: photographs.photograph_bench(
         photographs.PhotographBench(), folder / "photographs", report), photographs.table, photographs.plot),
-    "rules": Benchmark(lambda folder, report: rules.rules_bench(rules.RulesBench(), report), rules.table),
-    "speed": Benchmark(lambda folder, report: speed.speed(report), speed.table),
-    "tours": Benchmark(lambda folder, report: tours.tour_bench(tours.TourBench(), report), tours.table),
+    "rules": Benchmark(lambda folder, report, only: rules.rules_bench(rules.RulesBench(), report), rules.table),
+    "speed": Benchmark(lambda folder, report, only: speed.speed(report), speed.table),
+    "tours": Benchmark(lambda folder, report, only: tours.tour_bench(tours.TourBench(), report), tours.table),
 }
 
 
@@ -39,7 +42,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
     out = options.out or options.folder / name
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
-        rows = benchmark.measure(options.folder, report)
+        rows = benchmark.measure(options.folder, report, options.row)
         text = benchmark.table(rows)
         write_report(out, rows, text)
         if benchmark.plot:

@@ -11,9 +11,10 @@ from ppap_core.guiders.guider import clean
 from ppap_core.tinyworld.scenes import Scenes, draw, truth
 
 from .metrics import FeatureStats, frechet_distance, precision_recall
+from .world import Wanted
 
-Sampler = Callable[[Sequence[int], Scenes], Tensor]
-"""(numbers of scenes, the scenes) -> an image (B, 3, H, W) for each"""
+Sampler = Callable[[Sequence[int], Wanted], Tensor]
+"""(numbers of scenes, the scenes or what else is wanted) -> an image (B, C, H, W) for each"""
 
 MEASURES = {"class": "right class", "depth": "depth error", "segmentation": "mean IoU"}
 """What `score` measures of each task."""

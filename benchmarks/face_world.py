@@ -4,6 +4,8 @@ Kadkhodaie et al. (2023) trained the model, of 40 x 40 pixels. `real` says where
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,7 @@ class FaceView(nn.Module):
         return self.net(real_networks().face_view(image[:, :1]))
 
 
+@cache
 def face_guider(name: str) -> Guider:
     """The guider of one of NETWORKS. ValueError without the folder of real networks."""
     task, labels = NETWORKS[name]
@@ -59,12 +62,13 @@ def face_guider(name: str) -> Guider:
 
 @dataclass(frozen=True)
 class FaceWorld:
-    """The denoiser of faces, the guider of one task, and a judge that never guides, on the CPU."""
+    """The denoiser of faces and the guider of one subject, on the CPU."""
 
     denoiser: nn.Module  # predicts the noise of images in [0, 1], in bfloat16
     guider: Guider
-    judge: Guider
+    subject: str = "expression"  # the guider's name in NETWORKS
     device: torch.device = torch.device("cpu")
+    name: ClassVar[str] = "faces"
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Predict clean faces (B, 1, 40, 40), the state in float32; differentiable where x requires a gradient.
@@ -99,6 +103,14 @@ class FaceWorld:
         images = self._sample(recorder.wrap(self.denoise), seeds, steps, terms)
         return within_range(images), recorder.trajectories(seeds)
 
+    def wanted(self, numbers: Sequence[int], label: int | None = None) -> Tensor:
+        """Targets for the faces of these numbers, (B, ...). label: the class of all of them; None: each has its own."""
+        return torch.tensor([number % len(self.guider.labels) if label is None else label for number in numbers])
+
+    def aimed(self, guider: Guider, wanted: Tensor) -> Guider:
+        """A guider of this world, plain or with experts, aimed at targets."""
+        return guider.aim(wanted)
+
     def _sample(self, denoise: Denoiser, seeds: Sequence[int], steps: int, terms: Sequence[Term]) -> Tensor:
         # the last level is 0, so that the last step is a prediction of the clean face
         return sample_euler(guided(denoise, terms), *self.start(seeds, steps))
@@ -117,4 +129,4 @@ def within_range(images: Tensor) -> Tensor:
 def load_face_world(guider: str = "expression") -> FaceWorld:
     """The world with a guider of NETWORKS. ValueError without the folder of real networks."""
     denoiser = real_networks().faces().noise.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    return FaceWorld(denoiser, face_guider(guider), face_guider("emotion"))
+    return FaceWorld(denoiser, face_guider(guider), guider)

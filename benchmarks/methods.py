@@ -29,7 +29,6 @@ from ppap_core import (
 )
 from ppap_core.guidance.training_free import METHODS as TRAINING_FREE
 from ppap_core.tinyworld.loaders import condition
-from ppap_core.tinyworld.scenes import Scenes, truth
 
 from .ablations import ABLATIONS
 from .bad_models import Model, load_bad_model
@@ -37,16 +36,17 @@ from .networks import load_conditional_denoiser
 from .tables import Row
 from .tiny_world import TinyWorld
 from .training import FREE, Trained, Workspace
+from .world import Wanted, World
 
 Setting = Mapping[str, Any]
 
 
 class Batch(NamedTuple):
-    """Scenes, and where the sampling of an image for each starts."""
+    """Scenes, or what else images are to show, and where the sampling of an image for each starts."""
 
-    scenes: Scenes
+    scenes: Wanted
     seeds: Sequence[int]  # of the noise
-    noise: Tensor         # (B, 3, H, W) at the first noise level
+    noise: Tensor         # (B, C, H, W) at the first noise level
     sigmas: Tensor        # noise levels of the sampler, descending to 0
 
 
@@ -71,7 +71,7 @@ class Untrained:
 class Unguided(Untrained):
     """Plain sampling, whatever the scenes are."""
 
-    world: TinyWorld
+    world: World
 
     def sample(self, batch: Batch, setting: Setting) -> Tensor:
         return sample_euler(self.world.denoise, batch.noise, batch.sigmas)
@@ -129,7 +129,7 @@ class GuidedSampling:
     workspace: Workspace
 
     @property
-    def world(self) -> TinyWorld:
+    def world(self) -> World:
         return self.workspace.world
 
     @cached_property
@@ -143,8 +143,7 @@ class GuidedSampling:
 
     def aimed(self, batch: Batch) -> Guider:
         """The guider, aimed at the scenes."""
-        guider = self.trained.guider
-        return guider.aim(truth(batch.scenes, guider.task))
+        return self.world.aimed(self.trained.guider, batch.scenes)
 
     def sample(self, batch: Batch, setting: Setting) -> Tensor:
         denoise = guided(self.world.denoise, [term(self.aimed(batch), **setting)])
@@ -169,16 +168,23 @@ class TrainingFreeSampling(GuidedSampling):
         return sample_training_free(self.world.denoise, self.aimed(batch), batch.noise, batch.sigmas, method, batch.seeds)
 
 
+def tiny_world(workspace: Workspace) -> TinyWorld:
+    """The world of a workspace, for methods that need its other models. ValueError for any but the tiny world."""
+    if not isinstance(workspace.world, TinyWorld):
+        raise ValueError(f"there is no second model in the world {workspace.world.name}: this method is for the tiny world")
+    return workspace.world
+
+
 def autoguided_sampling(row: Row, workspace: Workspace) -> AutoguidedSampling:
     """The method of a row whose settings name the models."""
-    return AutoguidedSampling(workspace.world, row.settings["bad"], row.settings["told"], workspace.folder / "siblings",
-                              row.settings.get("good"))
+    world, settings = tiny_world(workspace), row.settings
+    return AutoguidedSampling(world, settings["bad"], settings["told"], workspace.folder / "siblings", settings.get("good"))
 
 
 METHODS: dict[str, Callable[[Row, Workspace], Method]] = {
     "guidance": GuidedSampling,
     "nothing": lambda row, workspace: Unguided(workspace.world),
-    "told": lambda row, workspace: ClassifierFree(workspace.world),
+    "told": lambda row, workspace: ClassifierFree(tiny_world(workspace)),
     "autoguidance": autoguided_sampling,
     "prior": PriorSearch,
     **dict.fromkeys(TRAINING_FREE, TrainingFreeSampling),

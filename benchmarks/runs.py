@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core import TASKS, Guider, to_vp
-from ppap_core.tinyworld.networks.denoiser import TinyDenoiser
-from ppap_core.tinyworld.scenes import Scenes, draw
+from ppap_core.tinyworld.scenes import draw
 
 from .costs import ratio_in_turn
 from .evaluation import Evaluator, Sampler
+from .face_evaluation import FaceEvaluator
 from .methods import METHODS, Batch, Method, Setting
 from .report import Report, cached_json
 from .report import Row as Result
 from .tables import Row, Table
-from .tiny_world import NOISE, TinyWorld, load_world
+from .tiny_world import NOISE, load_world
 from .training import Workspace, config_hash, options
+from .world import Wanted, World
 
 SEARCHED = 1000  # the first scene of the images of a search
-COST_IMAGES, COST_REPEATS = 32, 3  # images of which costs are measured, and how often
+COST_REPEATS = 3  # how often costs are measured
 COMPARED = 256   # scenes on which guiders are compared
 LEVELS = tuple(0.05 * 2**index for index in range(9))  # noise levels at which guiders are compared
 
@@ -36,15 +37,19 @@ def run_table(table: Table, folder: Path, report: Report, only: Sequence[str] = 
     """
     if unknown := {*only} - table.by_name.keys():
         raise ValueError(f"the table has no row '{min(unknown)}': expected some of {'; '.join(table.by_name)}")
-    world, folder = load_world(table.task), Path(folder)
-    evaluator = world.evaluator(table.scenes, table.label)
-    rows = [row for row in table.rows if not only or row.name in only]
-    workspace = Workspace(world, folder, table.steps, report)
-    results = [RowRun(table, row, evaluator, workspace._replace(report=partial(_prefixed, report, row.name))).result()
-               for row in rows]
+    world = load_world(table.task)
+    workspace = Workspace(world, Path(folder), table.steps, report)
+    results = run_rows(table, world.evaluator(table.scenes, table.label), workspace, only)
     if not only and table.reference:
         add_agreement(table, results, workspace)
     return results
+
+
+def run_rows(table: Table, evaluator: Evaluator | FaceEvaluator, workspace: Workspace,
+             only: Sequence[str] = ()) -> list[Result]:
+    """Results of a table's rows in a workspace, or of those named."""
+    return [RowRun(table, row, evaluator, workspace._replace(report=partial(_prefixed, workspace.report, row.name))).result()
+            for row in table.rows if not only or row.name in only]
 
 
 def _prefixed(report: Report, name: str, line: str) -> None:
@@ -57,7 +62,7 @@ class RowRun:
 
     table: Table
     row: Row
-    evaluator: Evaluator
+    evaluator: Evaluator | FaceEvaluator
     workspace: Workspace
 
     @cached_property
@@ -111,13 +116,13 @@ class RowRun:
                            partial(self._costs, setting))
 
     def _costs(self, setting: Setting) -> Result:
-        return {**self.method.costs, **cost_of(self.workspace.world, self.sampler(setting), self.table.steps)}
+        return {**self.method.costs, **cost_of(self.workspace.world, self.sampler(setting), self.table)}
 
     def sampler(self, setting: Setting) -> Sampler:
         """How the row makes images for scenes at a setting."""
         return partial(self._sample, setting)
 
-    def _sample(self, setting: Setting, numbers: Sequence[int], scenes: Scenes) -> Tensor:
+    def _sample(self, setting: Setting, numbers: Sequence[int], scenes: Wanted) -> Tensor:
         seeds = [NOISE + number for number in numbers]
         noise, sigmas = self.workspace.world.start(seeds, self.row.steps or self.table.steps, self.table.schedule)
         return self.method.sample(Batch(scenes, seeds, noise, sigmas), setting)
@@ -137,7 +142,7 @@ def add_agreement(table: Table, results: Sequence[Result], workspace: Workspace)
 
 
 @torch.no_grad()
-def agreement(world: TinyWorld, guider: Guider, reference: Guider) -> dict[str, float]:
+def agreement(world: World, guider: Guider, reference: Guider) -> dict[str, float]:
     """Mean distance of a guider's outputs on noisy scenes from those of another guider, by noise level."""
     image = draw(range(COMPARED)).image.to(world.device)
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(world.device)
@@ -145,30 +150,30 @@ def agreement(world: TinyWorld, guider: Guider, reference: Guider) -> dict[str, 
             for level in LEVELS}
 
 
-def _distance(world: TinyWorld, guider: Guider, reference: Guider, x: Tensor, sigma: Tensor) -> float:
+def _distance(world: World, guider: Guider, reference: Guider, x: Tensor, sigma: Tensor) -> float:
     output, wanted = (judge.predict(to_vp(x, sigma) if judge.view == "noisy" else world.denoise(x, sigma), sigma)
                       for judge in (guider, reference))
     return float(TASKS[guider.task].distance(output, wanted).mean())
 
 
-def cost_of(world: TinyWorld, sample: Sampler, steps: int) -> dict[str, float]:
+def cost_of(world: World, sample: Sampler, table: Table) -> dict[str, float]:
     """Passes of the denoiser for each image, and the ratio of run times to plain sampling, alternated."""
-    numbers = range(COST_IMAGES)
-    scenes = draw(numbers).to(world.device)
-    with counted_passes() as passes:
-        sample(numbers, scenes)
-    ratio = ratio_in_turn(lambda: sample(numbers, scenes), lambda: world.sample(numbers, steps), COST_REPEATS)
+    numbers = range(table.cost_images)
+    wanted = world.wanted(numbers, table.label)
+    with counted_passes(type(world.denoiser)) as passes:
+        sample(numbers, wanted)
+    ratio = ratio_in_turn(lambda: sample(numbers, wanted), lambda: world.sample(numbers, table.steps), COST_REPEATS)
     return {"forwards": len(passes), "backwards": sum(passes), "time_ratio": ratio}
 
 
 @contextmanager
-def counted_passes() -> Iterator[list[bool]]:
-    """Context manager: a list that grows with every pass of a tiny denoiser by whether its input requires a gradient."""
+def counted_passes(kind: type) -> Iterator[list[bool]]:
+    """Context manager: a list that grows with every pass of a kind of network by whether its input requires a gradient."""
     passes: list[bool] = []
-    with nn.modules.module.register_module_forward_pre_hook(partial(_count, passes)):
+    with nn.modules.module.register_module_forward_pre_hook(partial(_count, kind, passes)):
         yield passes
 
 
-def _count(passes: list[bool], module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if isinstance(module, TinyDenoiser):
+def _count(kind: type, passes: list[bool], module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if isinstance(module, kind):
         passes.append(inputs[0].requires_grad)

@@ -75,6 +75,7 @@ class Table:
     label: int | None = None  # the class of all scenes; None: each scene has its own
     reference: str = ""       # the row with whose guider the others are compared, by noise level; "": none
     choose: str = "score"     # the measure by which the best setting is chosen, or "frechet"
+    cost_images: int = 32     # images of which costs are measured
 
     @cached_property
     def by_name(self) -> dict[str, Row]:
@@ -114,10 +115,11 @@ def markdown(title: str, task: str, rows: Sequence[report.Row]) -> str:
     """Results of a table's rows in Markdown."""
     columns = (Column(title, "{row}", numeric=False), Column(MEASURES[task], "{score:.3f}"), *COLUMNS,
                Column("setting", "{setting}", numeric=False))
-    return report.markdown(columns, [row | {"setting": _setting(row["setting"])} for row in rows])
+    return report.markdown(columns, [row | {"setting": setting_text(row["setting"])} for row in rows])
 
 
-def _setting(setting: Mapping[str, float]) -> str:
+def setting_text(setting: Mapping[str, float]) -> str:
+    """A setting in a cell of a table."""
     return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 

@@ -3,6 +3,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ from ppap_core import (
 from ppap_core.guiders.guider import clean
 from ppap_core.rng import seeded_noise
 from ppap_core.tinyworld.loaders import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider
-from ppap_core.tinyworld.scenes import draw, truth
+from ppap_core.tinyworld.scenes import Scenes, draw, truth
 
 from .evaluation import Evaluator, reference
 from .networks import load_held_out_judge, load_judge
 from .ppap_reference import ddim_sigmas
 from .report import Report
+from .world import World
 
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
     "karras": partial(karras_sigmas, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX), "ddim": ddim_sigmas}
@@ -43,6 +45,12 @@ class TinyWorld:
     judges: tuple[Guider, Guider]  # the second is held out: nothing is chosen by it
     class_judge: Guider            # for features of images, whatever the task
     device: torch.device
+    name: ClassVar[str] = "tinyworld"
+
+    @property
+    def subject(self) -> str:
+        """The task of the guider."""
+        return self.guider.task
 
     def denoise(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
         """Predict clean images in bfloat16, which is precise enough here; differentiable where x requires a gradient.
@@ -79,6 +87,14 @@ class TinyWorld:
     def _sample(self, denoise: Denoiser, seeds: Sequence[int], steps: int, terms: Sequence[Term]) -> Tensor:
         return sample_euler(guided(denoise, terms), *self.start(seeds, steps))
 
+    def wanted(self, numbers: Sequence[int], label: int | None = None) -> Scenes:
+        """The scenes of these numbers. label: the class of all of them; None: each has its own."""
+        return draw(numbers, label=label).to(self.device)
+
+    def aimed(self, guider: Guider, wanted: Scenes) -> Guider:
+        """A guider of this world, aimed at scenes."""
+        return guider.aim(truth(wanted, guider.task))
+
     def evaluator(self, scenes: int, label: int | None = None) -> Evaluator:
         """Judges of this world, with so many real scenes for Frechet distances; label: the class of all scenes, if one."""
         real = reference(self.class_judge, scenes, SIZE, self.device, label=label)
@@ -95,7 +111,7 @@ def load_world(task: str = "class") -> TinyWorld:
     return world
 
 
-def generate_store(world: TinyWorld, folder: Path, count: int, steps: int, report: Report,
+def generate_store(world: World, folder: Path, count: int, steps: int, report: Report,
                    weight: float = 0.0) -> SampleStore:
     """At least `count` images of the world's own model and their trajectories, for distillation.
 
@@ -103,7 +119,7 @@ def generate_store(world: TinyWorld, folder: Path, count: int, steps: int, repor
     weight: normalized weight of the plain guider, aimed at random scenes, in whose presence they are made; such images are
         kept in a folder of their own. 0: unguided.
     """
-    manifest = {"model": "tinyworld", "sampler": "euler", "steps": steps, "seed": 50_000_000}
+    manifest = {"model": world.name, "sampler": "euler", "steps": steps, "seed": 50_000_000}
     if weight:
         folder, manifest = folder.with_name(f"{folder.name}_guided_{weight:g}"), manifest | {"guided": weight}
     store = SampleStore(folder, manifest)
@@ -111,9 +127,8 @@ def generate_store(world: TinyWorld, folder: Path, count: int, steps: int, repor
     return store
 
 
-def _generate(world: TinyWorld, steps: int, weight: float, seeds: Sequence[int]) -> tuple[Tensor, Trajectories]:
+def _generate(world: World, steps: int, weight: float, seeds: Sequence[int]) -> tuple[Tensor, Trajectories]:
     if not weight:
         return world.sample_recorded(seeds, steps)
-    scenes = draw([NOISE + seed for seed in seeds])
-    aimed = world.guider.aim(truth(scenes, world.guider.task).to(world.device))
+    aimed = world.aimed(world.guider, world.wanted([NOISE + seed for seed in seeds]))
     return world.sample_recorded(seeds, steps, [Term(aimed, weight, normalized=True)])

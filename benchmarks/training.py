@@ -22,7 +22,7 @@ from ppap_core.guiders.latents import View
 from ppap_core.training.loop import OnStep, RunOptions, optimize
 
 from .report import Report, cached_json
-from .tiny_world import TinyWorld
+from .world import World
 
 COSTS = ("trainable_share", "training_images", "training_minutes")
 FREE = dict.fromkeys(COSTS, 0)
@@ -31,7 +31,7 @@ FREE = dict.fromkeys(COSTS, 0)
 class Workspace(NamedTuple):
     """Where guiders are made."""
 
-    world: TinyWorld
+    world: World
     folder: Path  # of finished parts
     steps: int    # of the sampler, for images to learn from
     report: Report
@@ -67,7 +67,7 @@ class Plain:
 class Run(NamedTuple):
     """A training at work."""
 
-    world: TinyWorld
+    world: World
     net: "ExpertBank | Networks"
     store: SampleStore | None  # generated images, where it learns from such
     folder: Path
@@ -102,7 +102,7 @@ class IntervalTraining(ABC):
 
     def make(self, workspace: Workspace) -> Trained:
         world = workspace.world
-        folder = workspace.folder / f"{world.guider.task}_{config_hash(options(self) | {'of': workspace.steps})}"
+        folder = workspace.folder / f"{world.subject}_{config_hash(options(self) | {'of': workspace.steps})}"
         run = Run(world, self.network(base_network(world.guider)).to(world.device), self.store(workspace), folder,
                   workspace.report)
         started = time.monotonic()
@@ -190,7 +190,7 @@ def trainable(net: ExpertBank | Networks, index: int) -> Iterator[dict[str, Tens
         net.requires_grad_(False)
 
 
-def viewed(world: TinyWorld, view: View, x: Tensor, sigma: Tensor) -> Tensor:
+def viewed(world: World, view: View, x: Tensor, sigma: Tensor) -> Tensor:
     """The input of a guider of this view for noisy states x (B, 3, H, W) at noise levels (B,)."""
     return to_vp(x, sigma) if view == "noisy" else world.denoise(x, sigma)
 

@@ -35,8 +35,8 @@ EDGES = [0.05, 1.0, 10.0]
 SHORT = {"edges": EDGES, "steps": 2, "batch": 4}
 TWO = {**SHORT, "images": 64}
 SMALL = {
-    "title": "small", "task": "class", "images": 8, "search": 4, "steps": 4, "scenes": 64, "reference": "labels",
-    "points": [{"weight": 4, "balanced": False}, {"weight": 0.5, "balanced": True}],
+    "title": "small", "task": "class", "images": 8, "cost_images": 4, "search": 4, "steps": 4, "scenes": 64,
+    "reference": "labels", "points": [{"weight": 4, "balanced": False}, {"weight": 0.5, "balanced": True}],
     "rows": [{"row": "unguided", "way": "nothing"},
              {"row": "unguided, other scenes", "way": "nothing", "scenes_from": 5000},
              {"row": "plain"},
@@ -63,7 +63,7 @@ def small_table(tmp_path_factory):
     (folder / "small.json").write_text(json.dumps(SMALL))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "TABLES", folder)
-        for name, value in (("COST_IMAGES", 4), ("COST_REPEATS", 1), ("COMPARED", 16)):
+        for name, value in (("COST_REPEATS", 1), ("COMPARED", 16)):
             patch.setattr(runs, name, value)
         yield folder
 

@@ -1,0 +1,139 @@
+"""Guidance of a real diffusion model of faces by real networks: plain, with experts, and by training-free methods.
+
+The network that guides is one author's and the network that judges another's. Faces are searched at the best of three
+strengths by that judge, on other faces than those that are measured.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ppap_core import ExpertSchedule
+from ppap_core.viz.plots import Axes, Points, line_plot
+
+from . import report
+from .distillations import Distillation, FreshNoise
+from .face_evaluation import FaceEvaluator, unguided_features
+from .face_world import SIGMA_MAX, SIGMA_MIN, STEPS, load_face_world
+from .report import Column, Report
+from .report import Row as Result
+from .runs import run_rows
+from .tables import PLOT_SIZE, Row, Table, setting_text
+from .training import Plain, Training, Workspace
+
+EDGES = ExpertSchedule.log_spaced(5, SIGMA_MIN, SIGMA_MAX).edges
+LEARNING: dict[str, Any] = {"edges": EDGES, "rank": 8, "steps": 600, "batch": 32, "lr": 1e-3, "images": 1536,
+                            "warm_start": True}
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # among which the best is searched, for guidance
+    "noisy": tuple({"weight": weight, "balanced": True} for weight in (0.1, 0.2, 0.4)),
+    "denoised": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.3, 0.45)),
+    "through": tuple({"weight": weight, "balanced": True, "through": True} for weight in (0.2, 0.3, 0.45)),
+}
+
+
+@dataclass(frozen=True)
+class FaceBench:
+    """Everything that a result depends on, besides the networks and the settings of each row."""
+
+    images: int = 256     # of a row at its best setting
+    search: int = 64      # other images, of each setting that is searched
+    unguided: int = 2000  # faces that Frechet distances are taken to
+    fresh: Training = field(default_factory=lambda: FreshNoise("noisy", **LEARNING))        # experts as in the paper
+    noisy: Training = field(default_factory=lambda: Distillation("noisy", **LEARNING))      # along trajectories
+    denoised: Training = field(default_factory=lambda: Distillation("denoised", **LEARNING))
+
+
+def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
+    """Every way to guide."""
+    return (
+        Row("unguided", "nothing"),
+        Row("plain guider, noisy view", training=Plain("noisy"), points=SETTINGS["noisy"]),
+        *few_rows(bench),
+        Row("PPAP: five experts, noisy view, fresh noise", training=bench.fresh, points=SETTINGS["noisy"]),
+        Row("five experts, noisy view, trajectories", training=bench.noisy, points=SETTINGS["noisy"]),
+        Row("DPS", "dps", points=({"rho": 0.1}, {"rho": 0.4}, {"rho": 1.5})),
+        Row("LGD-MC", "lgd", settings={"samples": 4}, points=({"rho": 0.2}, {"rho": 0.6}, {"rho": 2.0})),
+        Row("FreeDoM", "freedom", settings={"recurrences": 2}, points=({"rho": 0.05}, {"rho": 0.1}, {"rho": 0.2})),
+        Row("Universal Guidance", "ugd", settings={"recurrences": 2, "iterations": 2},
+            points=({"rho": 2.0, "mu": 0.25}, {"rho": 2.0, "mu": 1.0}, {"rho": 8.0, "mu": 1.0})),
+        Row("TFG", "tfg", settings={"iterations": 2},
+            points=({"rho": 0.25, "mu": 0.25}, {"rho": 0.5, "mu": 0.5}, {"rho": 1.0, "mu": 1.0})),
+    )
+
+
+def few_rows(bench: FaceBench) -> tuple[Row, ...]:
+    """The ways to guide in the denoised view that any aim is measured with."""
+    return (
+        Row("plain guider, denoised view", points=SETTINGS["denoised"]),
+        Row("plain guider, through the model", points=SETTINGS["through"]),
+        Row("five experts, denoised view", training=bench.denoised, points=SETTINGS["denoised"]),
+        Row("five experts, through the model", training=bench.denoised, points=SETTINGS["through"]),
+        Row("MPGD", "mpgd", points=({"mu": 0.1}, {"mu": 0.5}, {"mu": 2.0})),
+    )
+
+
+def tables(bench: FaceBench) -> tuple[Table, ...]:
+    """A table for each aim."""
+    return (_table(bench, "happy", happy_rows(bench)),
+            *(_table(bench, name, (Row("unguided", "nothing"), *few_rows(bench))) for name in ("surprised", "sad")))
+
+
+def _table(bench: FaceBench, title: str, rows: tuple[Row, ...]) -> Table:
+    return Table(title, "expression", rows, bench.images, bench.search, STEPS, scenes=bench.unguided, cost_images=8)
+
+
+def face_bench(bench: FaceBench, folder: Path, report: Report, only: Sequence[str] = ()) -> list[Result]:
+    """Results of all tables, or of the rows named "title: row"; finished parts are read from the folder.
+
+    ValueError without the real networks, and for a name that no table has.
+    """
+    known = [f"{table.title}: {row.name}" for table in tables(bench) for row in table.rows]
+    if unknown := {*only} - {*known}:
+        raise ValueError(f"there are no faces for '{min(unknown)}': expected some of {'; '.join(known)}")
+    return [result for table in tables(bench) for result in _run_table(_reduced(table, only), folder, report)]
+
+
+def _reduced(table: Table, only: Sequence[str]) -> Table:
+    return replace(table, rows=tuple(row for row in table.rows if not only or f"{table.title}: {row.name}" in only))
+
+
+def _run_table(table: Table, folder: Path, report: Report) -> list[Result]:
+    if not table.rows:
+        return []
+    world = load_face_world(table.task)
+    table = replace(table, label=world.guider.labels.index(table.title))
+    features = unguided_features(world, table.scenes, table.steps, folder / f"unguided_{table.scenes}.safetensors", report)
+    workspace = Workspace(world, folder, table.steps, partial(_prefixed, report, table.title))
+    results = run_rows(table, FaceEvaluator(world, features, table.label), workspace)
+    return [{"aim": table.title, **result} for result in results]
+
+
+def _prefixed(report: Report, name: str, line: str) -> None:
+    report(f"{name}: {line}")
+
+
+COLUMNS = (Column("by the judge", "{score:.0%}"), Column("by the guider", "{own_score:.0%}"),
+           Column("Fréchet", "{frechet:.1f}"), Column("precision", "{precision:.2f}"), Column("recall", "{recall:.2f}"),
+           Column("time, times plain", "{time_ratio:.1f}"), Column("setting", "{setting}", numeric=False))
+
+
+def table(rows: Sequence[Result]) -> str:
+    """Rows in Markdown, a table for each aim."""
+    aims = dict.fromkeys(row["aim"] for row in rows)
+    return "\n".join(_aim_table(aim, [row for row in rows if row["aim"] == aim]) for aim in aims)
+
+
+def _aim_table(aim: str, rows: Sequence[Result]) -> str:
+    cells = [row | {"setting": setting_text(row["setting"])} for row in rows]
+    return report.markdown((Column(f"faces: {aim}", "{row}", numeric=False), *COLUMNS), cells)
+
+
+def plot(rows: Sequence[Result]) -> Tensor:
+    """Of the first aim, what the judge says by the Frechet distance, as a picture (1, 3, H, W) in [-1, 1]."""
+    aim = rows[0]["aim"]
+    points: dict[str, Points] = {row["row"]: [(row["frechet"], row["score"])] for row in rows if row["aim"] == aim}
+    axes = Axes("Frechet distance to unguided faces, less is better", f"share called {aim} by the judge", log_x=True)
+    return line_plot(points, f"Faces, {aim}", axes, PLOT_SIZE)

@@ -1,0 +1,57 @@
+"""The benchmark of real faces in miniature, with the real networks where there are any."""
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import says
+from helpers.real import networks
+
+from benchmarks import faces
+from benchmarks.distillations import Distillation
+from benchmarks.face_evaluation import named_expression
+from benchmarks.faces import FaceBench, face_bench, plot, table, tables
+from benchmarks.methods import METHODS
+from benchmarks.runs import RowRun
+
+RESULT = {"score": 0.75, "own_score": 1.0, "frechet": 9.0, "precision": 0.5, "recall": 0.5, "time_ratio": 2.0,
+          "setting": {"weight": 0.3}}
+LEARNING = {"edges": (0.1, 1.0, 10.0), "steps": 1, "batch": 2, "images": 64, "rank": 1}
+
+
+def test_every_row_has_a_method_and_a_choice_of_strengths():
+    for each in tables(FaceBench()):
+        assert len(each.by_name) == len(each.rows)
+        assert all(row.method in METHODS and len(row.points) >= (1 if row.method == "nothing" else 3) for row in each.rows)
+
+
+def test_each_aim_has_a_table_of_its_own_and_the_first_a_plot():
+    rows = [{"aim": aim, "row": name, **RESULT} for aim in ("happy", "sad") for name in "ab"]
+    assert table(rows).count("| faces: ") == 2 and table(rows).count("| 75% | 100% | 9.0 |") == 4
+    assert torch.equal(plot(rows), plot(rows[:2]))
+
+
+def test_an_unknown_row_is_refused(tmp_path: Path):
+    with says(ValueError, "'happy: mpdg'", "happy: MPGD"):
+        face_bench(FaceBench(), tmp_path, lambda line: None, ["happy: mpdg"])
+
+
+@pytest.mark.real
+def test_a_judge_of_another_author_agrees_on_a_smile():
+    smile = networks().photographs("astronaut")[..., 30:240, 130:340].mean(1, keepdim=True)
+    happy, sad = (torch.tensor([networks().EXPRESSIONS.index(name)]) for name in ("happy", "sad"))
+    assert named_expression(smile, happy) == (1, 1) and named_expression(smile, sad) == (0, 0)
+
+
+@pytest.mark.real
+@pytest.mark.slow  # faces are sampled, and experts trained on them
+def test_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    networks()
+    bench = FaceBench(images=6, search=5, unguided=8, denoised=Distillation("denoised", **LEARNING))
+    monkeypatch.setattr(faces, "STEPS", 3)
+    names = ["happy: unguided", "happy: five experts, denoised view", "sad: MPGD"]
+    first = face_bench(bench, tmp_path, lambda line: None, names)
+    assert [f"{row['aim']}: {row['row']}" for row in first] == names
+    assert all(row["images"] == 6 and 0 <= row["score"] <= 1 and row["frechet"] > 0 for row in first)
+    assert first[1]["forwards"] == 3 and 0 < first[1]["trainable_share"] < 0.1
+    monkeypatch.setattr(RowRun, "_measure", lambda *_: pytest.fail("a finished row is only read"))
+    assert face_bench(bench, tmp_path, lambda line: None, names) == first

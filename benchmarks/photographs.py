@@ -3,7 +3,7 @@
 The experts learn from other photographs, without their labels, which stand for the images that a model would make.
 """
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,7 +46,7 @@ class Learner:
     """How a network for noisy photographs comes about.
 
     edges: of the intervals of noise that have a network each; none: the plain network has them all. subjects: of the
-    photographs to learn from, the "same" as those of the test or "others". whole: every weight learns, and not a LoRA.
+    photographs to learn from, a key of `FOLDS`. whole: every weight learns, and not a LoRA.
     """
 
     edges: tuple[float, ...] = ()
@@ -57,27 +57,54 @@ class Learner:
 def learners(bench: PhotographBench) -> dict[str, Learner]:
     """The rows of the table."""
     return {"plain network": Learner(), "five experts": Learner(bench.edges),
-            "five experts, other subjects": Learner(bench.edges, subjects="others"),
+            "five experts, other classes": Learner(bench.edges, subjects="other classes"),
+            "five experts, flowers": Learner(bench.edges, subjects="others"),
             "one expert of as many steps": Learner((bench.edges[0], bench.edges[-1])),
             "five whole networks": Learner(bench.edges, whole=True)}
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """Photographs (n, 3, 224, 224) in [-1, 1]: to learn from, by their subjects, and to test with, with their classes."""
+    """Photographs (n, 3, 224, 224) in [-1, 1] to learn from and to test with, and the classes of both, (n,)."""
 
-    learned: dict[str, Tensor]
+    learned: Tensor
+    learned_classes: Tensor
     tested: Tensor
-    classes: Tensor  # (n,)
+    classes: Tensor
+
+
+def other_classes(photographs: Photographs) -> list[Photographs]:
+    """Two halves: each learns from half of the classes, and is tested with the others."""
+    kinds = photographs.classes.unique()
+    return [_of_classes(photographs, learned, tested) for learned, tested in ((kinds[::2], kinds[1::2]),
+                                                                              (kinds[1::2], kinds[::2]))]
+
+
+def _of_classes(photographs: Photographs, learned: Tensor, tested: Tensor) -> Photographs:
+    images = torch.cat([photographs.learned, photographs.tested])
+    classes = torch.cat([photographs.learned_classes, photographs.classes])
+    is_learned, is_tested = torch.isin(classes, learned), torch.isin(photographs.classes, tested)
+    return Photographs(images[is_learned], classes[is_learned],
+                       photographs.tested[is_tested], photographs.classes[is_tested])
+
+
+def flowers(photographs: Photographs) -> list[Photographs]:
+    """Flowers to learn from, which are smaller photographs, enlarged; none of them is of a class that is tested."""
+    images, kinds = real_networks().flowers()
+    images = F.interpolate(images, photographs.tested.shape[-2:], mode="bilinear")
+    return [replace(photographs, learned=images, learned_classes=kinds)]
+
+
+FOLDS: dict[str, Callable[[Photographs], list[Photographs]]] = {
+    "same": lambda photographs: [photographs], "other classes": other_classes, "others": flowers}
+"""By the subjects to learn from: trainings and tests whose results are averaged."""
 
 
 def read_photographs(bench: PhotographBench) -> Photographs:
-    """Ten classes of ImageNet, every second photograph to test with; and flowers. ValueError where there are none."""
-    real = real_networks()
-    images, classes = real.imagenette(each=bench.photographs)
+    """Ten classes of ImageNet, every second photograph to test with. ValueError where there are none."""
+    images, classes = real_networks().imagenette(each=bench.photographs)
     is_tested = torch.arange(len(images)) % 2 == 0
-    flowers = F.interpolate(real.flowers()[0], images.shape[-2:], mode="bilinear")
-    return Photographs({"same": images[~is_tested], "others": flowers}, images[is_tested], classes[is_tested])
+    return Photographs(images[~is_tested], classes[~is_tested], images[is_tested], classes[is_tested])
 
 
 @dataclass(frozen=True)
@@ -128,7 +155,7 @@ class LearnerRun:
     def loss(self, index: int, step: int) -> Tensor:
         """Loss of a training step of an interval, a function of (index, step) alone."""
         generator = seeded(0, index, step)
-        images = self.photographs.learned[self.learner.subjects]
+        images = self.photographs.learned
         images = images[torch.randint(len(images), (self.bench.batch,), generator=generator)]
         pairs = noisy_pairs(images, self.net.schedule[index], generator)
         with torch.no_grad():
@@ -148,6 +175,14 @@ class LearnerRun:
         return float(right[:, 0].float().mean()), float(right.any(1).float().mean())
 
 
+def mean_row(runs: Sequence[LearnerRun]) -> Row:
+    """The results of runs that are tested with as many photographs each: means of what they find, the sum of their time."""
+    rows = [run.row() for run in runs]
+    accuracies = {key: {level: sum(row[key][level] for row in rows) / len(rows) for level in rows[0][key]}
+                  for key in ("top_1", "top_5")}
+    return {**rows[0], **accuracies, "training_minutes": sum(row["training_minutes"] for row in rows)}
+
+
 def noisy_pairs(images: Tensor, interval: NoiseInterval, generator: torch.Generator) -> Pairs:
     """Images (B, 3, H, W), half of them mirrored, under noise of an interval, for the noisy view."""
     images = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, images.flip(-1), images)
@@ -163,8 +198,9 @@ def photograph_bench(bench: PhotographBench, folder: Path, report: Report) -> li
     rows = []
     for name, learner in learners(bench).items():
         place = folder / config_hash({"learner": asdict(learner), **asdict(bench)})
-        run = LearnerRun(bench, learner, guider, photographs, place, partial(_prefixed, report, name))
-        rows.append({"row": name, **cached_json(place / "row.json", run.row)})
+        runs = [LearnerRun(bench, learner, guider, fold, place / str(number), partial(_prefixed, report, name))
+                for number, fold in enumerate(FOLDS[learner.subjects](photographs))]
+        rows.append({"row": name, **cached_json(place / "row.json", partial(mean_row, runs))})
         report(f"{name}: {rows[-1]['top_1']}")
     return rows
 

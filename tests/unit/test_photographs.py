@@ -6,7 +6,17 @@ import torch
 from helpers.real import networks
 
 from benchmarks import photographs
-from benchmarks.photographs import LEVELS, PhotographBench, learners, noisy_pairs, photograph_bench, plot, table
+from benchmarks.photographs import (
+    LEVELS,
+    PhotographBench,
+    Photographs,
+    learners,
+    noisy_pairs,
+    other_classes,
+    photograph_bench,
+    plot,
+    table,
+)
 from ppap_core.noise import NoiseInterval
 
 LINE = {str(level): 0.5 for level in LEVELS}
@@ -21,6 +31,15 @@ def test_photographs_are_under_noise_of_their_interval():
     assert torch.allclose(noise, pairs.sigma, rtol=0.3)
     assert all(any(torch.equal(image, other) for other in (own, own.flip(-1)))
                for image, own in zip(pairs.images, images, strict=True))
+
+
+def test_no_class_is_learned_and_tested_in_one_half():
+    classes = torch.tensor([3, 3, 5, 7, 7, 9])
+    images = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 3, 2, 2)
+    halves = other_classes(Photographs(images, classes, images + 10, classes))
+    assert all(not {*half.learned_classes.tolist()} & {*half.classes.tolist()} for half in halves)
+    assert sorted(half.tested[i, 0, 0, 0] for half in halves for i in range(len(half.tested))) == list(range(10, 16))
+    assert [len(half.learned) for half in halves] == [8, 4], "all photographs of the learned classes"
 
 
 def test_a_table_and_a_plot_show_every_row():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ppap_core.viz.drawing import save_picture
 
-from . import faces, label_maps, latent, photographs, rules, speed, tables, tours
+from . import faces, label_maps, latent, photographs, restoration, rules, speed, tables, tours
 from .report import Report, Row, write_report
 from .runs import run_table
 
@@ -30,6 +30,8 @@ BENCHMARKS = {
                         latent.table),
     "photographs": Benchmark(lambda folder, report, only: photographs.photograph_bench(
         photographs.PhotographBench(), folder / "photographs", report), photographs.table, photographs.plot),
+    "restoration": Benchmark(lambda folder, report, only: restoration.restoration_bench(
+        restoration.RestorationBench(), folder / "restoration", report), restoration.table, restoration.sheet),
     "rules": Benchmark(lambda folder, report, only: rules.rules_bench(rules.RulesBench(), report), rules.table),
     "speed": Benchmark(lambda folder, report, only: speed.speed(report), speed.table),
     "tours": Benchmark(lambda folder, report, only: tours.tour_bench(tours.TourBench(), report), tours.table),

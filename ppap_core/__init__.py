@@ -44,7 +44,7 @@ from .guiders.targets import (
 from .guiders.tasks import TASKS, Task
 from .guiders.visualize import visualize
 from .noise import NoiseInterval, flow_to_ve, to_vp
-from .sampling import Denoiser, karras_sigmas, sample_euler, sample_heun
+from .sampling import Denoiser, karras_sigmas, sample_euler, sample_heun, sample_renewing
 from .schedules import ExpertSchedule, Ramp, Schedule
 from .training.loop import RunOptions
 
@@ -57,5 +57,6 @@ __all__ = [
     "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided", "base_network", "class_target",
     "distill", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider",
     "map_target", "mask_target", "number_target", "optimize_images", "rule_guider", "sample_euler", "sample_heun",
-    "sample_training_free", "save_bank", "teacher_distance", "to_vp", "visualize", "with_cutouts", "with_experts",
+    "sample_renewing", "sample_training_free", "save_bank", "teacher_distance", "to_vp", "visualize", "with_cutouts",
+    "with_experts",
 ]

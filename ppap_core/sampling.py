@@ -1,11 +1,13 @@
-"""Denoisers, a schedule of noise levels, and two plain deterministic samplers."""
-from collections.abc import Callable
+"""Denoisers, a schedule of noise levels, and three plain samplers."""
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .noise import expand
+from .rng import seeded
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, H, W), sigma (B,)) -> expected clean image (B, C, H, W)"""
@@ -47,3 +49,22 @@ def sample_heun(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
             ahead = x + slope * (next_sigma - sigma)
         x = ahead
     return x
+
+
+def sample_renewing(denoise: Denoiser, x: Tensor, sigmas: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
+    """Samples (B, C, H, W) by Euler steps that draw a share of the noise anew, as DiffPIR does (Zhu et al. 2023).
+
+    x (B, C, H, W): noise * sigmas[0]; sigmas (steps + 1,): descending, ending in 0. share: of the variance; 0 are Euler's
+    steps. seeds: one for each image, which depends on its own alone.
+    """
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, x.new_full((len(x),), sigma))
+        x = denoised + (x - denoised) * (math.sqrt(1 - share) * next_sigma / sigma)
+        if share and next_sigma:
+            x = x + math.sqrt(share) * next_sigma * noise_like(x, seeds, step)
+    return x
+
+
+def noise_like(x: Tensor, seeds: Sequence[int], *key: int) -> Tensor:
+    """Noise like x (B, C, H, W) from generators seeded with each image's seed and the key."""
+    return torch.stack([torch.randn(x.shape[1:], generator=seeded(seed, *key)) for seed in seeds]).to(x)

@@ -10,7 +10,8 @@ DPS (Chung et al. 2023), LGD-MC (Song et al. 2023), FreeDoM (Yu et al. 2023), MP
 and again from x' + sqrt(sigma^2 - sigma'^2) noise where steps are repeated. The methods differ in A (RHO_RULES), in b and
 the schedule of mu (MU_RULES), and in the numbers (METHODS). The papers use the variance-preserving scale, where
 x_vp = x sqrt(abar), abar = 1 / (1 + sigma^2) and the gradient is g / sqrt(abar); the rules here are converted to ours.
-The plain step is Euler's, which is DDIM with eta 0, whatever sampler a method was published with.
+The plain step is Euler's, which is DDIM with eta 0, whatever sampler a method was published with; `renewal` draws a part of
+the noise in x - D anew.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -60,6 +61,11 @@ def _energy_rule(inputs: RhoInputs) -> Tensor:
     return _state_rule(inputs) / expand(inputs.energy.abs().clamp_min(MIN_ENERGY), inputs.gradient)
 
 
+def _distance_rule(inputs: RhoInputs) -> Tensor:
+    """DPS where the energy is a squared error, as for measurements: x_(t-1) += rho grad / sqrt(energy)."""
+    return _state_rule(inputs) / expand(inputs.energy.clamp_min(MIN_ENERGY).sqrt(), inputs.gradient)
+
+
 def _noise_rule(inputs: RhoInputs) -> Tensor:
     """FreeDoM: a step of length rms(eps) sqrt(1 - abar_t) / sqrt(abar_t) times the prediction's share in the DDPM step.
 
@@ -81,7 +87,8 @@ def _increase_rule(inputs: RhoInputs) -> Tensor:
 
 
 RHO_RULES: dict[str, Callable[[RhoInputs], Tensor]] = {  # name -> A(g)
-    "state": _state_rule, "energy": _energy_rule, "noise": _noise_rule, "forward": _forward_rule, "increase": _increase_rule,
+    "state": _state_rule, "energy": _energy_rule, "distance": _distance_rule, "noise": _noise_rule, "forward": _forward_rule,
+    "increase": _increase_rule,
 }
 MU_RULES: dict[str, Callable[[Step], tuple[float, float]]] = {  # name -> (step -> (factor of mu, b))
     "constant": lambda step: (1.0, 1.0),                               # MPGD: the predicted noise is kept
@@ -103,6 +110,7 @@ class TrainingFree:
     iterations: int = 1                     # steps on the prediction
     recurrences: int = 1                    # how often a step is done; 1 repeats none
     repeat: NoiseInterval = EVERYWHERE      # where it is repeated
+    renewal: float = 0.0                    # share of the noise, in variance, that each step draws anew; 0: none
 
     def __post_init__(self):
         for name, rules in (("rho_rule", RHO_RULES), ("mu_rule", MU_RULES)):
@@ -133,8 +141,9 @@ def sample_training_free(denoise: Denoiser, guider: Guider, x: Tensor, sigmas: T
     images. x (B, C, H, W): noise * sigmas[0]; sigmas (steps + 1,): descending, ending in 0. seeds: one for each image.
 
     Image i depends on x[i], its target and seeds[i] only: the noise of round r of step k, both from 0, comes from
-    seeded(seeds[i], k, r, 0) for perturbations and seeded(seeds[i], k, r, 1) for the state. Images whose gradient is not
-    finite are left unguided in that step. Works under torch.inference_mode(), as long as the weights were made outside it.
+    seeded(seeds[i], k, r, 0) for perturbations, seeded(seeds[i], k, r, 1) for repetitions and seeded(seeds[i], k, r, 2) for
+    renewal. Images whose gradient is not finite are left unguided in that step. Works under torch.inference_mode(), as long
+    as the weights were made outside it.
     ValueError for another number of seeds.
     """
     if len(seeds) != len(x):
@@ -152,7 +161,15 @@ def sample_training_free(denoise: Denoiser, guider: Guider, x: Tensor, sigmas: T
                     offsets = (std * _noise(seeds, x, (index, repetition, 0), method.samples)).unbind(1)
                 prediction = predict(denoise, x, x.new_full((len(x),), step.sigma), with_vjp=method.rho != 0)
                 x = _step(prediction, guider, step, method, offsets, run)
+                if method.renewal:
+                    x = x + _renewal(prediction, step, method.renewal, _noise(seeds, x, (index, repetition, 2))[:, 0])
     return x
+
+
+def _renewal(prediction: Prediction, step: Step, share: float, fresh: Tensor) -> Tensor:
+    """Change of the next state by which a share of its noise is fresh."""
+    lost = (1 - math.sqrt(1 - share)) / step.sigma * (prediction.x - prediction.denoised)
+    return step.next_sigma * (math.sqrt(share) * fresh - lost)
 
 
 def _steps(levels: list[float]) -> list[Step]:

@@ -3,11 +3,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ppap_core import base_network
 from ppap_core.guiders.guider import clean
 from ppap_core.io.files import load_tensors, save_tensors
 
@@ -67,7 +69,7 @@ class FaceEvaluator:
         images = sample(numbers, wanted)
         with torch.no_grad():
             energy = self.world.aimed(self.world.guider, wanted).energy(images, clean(images))
-        return torch.stack([*JUDGES[self.world.subject](images, wanted), energy.float()]), face_features(images)
+        return torch.stack([*JUDGES[self.world.subject](self.world, images, wanted), energy.float()]), face_features(images)
 
 
 def _stats(features: Tensor) -> FeatureStats:
@@ -75,16 +77,38 @@ def _stats(features: Tensor) -> FeatureStats:
 
 
 @torch.no_grad()
-def named_expression(images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def named_expression(world: FaceWorld, images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """1 or 0 for each face (B,): has it the wanted expression, by another author's network and by the guider's."""
-    judge, guider = face_guider("emotion"), face_guider("expression")
+    judge, guider = face_guider("emotion"), world.guider
     at_judge = torch.tensor([judge.labels.index(name) for name in guider.labels])  # the authors have another order
     by_judge, by_guider = (net.predict(images, clean(images)).argmax(1) for net in (judge, guider))
     return (by_judge == at_judge[wanted]).float(), (by_guider == wanted).float()
 
 
-JUDGES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"expression": named_expression}
-"""By the world's subject: (faces, what they were to be) -> whether they are, by another network and by the guider's."""
+@torch.no_grad()
+def recognized(world: FaceWorld, images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """1 or 0 for each face (B,): is the wanted person the nearest, by another author's network and by the guider's.
+
+    The other is that for age, whose features come from the recognition of persons (Savchenko 2019).
+    """
+    by_judge = _nearest(_person_features(images), _person_features(world.persons))
+    return (by_judge == wanted).float(), (_nearest(world.plain_output(images), world.embeddings) == wanted).float()
+
+
+def _nearest(features: Tensor, candidates: Tensor) -> Tensor:
+    mean = candidates.mean(0)
+    return (F.normalize(features - mean, dim=1) @ F.normalize(candidates - mean, dim=1).T).argmax(1)
+
+
+def _person_features(images: Tensor) -> Tensor:
+    real, net = real_networks(), cast(Any, base_network(face_guider("age"))).net
+    view = real.resize(real.face_view(images), 224)
+    return net.body(real.bytes_minus(view, 0, 0, 0)).mean((2, 3))
+
+
+JUDGES: dict[str, Callable[[FaceWorld, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "expression": named_expression, "identity": recognized}
+"""By the world's subject: (world, faces, what they were to be) -> whether they are, by another network and the guider's."""
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Kadkhodaie et al. (2023) trained the model, of 40 x 40 pixels. `real` says where
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
@@ -30,6 +30,8 @@ from .real import real_networks
 SHAPE = (1, 40, 40)
 SIGMA_MIN, SIGMA_MAX = 0.1, 10.0
 STEPS = 25  # of Euler's sampler: faces at 50 are the same to the eye
+PERSON_SEED = 310_000_000
+PEOPLE = 4    # who are aimed at
 CLIPPED = 0.02  # share of the darkest and of the brightest pixels that count for nothing, as for `face_view`
 NETWORKS = {"expression": ("class", "EXPRESSIONS"), "emotion": ("class", "EMOTIONS"), "age": ("class", "AGES"),
             "identity": ("embedding", "")}
@@ -104,12 +106,26 @@ class FaceWorld:
         return within_range(images), recorder.trajectories(seeds)
 
     def wanted(self, numbers: Sequence[int], label: int | None = None) -> Tensor:
-        """Targets for the faces of these numbers, (B, ...). label: the class of all of them; None: each has its own."""
-        return torch.tensor([number % len(self.guider.labels) if label is None else label for number in numbers])
+        """Classes, or for identity one of PEOPLE persons, for the faces of these numbers, (B,).
+
+        label: the same for all of them; None: each has its own.
+        """
+        choices = len(self.guider.labels) or PEOPLE
+        return torch.tensor([number % choices if label is None else label for number in numbers])
 
     def aimed(self, guider: Guider, wanted: Tensor) -> Guider:
-        """A guider of this world, plain or with experts, aimed at targets."""
-        return guider.aim(wanted)
+        """A guider of this world, plain or with experts, aimed at classes or persons (B,)."""
+        return guider.aim(wanted if guider.labels else self.embeddings[wanted])
+
+    @cached_property
+    def persons(self) -> Tensor:
+        """Unguided faces (64, 1, 40, 40): the first PEOPLE are aimed at, all are candidates for whom a face shows."""
+        return self.sample(range(PERSON_SEED, PERSON_SEED + 64))
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """Outputs of the plain guider for the persons, (64, D)."""
+        return self.plain_output(self.persons)
 
     def _sample(self, denoise: Denoiser, seeds: Sequence[int], steps: int, terms: Sequence[Term]) -> Tensor:
         # the last level is 0, so that the last step is a prediction of the clean face

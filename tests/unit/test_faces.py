@@ -8,7 +8,8 @@ from helpers.real import networks
 
 from benchmarks import faces
 from benchmarks.distillations import Distillation
-from benchmarks.face_evaluation import named_expression
+from benchmarks.face_evaluation import named_expression, recognized
+from benchmarks.face_world import load_face_world
 from benchmarks.faces import FaceBench, face_bench, plot, table, tables
 from benchmarks.methods import METHODS
 from benchmarks.runs import RowRun
@@ -39,7 +40,18 @@ def test_an_unknown_row_is_refused(tmp_path: Path):
 def test_a_judge_of_another_author_agrees_on_a_smile():
     smile = networks().photographs("astronaut")[..., 30:240, 130:340].mean(1, keepdim=True)
     happy, sad = (torch.tensor([networks().EXPRESSIONS.index(name)]) for name in ("happy", "sad"))
-    assert named_expression(smile, happy) == (1, 1) and named_expression(smile, sad) == (0, 0)
+    assert named_expression(load_face_world(), smile, happy) == (1, 1)
+    assert named_expression(load_face_world(), smile, sad) == (0, 0)
+
+
+@pytest.mark.real
+def test_persons_are_recognized_in_the_mirror():
+    world = load_face_world("identity")
+    vars(world)["persons"] = faces = world.sample(range(6), steps=6)
+    wanted = torch.arange(6)
+    assert all(right.all() for right in recognized(world, faces.flip(-1), wanted))
+    assert not any(right.any() for right in recognized(world, faces.flip(-1), wanted.roll(1)))
+    assert torch.equal(world.aimed(world.guider, wanted).target, world.plain_output(faces))
 
 
 @pytest.mark.real

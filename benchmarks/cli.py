@@ -1,6 +1,7 @@
 """The command `ppap bench`: one benchmark by its name, printed and written as Markdown and JSON."""
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ppap_core.viz.drawing import save_picture
 
-from . import faces, label_maps, latent, photographs, restoration, rules, speed, tables, tours
+from . import face_sheet, faces, label_maps, latent, photographs, restoration, rules, speed, tables, tours
 from .report import Report, Row, write_report
 from .runs import run_table
 
@@ -19,11 +20,12 @@ class Benchmark(NamedTuple):
     measure: Callable[[Path, Report, Sequence[str]], list[Row]]  # (folder, report, names of the only rows to run; (): all)
     table: Callable[[Sequence[Row]], str]
     plot: Callable[[Sequence[Row]], Tensor] | None = None
+    sheet: Callable[[Sequence[Row], Path, Report], Tensor] | None = None  # pictures: (rows, own folder, report)
 
 
 BENCHMARKS = {
     "faces": Benchmark(lambda folder, report, only: faces.face_bench(faces.FaceBench(), folder / "faces", report, only),
-                       faces.table, faces.plot),
+                       faces.table, faces.plot, partial(face_sheet.face_sheet, faces.FaceBench())),
     "labelmaps": Benchmark(lambda folder, report, only: label_maps.label_bench(label_maps.LabelBench(), report),
                            label_maps.table),
     "latent": Benchmark(lambda folder, report, only: latent.latent_bench(latent.LatentBench(), folder / "latent", report),
@@ -49,6 +51,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
         write_report(out, rows, text)
         if benchmark.plot:
             save_picture(benchmark.plot(rows), out.with_suffix(".png"))
+        if benchmark.sheet and not options.row:
+            save_picture(benchmark.sheet(rows, options.folder / name, report), out.with_name(f"{out.stem}_sheet.png"))
     else:
         text = tables.write_table(name, run_table(tables.read_table(name), options.folder, report, options.row), out)
     print(text)

@@ -6,7 +6,7 @@ import torch
 from helpers import says
 from helpers.real import networks
 
-from benchmarks import faces
+from benchmarks import face_sheet, faces
 from benchmarks.distillations import Distillation
 from benchmarks.face_evaluation import named_expression, recognized
 from benchmarks.face_world import load_face_world
@@ -67,3 +67,14 @@ def test_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert first[1]["forwards"] == 3 and 0 < first[1]["trainable_share"] < 0.1
     monkeypatch.setattr(RowRun, "_measure", lambda *_: pytest.fail("a finished row is only read"))
     assert face_bench(bench, tmp_path, lambda line: None, names) == first
+
+
+@pytest.mark.real
+@pytest.mark.slow  # refines faces to 160 pixels
+def test_the_picture_shows_the_rows_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    networks()
+    monkeypatch.setattr(faces, "STEPS", 3)
+    monkeypatch.setattr(face_sheet, "SEEDS", range(2))
+    rows = [{"aim": "happy", "row": "unguided", "setting": {}}, {"aim": "sad", "row": "MPGD", "setting": {"mu": 0.1}}]
+    picture = face_sheet.face_sheet(FaceBench(), rows, tmp_path, lambda line: None)
+    assert picture.shape == (1, 3, 160 + 26 + 4, 8 * (160 + 4) + 4)

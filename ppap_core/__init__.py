@@ -23,6 +23,7 @@ from .experts.distill import DistillConfig, distill, teacher_distance
 from .experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from .guidance.autoguidance import Autoguidance, autoguided
 from .guidance.gradients import Prediction
+from .guidance.moments import Moments
 from .guidance.prior import PriorConfig, PriorObjective, optimize_images
 from .guidance.shift import Guidance, GuidanceSettings, guidance_shift, guided
 from .guidance.terms import Term
@@ -52,9 +53,9 @@ __version__ = "0.2.0"
 
 __all__ = [
     "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "Guidance",
-    "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "NoiseInterval", "Prediction", "Preprocess",
-    "PriorConfig", "PriorObjective", "Ramp", "RunOptions", "SampleStore", "Schedule", "Task", "Term", "TrainingFree",
-    "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided", "base_network", "class_target",
+    "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "Moments", "NoiseInterval", "Prediction",
+    "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "RunOptions", "SampleStore", "Schedule", "Task", "Term",
+    "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided", "base_network", "class_target",
     "distill", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider",
     "map_target", "mask_target", "number_target", "optimize_images", "rule_guider", "sample_euler", "sample_heun",
     "sample_renewing", "sample_training_free", "save_bank", "teacher_distance", "to_vp", "visualize", "with_cutouts",

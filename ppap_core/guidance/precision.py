@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..guiders.guider import Guider, has_network
 from .gradients import HALF, energy_gradient, is_finite
+from .moments import Moments, MomentState
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,15 @@ class TermGradient(NamedTuple):
 
 @dataclass
 class RunState:
-    """Memory of one run of guidance: the types that terms fell back to, by index, and what the log has said already."""
+    """Memory of one run of guidance: the types that terms fell back to, by index, what the log has said, and moments."""
 
     fallbacks: dict[int, torch.dtype] = field(default_factory=dict)
     said: set[tuple[str, str]] = field(default_factory=set)
+    moments: dict[str, MomentState] = field(default_factory=dict)
+
+    def moments_of(self, name: str, moments: Moments) -> MomentState:
+        """The moments of the gradient of this name, which begin at its first call."""
+        return self.moments.setdefault(name, MomentState(moments))
 
     def warn_once(self, name: str, message: str, *values: Any) -> None:
         """Warn about something of this name, once for each message."""

@@ -8,10 +8,10 @@ DPS (Chung et al. 2023), LGD-MC (Song et al. 2023), FreeDoM (Yu et al. 2023), MP
     x' = D + (x - D) sigma'/sigma  -  rho A(g)  +  b (M - D)
 
 and again from x' + sqrt(sigma^2 - sigma'^2) noise where steps are repeated. The methods differ in A (RHO_RULES), in b and
-the schedule of mu (MU_RULES), and in the numbers (METHODS). The papers use the variance-preserving scale, where
-x_vp = x sqrt(abar), abar = 1 / (1 + sigma^2) and the gradient is g / sqrt(abar); the rules here are converted to ours.
-The plain step is Euler's, which is DDIM with eta 0, whatever sampler a method was published with; `renewal` draws a part of
-the noise in x - D anew.
+the schedule of mu (MU_RULES), and in the numbers (METHODS); with `moments`, Adam's direction takes each gradient's place
+(arXiv 2603.16797). The papers use the variance-preserving scale, where x_vp = x sqrt(abar), abar = 1 / (1 + sigma^2) and the
+gradient is g / sqrt(abar); the rules here are converted to ours. The plain step is Euler's, which is DDIM with eta 0, whatever
+sampler a method was published with; `renewal` draws a part of the noise in x - D anew.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -27,6 +27,7 @@ from ..noise import EVERYWHERE, NoiseInterval, expand
 from ..rng import seeded
 from ..sampling import Denoiser
 from .gradients import Prediction, energy_at, predict
+from .moments import Moments
 from .precision import RunState
 
 MIN_ENERGY = 1e-6  # as p -> 1, float32 rounds -log p, even to 0: a gradient divided by that would explode
@@ -83,12 +84,17 @@ def _forward_rule(inputs: RhoInputs) -> Tensor:
 
 def _increase_rule(inputs: RhoInputs) -> Tensor:
     """TFG: x_(t-1) += rho_t grad / sqrt(abar_t / abar_(t-1)), with a rho_t that grows as the noise falls."""
-    return inputs.step.increase * (1 + inputs.step.sigma**2) * inputs.gradient
+    return inputs.step.increase * _even_rule(inputs)
+
+
+def _even_rule(inputs: RhoInputs) -> Tensor:
+    """Adam-DPS: x_(t-1) += rho grad / sqrt(abar_t / abar_(t-1))."""
+    return (1 + inputs.step.sigma**2) * inputs.gradient
 
 
 RHO_RULES: dict[str, Callable[[RhoInputs], Tensor]] = {  # name -> A(g)
     "state": _state_rule, "energy": _energy_rule, "distance": _distance_rule, "noise": _noise_rule, "forward": _forward_rule,
-    "increase": _increase_rule,
+    "increase": _increase_rule, "even": _even_rule,
 }
 MU_RULES: dict[str, Callable[[Step], tuple[float, float]]] = {  # name -> (step -> (factor of mu, b))
     "constant": lambda step: (1.0, 1.0),                               # MPGD: the predicted noise is kept
@@ -111,6 +117,7 @@ class TrainingFree:
     recurrences: int = 1                    # how often a step is done; 1 repeats none
     repeat: NoiseInterval = EVERYWHERE      # where it is repeated
     renewal: float = 0.0                    # share of the noise, in variance, that each step draws anew; 0: none
+    moments: Moments | None = None          # of Adam for the gradients, which then only tell directions; None: gradients
 
     def __post_init__(self):
         for name, rules in (("rho_rule", RHO_RULES), ("mu_rule", MU_RULES)):
@@ -130,6 +137,9 @@ METHODS: dict[str, TrainingFree] = {  # starting points: each needs its strength
     # its text guidance of ImageNet has no backward part; mu is where TFG's search starts
     "ugd": TrainingFree(rho=2.0, mu=0.25, rho_rule="forward", mu_rule="backward", iterations=4, recurrences=10),
     "tfg": TrainingFree(rho=1.0, mu=0.25, spread=0.001, iterations=4),  # for labels of CIFAR10
+    # the paper's rho is 0.034 for 100 steps
+    "adam_dps": TrainingFree(rho=0.2, rho_rule="even", moments=Moments()),
+    "adam_mpgd": TrainingFree(mu=0.1, mu_rule="constant", moments=Moments()),
 }
 
 
@@ -190,14 +200,21 @@ def _step(prediction: Prediction, guider: Guider, step: Step, method: TrainingFr
     state = denoised + noise * (step.next_sigma / step.sigma)
     if prediction.vjp:
         energy, gradient = _smoothed_energy_gradient(guider, denoised, offsets)
-        shift = RHO_RULES[method.rho_rule](RhoInputs(step, noise, energy, prediction.vjp(gradient)))
+        gradient = run.zero_nonfinite(prediction.vjp(gradient), guider.name, step.sigma)
+        if method.moments:  # of the gradient on the variance-preserving scale
+            scale = math.sqrt(1 + step.sigma**2)
+            gradient = run.moments_of("rho", method.moments).direction(scale * gradient) / scale
+        shift = RHO_RULES[method.rho_rule](RhoInputs(step, noise, energy, gradient))
         state = state - method.rho * run.zero_nonfinite(shift, guider.name, step.sigma)
     if method.mu:
         factor, share = MU_RULES[method.mu_rule](step)
         mean = denoised
         for _ in range(method.iterations):
             _, gradient = _smoothed_energy_gradient(guider, mean, offsets)
-            mean = mean - method.mu * factor * run.zero_nonfinite(gradient, guider.name, step.sigma)
+            gradient = run.zero_nonfinite(gradient, guider.name, step.sigma)
+            if method.moments:
+                gradient = run.moments_of("mu", method.moments).direction(gradient)
+            mean = mean - method.mu * factor * gradient
         state = state + share * (mean - denoised)
     return state
 

@@ -9,6 +9,7 @@ from helpers import randn, says
 from helpers.gaussian import GaussianMixture
 from torch import Tensor, nn
 
+from ppap_core.guidance.moments import Moments, MomentState
 from ppap_core.guidance.training_free import METHODS, TrainingFree, sample_training_free
 from ppap_core.guiders.guider import Guider
 from ppap_core.noise import NoiseInterval, expand
@@ -29,6 +30,8 @@ SETTINGS = {
     "mpgd": replace(METHODS["mpgd"], mu=0.03),
     "ugd": replace(METHODS["ugd"], rho=0.4, mu=0.02, iterations=3, recurrences=2),
     "tfg": replace(METHODS["tfg"], rho=0.3, mu=0.02, spread=0.6, samples=3, iterations=2, recurrences=2),
+    "adam_dps": replace(METHODS["adam_dps"], rho=0.05, moments=Moments(0.4, 0.7)),
+    "adam_mpgd": replace(METHODS["adam_mpgd"], mu=0.05, moments=Moments(0.4, 0.7)),
 }
 
 
@@ -62,8 +65,9 @@ def run(method: TrainingFree, levels: list[float] = LEVELS, **changes) -> Tensor
 class Published:
     """Setting of all papers. a is alpha-bar of this step and b of the next, which has less noise; log p is (B,)."""
 
-    def __init__(self, settings: TrainingFree, a: float, b: float, place: int, mean_ratio: float):
+    def __init__(self, settings: TrainingFree, a: float, b: float, place: int, mean_ratio: float, past: list[Tensor]):
         self.set, self.a, self.b, self.place, self.mean_ratio, self.world = settings, a, b, place, mean_ratio, mixture()
+        self.past = past  # gradients of the steps so far, for Adam
 
     def eps(self, x: Tensor) -> Tensor:
         sigma = x.new_full((len(x),), math.sqrt(1 / self.a - 1))
@@ -161,7 +165,30 @@ def tfg(step: Published, x: Tensor) -> Tensor:
     return x
 
 
-PUBLISHED = {"dps": dps, "lgd": lgd, "freedom": freedom, "mpgd": mpgd, "ugd": ugd, "tfg": tfg}
+def adam(step: Published, gradient: Tensor) -> Tensor:
+    step.past.append(gradient)
+    first = second = torch.zeros_like(gradient)
+    beta1, beta2 = step.set.moments.beta1, step.set.moments.beta2
+    for part in step.past:
+        first, second = beta1 * first + (1 - beta1) * part, beta2 * second + (1 - beta2) * part**2
+    first, second = first / (1 - beta1 ** len(step.past)), second / (1 - beta2 ** len(step.past))
+    return first / (second.sqrt() + 1e-8)
+
+
+def adam_dps(step: Published, x: Tensor) -> Tensor:
+    eps = step.eps(x)
+    move = adam(step, step.grad_x(x, step.log_p)[1])
+    return step.ddim(step.x0(x, eps), eps) + step.set.rho * move / math.sqrt(step.a / step.b)
+
+
+def adam_mpgd(step: Published, x: Tensor) -> Tensor:
+    eps = step.eps(x)
+    x0 = step.x0(x, eps)
+    return step.ddim(x0 + step.set.mu * adam(step, step.grad(step.log_p, x0)[1]), eps)
+
+
+PUBLISHED = {"dps": dps, "lgd": lgd, "freedom": freedom, "mpgd": mpgd, "ugd": ugd, "tfg": tfg, "adam_dps": adam_dps,
+             "adam_mpgd": adam_mpgd}
 
 
 def test_every_method_of_the_table_is_held_against_its_paper():
@@ -174,9 +201,9 @@ def test_a_method_is_the_published_algorithm(name):
     x, _ = start()
     bars = [1 / (1 + sigma**2) for sigma in LEVELS]
     ratios = [a / b for a, b in zip(bars[:-1], bars[1:], strict=True)]
-    state = x * math.sqrt(bars[0])
+    state, past = x * math.sqrt(bars[0]), []
     for place, (a, b) in enumerate(zip(bars[:-1], bars[1:], strict=True)):
-        state = PUBLISHED[name](Published(SETTINGS[name], a, b, place, sum(ratios) / len(ratios)), state)
+        state = PUBLISHED[name](Published(SETTINGS[name], a, b, place, sum(ratios) / len(ratios), past), state)
     out = run(SETTINGS[name])
     torch.testing.assert_close(out, state, **CLOSE)
     assert (out - sample_euler(mixture(), *start())).abs().amax((1, 2, 3)).min() > 1e-2, "guidance had something to do"
@@ -204,6 +231,26 @@ def test_the_rule_of_dps_divides_by_the_smoothed_energy():
     draws = torch.stack([torch.randn(4, *SHAPE, generator=seeded(seed, 0, 0, 0)) for seed in SEEDS], dim=1).double()
     chances = torch.stack([judge(world).energy(plain + std * draw, x.new_zeros(B)) for draw in draws]).neg().exp()
     torch.testing.assert_close(ratio, expand(-chances.mean(0).log(), x).expand_as(x), rtol=1e-9, atol=0)
+
+
+def test_without_memory_the_moments_are_the_sign():
+    state, gradient = MomentState(Moments(0.0, 0.0)), randn(2, 3, 4, 5)
+    for scale in (1.0, 100.0):
+        torch.testing.assert_close(state.direction(scale * gradient), gradient.sign(), rtol=0, atol=1e-3)
+    assert torch.equal(state.direction(0 * gradient), torch.zeros_like(gradient))
+
+
+def test_a_constant_gradient_has_a_direction_of_ones():
+    """The moments are corrected for their start at zero."""
+    state = MomentState(Moments(0.9, 0.99))
+    for _ in range(3):
+        torch.testing.assert_close(state.direction(torch.full((1, 2), -3.0)), torch.full((1, 2), -1.0))
+
+
+@pytest.mark.parametrize("beta1, beta2", [(1.0, 0.5), (0.5, -0.1), (0.5, math.nan)])
+def test_moments_that_cannot_be_are_refused_in_words(beta1, beta2):
+    with says(ValueError, "0 <= beta < 1", str(beta1), str(beta2)):
+        Moments(beta1, beta2)
 
 
 # What holds for all of them

@@ -3,11 +3,10 @@
 A setting is one of a row's "points" in rows/*.json, by the names that the file uses.
 """
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +14,11 @@ from torch import Tensor
 from ppap_core import (
     Autoguidance,
     Denoiser,
-    Guider,
     NoiseInterval,
     PriorConfig,
     PriorObjective,
     Schedule,
-    Term,
     autoguided,
-    guided,
     optimize_images,
     sample_euler,
     sample_training_free,
@@ -30,35 +26,14 @@ from ppap_core import (
 from ppap_core.guidance.training_free import METHODS as TRAINING_FREE
 from ppap_core.tinyworld.loaders import condition
 
-from .ablations import ABLATIONS
 from .bad_models import Model, load_bad_model
+from .guided import Batch, ChangedGuidance, GuidedSampling, Method, ParticleSampling, RepeatedGuidance, Setting, term
 from .networks import load_conditional_denoiser
+from .steps import STEPS
 from .tables import Row
 from .tiny_world import TinyWorld
-from .training import FREE, Trained, Workspace
-from .world import Wanted, World
-
-Setting = Mapping[str, Any]
-
-
-class Batch(NamedTuple):
-    """Scenes, or what else images are to show, and where the sampling of an image for each starts."""
-
-    scenes: Wanted
-    seeds: Sequence[int]  # of the noise
-    noise: Tensor         # (B, C, H, W) at the first noise level
-    sigmas: Tensor        # noise levels of the sampler, descending to 0
-
-
-class Method(Protocol):
-    """A way to make images for scenes. What it needs is trained or loaded when it is first used."""
-
-    @property
-    def costs(self) -> Mapping[str, float]:
-        """Costs of its training, by the names in COSTS."""
-
-    def sample(self, batch: Batch, setting: Setting) -> Tensor:
-        """An image (B, 3, H, W) for each scene."""
+from .training import FREE, Workspace
+from .world import World
 
 
 class Untrained:
@@ -122,35 +97,6 @@ class AutoguidedSampling(Untrained):
 
 
 @dataclass(frozen=True)
-class GuidedSampling:
-    """Guidance of every step by a guider, which may be trained and changed first."""
-
-    row: Row
-    workspace: Workspace
-
-    @property
-    def world(self) -> World:
-        return self.workspace.world
-
-    @cached_property
-    def trained(self) -> Trained:
-        guider, costs = self.row.training.make(self.workspace)
-        return Trained(ABLATIONS[self.row.ablation](guider) if self.row.ablation else guider, costs)
-
-    @property
-    def costs(self) -> Mapping[str, float]:
-        return self.trained.costs
-
-    def aimed(self, batch: Batch) -> Guider:
-        """The guider, aimed at the scenes."""
-        return self.world.aimed(self.trained.guider, batch.scenes)
-
-    def sample(self, batch: Batch, setting: Setting) -> Tensor:
-        denoise = guided(self.world.denoise, [term(self.aimed(batch), **setting)])
-        return sample_euler(denoise, batch.noise, batch.sigmas)
-
-
-@dataclass(frozen=True)
 class PriorSearch(GuidedSampling):
     """Optimisation of images under the diffusion prior (Graikos et al. 2022), from noise of the same seeds."""
 
@@ -187,14 +133,12 @@ METHODS: dict[str, Callable[[Row, Workspace], Method]] = {
     "told": lambda row, workspace: ClassifierFree(tiny_world(workspace)),
     "autoguidance": autoguided_sampling,
     "prior": PriorSearch,
+    "time travel": RepeatedGuidance,
+    "particles": ParticleSampling,
+    **dict.fromkeys(STEPS, ChangedGuidance),
     **dict.fromkeys(TRAINING_FREE, TrainingFreeSampling),
 }
 """By a row's "way" in rows/*.json."""
-
-
-def term(guider: Guider, weight: float, balanced: bool = False, through: bool = False) -> Term:
-    """A term from a setting. balanced: normalized; through: differentiated through the model."""
-    return Term(guider, weight, normalized=balanced, backprop_through_model=through)
 
 
 def prior_config(steps: int = 300, jacobian: bool = False, level: float = 0.0) -> PriorConfig:

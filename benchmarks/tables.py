@@ -17,6 +17,7 @@ from . import report
 from .distillations import Distillation, FeatureDistillation, FreshNoise, Jitter, PpapReference, RepeatedNoise
 from .evaluation import LESS_IS_BETTER, MEASURES
 from .labelled import LabelledExperts, LabelledNetworks
+from .readout import Readout
 from .report import Column
 from .training import Plain, Training
 
@@ -27,7 +28,8 @@ PLOT_SIZE = (640, 1240)
 
 TRAININGS: dict[str, type[Training]] = {
     "original": PpapReference, "whole": LabelledNetworks, "labels": LabelledExperts, "features": FeatureDistillation,
-    "jitter": Jitter, "draws": RepeatedNoise, "fresh_noise": FreshNoise, "edges": Distillation}
+    "jitter": Jitter, "draws": RepeatedNoise, "fresh_noise": FreshNoise, "readout": Readout,
+    "edges": Distillation}
 """By the option that asks for one; the first that a row has counts."""
 
 

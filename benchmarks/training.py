@@ -103,8 +103,7 @@ class IntervalTraining(ABC):
     def make(self, workspace: Workspace) -> Trained:
         world = workspace.world
         folder = workspace.folder / f"{world.subject}_{config_hash(options(self) | {'of': workspace.steps})}"
-        run = Run(world, self.network(base_network(world.guider)).to(world.device), self.store(workspace), folder,
-                  workspace.report)
+        run = Run(world, self.network_for(world).to(world.device), self.store(workspace), folder, workspace.report)
         started = time.monotonic()
         self.fit(run)
         minutes = (time.monotonic() - started) / 60
@@ -117,8 +116,12 @@ class IntervalTraining(ABC):
         """The intervals."""
         return ExpertSchedule(self.edges)
 
+    def network_for(self, world: World) -> "ExpertBank | Networks":
+        """The network before its training, for a world."""
+        return self.network(base_network(world.guider))
+
     def network(self, base: nn.Module) -> "ExpertBank | Networks":
-        """The network before its training."""
+        """The network before its training, made of the guider's."""
         return ExpertBank(base, self.schedule, LoraSpec(self.rank, self.rank, self.targets), self.view)
 
     def store(self, workspace: Workspace) -> SampleStore | None:

@@ -83,9 +83,20 @@ class TinyUNet(nn.Module):
         zero_init(self.head)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        embedding = self.embedding(x, c_noise, condition)
+        h, skips = self.encode(x, embedding)
+        h = F.pixel_shuffle(self.grow(h), 2)
+        for block in self.up:
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
+
+    def embedding(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The embedded noise level and condition, (B, 4 width)."""
         embedding = self.embed(noise_features(c_noise, self.width).to(x.dtype))
-        if self.condition is not None:
-            embedding = embedding + self.condition(condition)
+        return embedding if self.condition is None else embedding + self.condition(condition)
+
+    def encode(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features of the lower level (B, 2 width, H/4, W/4) and of each block of the upper, (B, width, H/2, W/2)."""
         h = self.stem(F.pixel_unshuffle(x, 2))
         skips = []
         for block in self.down:
@@ -94,10 +105,7 @@ class TinyUNet(nn.Module):
         h = self.pool(h)
         for block in self.middle:
             h = block(h, embedding)
-        h = F.pixel_shuffle(self.grow(h), 2)
-        for block in self.up:
-            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
+        return h, skips
 
 
 class TinyDenoiser(nn.Module):
@@ -116,3 +124,10 @@ class TinyDenoiser(nn.Module):
         total = (s**2 + PIXEL_SIGMA_DATA**2).sqrt()
         out = self.net((x / total).to(x.dtype), sigma.log() / 4, condition)
         return PIXEL_SIGMA_DATA**2 / total**2 * x + s * PIXEL_SIGMA_DATA / total * out
+
+    def encode(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner features of noisy states without a condition: of the lower level, and of the last block before it."""
+        total = (sigma.to(torch.float32)[:, None, None, None] ** 2 + PIXEL_SIGMA_DATA**2).sqrt()
+        scaled = (x / total).to(x.dtype)
+        coarse, fine = self.net.encode(scaled, self.net.embedding(scaled, sigma.log() / 4))
+        return coarse, fine[-1]

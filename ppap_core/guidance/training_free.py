@@ -84,7 +84,7 @@ def _forward_rule(inputs: RhoInputs) -> Tensor:
 
 def _increase_rule(inputs: RhoInputs) -> Tensor:
     """TFG: x_(t-1) += rho_t grad / sqrt(abar_t / abar_(t-1)), with a rho_t that grows as the noise falls."""
-    return inputs.step.increase * _even_rule(inputs)
+    return inputs.step.increase * (1 + inputs.step.sigma**2) * inputs.gradient
 
 
 def _even_rule(inputs: RhoInputs) -> Tensor:

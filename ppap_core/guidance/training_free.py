@@ -10,8 +10,8 @@ DPS (Chung et al. 2023), LGD-MC (Song et al. 2023), FreeDoM (Yu et al. 2023), MP
 and again from x' + sqrt(sigma^2 - sigma'^2) noise where steps are repeated. The methods differ in A (RHO_RULES), in b and
 the schedule of mu (MU_RULES), and in the numbers (METHODS); with `moments`, Adam's direction takes each gradient's place
 (arXiv 2603.16797). The papers use the variance-preserving scale, where x_vp = x sqrt(abar), abar = 1 / (1 + sigma^2) and the
-gradient is g / sqrt(abar); the rules here are converted to ours. The plain step is Euler's, which is DDIM with eta 0, whatever
-sampler a method was published with; `renewal` draws a part of the noise in x - D anew.
+gradient is g / sqrt(abar); the rules here are converted to ours. The plain step is Euler's, which is DDIM with eta 0,
+whatever sampler a method was published with; `renewal` draws a part of the noise in x - D anew.
 """
 import math
 from collections.abc import Callable, Sequence

@@ -28,7 +28,8 @@ class ChangedStep:
 
     denoise: Denoiser
     term: Term
-    settings: GuidanceSettings = field(default_factory=lambda: GuidanceSettings(run=RunState()))
+    settings: GuidanceSettings = GuidanceSettings()
+    run: RunState = field(default_factory=RunState)  # memory of the sampling
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         level = float(sigma[0])
@@ -42,7 +43,7 @@ class ChangedStep:
 
     def shift(self, prediction: Prediction, **changes: Any) -> Tensor:
         """The core's shift by the term with other fields."""
-        guidance = guidance_shift([replace(self.term, **changes)], prediction, self.settings)
+        guidance = guidance_shift([replace(self.term, **changes)], prediction, replace(self.settings, run=self.run))
         return guidance.delta if guidance else torch.zeros_like(prediction.denoised)
 
 
@@ -53,10 +54,9 @@ class MomentStep(ChangedStep):
     moments: Moments = Moments()
 
     def shifted(self, prediction: Prediction, weight: float, sigma: float) -> Tensor:
-        assert self.settings.run is not None
         std = posterior_std(sigma, self.settings.sigma_data)
         raw = self.shift(prediction, weight=1.0, normalized=False, schedule=ALWAYS) / std  # comparable at all noise levels
-        return prediction.denoised + weight * std * self.settings.run.moments_of("term", self.moments).direction(raw)
+        return prediction.denoised + weight * std * self.run.moments_of("term", self.moments).direction(raw)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from benchmarks.methods import METHODS
 from benchmarks.particles import Particles, Steering, energy_of, repeat_guider, sample_particles, systematic
 from benchmarks.readout import ReadoutNetworks
 from benchmarks.steps import STEPS, DampedStep, Damping, MomentStep, SubStep, sample_repeating
-from benchmarks.tables import Row
-from benchmarks.tiny_world import NOISE, load_world
+from benchmarks.tables import Row, read_training
+from benchmarks.tiny_world import NOISE, generate_store, load_world
 from benchmarks.training import Workspace
 from ppap_core import (
+    TASKS,
     Denoiser,
     ExpertSchedule,
     GuidanceSettings,
@@ -31,6 +32,7 @@ from ppap_core import (
     sample_euler,
     sample_training_free,
 )
+from ppap_core.experts.samples import BatchSpec, trajectory_pairs
 from ppap_core.guiders.guider import clean
 from ppap_core.rng import seeded
 from ppap_core.tinyworld.loaders import load_denoiser, load_guider
@@ -111,6 +113,25 @@ def test_damping_by_the_energy_is_exact_for_gaussians():
     for index in range(B):
         raw = 1.5 * std / (std**2 * gap[index].square().mean().sqrt())  # of the same undamped shift
         torch.testing.assert_close(damped[index], tilted(float(raw), guider.target[index], x[index], level))
+
+
+def test_damping_keeps_the_spread_of_the_tilted_mixture():
+    """Each mode tilted by exp(-20 |image - y|^2 / 2) has variance 1 / (1 / width^2 + 20); without damping it has less."""
+    world = GaussianMixture.of_shape((3, 2, 2), classes=4, width=0.3)
+    guider = replace(quadratic(), target=world.means[:2].mean(0, keepdim=True))
+    sigmas, settings = karras_sigmas(24, 0.02, 20.0).double(), GuidanceSettings(sigma_data=0.3)
+    x, exact = 20.0 * randn(160, 3, 2, 2, seed=1, dtype=torch.float64), (1 / 0.3**2 + 20.0) ** -0.5
+    def spread(denoise: Denoiser) -> float:
+        images = sample_euler(denoise, x, sigmas)
+        nearest = world.log_likelihood(images, clean(images)).argmax(1)
+        return sum(float(images[nearest == k].var(0).mean()) * int((nearest == k).sum()) for k in (0, 1)) ** 0.5 \
+            / int((nearest < 2).sum()) ** 0.5
+    raw, damped = (guided(world, [Term(guider, 20.0, Schedule(ramp=Damping(strength, 0.3)))], settings)
+                   for strength in (0.0, 20.0))
+    assert spread(raw) < 0.7 * exact and spread(damped) > 0.9 * exact
+    strong = Term(guider, 3.0, normalized=True)
+    assert spread(guided(world, [strong], settings)) < 0.2 * exact
+    assert spread(DampedStep(world, strong, settings)) > 0.7 * exact
 
 
 @pytest.mark.parametrize("weight", [1.0, 1e6])
@@ -302,3 +323,20 @@ def test_a_readout_has_a_gradient_in_the_noisy_state():
         shift = denoise(x, sigma) - load_denoiser()(x, sigma)
     std = 3.0 * 0.5 / (9 + 0.25) ** 0.5
     torch.testing.assert_close(shift.square().flatten(1).mean(1).sqrt(), torch.full((2,), 0.3 * std), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow  # trains
+def test_readout_heads_learn_from_generated_images(tmp_path):
+    """Their outputs come nearer to the teacher's on finished images; a finished training is only read."""
+    workspace = Workspace(load_world(), tmp_path, 4, print)
+    training = read_training({"readout": True, "edges": [0.02, 1.0, 80.0], "images": 64, "steps": 30, "batch": 16})
+    first, again = (training.make(workspace) for _ in range(2))
+    store = generate_store(workspace.world, tmp_path / "samples_4_64", 64, 4, print)
+    pairs = trajectory_pairs(store, training.schedule, 0, BatchSpec(0, 64), "noisy")
+    wanted = workspace.world.plain_output(pairs.images)
+    untrained = replace(first.guider, net=training.network_for(workspace.world))
+    with torch.no_grad():
+        before, after, same = (guider.predict(pairs.inputs, pairs.sigma)
+                               for guider in (untrained, first.guider, again.guider))
+    assert torch.equal(after, same) and first.costs == again.costs
+    assert TASKS["class"].distance(after, wanted).mean() < 0.8 * TASKS["class"].distance(before, wanted).mean()

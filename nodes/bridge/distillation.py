@@ -14,7 +14,8 @@ from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import ExpertBank, base_network
 from ...ppap_core.experts.checkpoint import save_bank
 from ...ppap_core.experts.distill import DistillConfig, distill
-from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder
+from ...ppap_core.experts.knowledge import describe_knowledge, measure_knowledge, remember
+from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder, held_out_count
 from ...ppap_core.experts.states import state_folder
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import LatentSpace, View
@@ -68,11 +69,16 @@ class SampleGenerator(Feature):
     def fill(self, name: str, count: int) -> Samples:
         """Generate until the store of a name holds `count` images. Cancelling loses only the file that is not finished.
 
+        A store that is begun here also holds some apart, on which to measure what experts learned from the others.
         ValueError for a store that holds images of another manifest.
         """
         store = SampleStore(paths.output_folder("ppap_samples", paths.checked_file_name(name)), self.manifest())
-        self.done, self.progress = len(store), Progress(count * self.settings.steps)
-        store.fill(count, self.generate)
+        held_out = store.held_out(begin=len(store) == 0)
+        wanted = [(store, count)] if held_out is None else [(store, count), (held_out, held_out_count(count))]
+        self.done = sum(len(part) for part, _ in wanted)
+        self.progress = Progress(sum(images for _, images in wanted) * self.settings.steps)
+        for part, images in wanted:
+            part.fill(images, self.generate)
         return Samples(store, self.space)
 
     def manifest(self) -> dict:
@@ -139,12 +145,16 @@ def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: fl
 
 
 def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
-    """Train a bank on the steps that led to the samples, resuming where it was cancelled; returns the losses by interval."""
+    """Train a bank on the steps that led to the samples, resuming where it was cancelled; returns the losses by interval.
+
+    What the experts know by then is kept in the bank, and the plain network is used where none is needed.
+    """
     report = _DistillationReport(bank.schedule, config.steps)
     folder = state_folder(guider, bank, partial(_folder_of, samples, guider, bank, config))
     load_to_train([module_of(guider), bank])
     with outside_inference_mode():
         losses = distill(guider, bank, samples.store, config, folder, report.on_step)
+        remember(bank, measure_knowledge(guider, bank, samples.store))
     return dict(zip(report.losses, losses, strict=True))
 
 
@@ -187,6 +197,11 @@ def save_experts(guider: Guider, name: str) -> Path:
 
 
 def describe_saved(guider: Guider, file: Path) -> str:
-    """Return what was saved, and which layers of the network the experts leave as they are."""
+    """Return what was saved, which layers of the network the experts leave as they are, and what the experts know."""
     left_out = guider.net.describe_left_out() if isinstance(guider.net, ExpertBank) else ""
-    return f"saved {file.name}" + (f"\n{left_out}" if left_out else "")
+    return "\n".join(text for text in (f"saved {file.name}", left_out, describe_experts(guider)) if text)
+
+
+def describe_experts(guider: Guider) -> str:
+    """Return what a guider's experts know, in words; "" where that was not measured, as in files of earlier versions."""
+    return describe_knowledge(guider.net) if isinstance(guider.net, ExpertBank) else ""

@@ -57,8 +57,8 @@ def show_text(node: Any, text: str) -> dict[str, list[str]]:
     return {"text": [text]}
 
 
-def show_warnings(text: str) -> dict[str, list[str]] | None:
-    """Show warnings in the node that is running, of which no schema need know; "" shows nothing."""
+def show_note(text: str) -> dict[str, list[str]] | None:
+    """Show a text in the node that is running, of which no schema need know; "" shows nothing."""
     if not text:
         return None
     context = get_executing_context()

@@ -104,7 +104,8 @@ class PPAPDistilExperts(io.ComfyNode):
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature,
                                warm_start=uses_warm_start(view))
         losses = distillation.train_experts(samples, guider, bank, config)
-        return io.NodeOutput(with_experts(guider, bank), losses)
+        experts = with_experts(guider, bank)
+        return io.NodeOutput(experts, losses, ui=progress.show_note(distillation.describe_experts(experts)))
 
 
 class PPAPSaveExperts(io.ComfyNode):
@@ -151,7 +152,8 @@ class PPAPLoadExperts(io.ComfyNode):
     @classmethod
     def execute(cls, guider, file_name):
         with autograd.outside_inference_mode():
-            return io.NodeOutput(with_experts(guider, load_bank(paths.expert_file(file_name), guider)))
+            experts = with_experts(guider, load_bank(paths.expert_file(file_name), guider))
+        return io.NodeOutput(experts, ui=progress.show_note(distillation.describe_experts(experts)))
 
 
 NODES = [PPAPGenerateSamples, PPAPDistilExperts, PPAPSaveExperts, PPAPLoadExperts]

@@ -117,7 +117,7 @@ class PPAPGuidedKSampler(io.ComfyNode):
                 max_rms, vae=None):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
         latent, report = guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings)
-        return io.NodeOutput(latent, report, ui=progress.show_warnings(report.warnings()))
+        return io.NodeOutput(latent, report, ui=progress.show_note(report.warnings()))
 
 
 NODES = [PPAPGuidanceTerm, PPAPCombineTerms, PPAPApplyGuidance, PPAPGuidedKSampler]

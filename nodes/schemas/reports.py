@@ -70,7 +70,7 @@ class PPAPGuidanceReport(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent):
         report = reports.report_of(model, latent)
-        return io.NodeOutput(report, ui=progress.show_warnings(report.warnings()))
+        return io.NodeOutput(report, ui=progress.show_note(report.warnings()))
 
 
 class PPAPLookThrough(io.ComfyNode):

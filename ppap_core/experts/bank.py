@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ..guiders.guider import Guider, IgnoreSigma, has_network
-from ..guiders.latents import PIXELS, VIEWS, LatentSpace, Stem, View
+from ..guiders.latents import PIXELS, STEM_LAST, VIEWS, LatentSpace, Stem, View
 from ..io.files import with_prefix
 from ..io.function_fingerprint import hashed_as
 from ..io.hashing import fingerprint_network
@@ -142,6 +143,11 @@ class ExpertBank(nn.Module):
         if index == self.active and not self._in_training:
             self.adapted.merge(index)
 
+    def make_plain(self, index: int) -> None:
+        """Make one expert the plain network: its adapter adds nothing, and its stem shows the linear colours."""
+        self.load(index, {name: weight if _may_stay(name) else torch.zeros_like(weight)
+                          for name, weight in self.weights(index).items()})
+
     def describe_left_out(self) -> str:
         """A sentence about the layers that take no adapter; "" if there are none."""
         if not self.left_out:
@@ -155,6 +161,11 @@ class ExpertBank(nn.Module):
         expert = sum(parameter.numel() for parameter in self._parameters_of(0).values())
         total = sum(parameter.numel() for parameter in self.parameters())
         return expert / (total - expert * len(self.schedule))
+
+
+def _may_stay(name: str) -> bool:
+    """Whether a weight of an expert has no effect where all others are zero."""
+    return ".lora_A." in name or (name.startswith("stem.") and not name.startswith(f"stem.{STEM_LAST}."))
 
 
 def _share_weights(net: nn.Module) -> nn.Module:

@@ -16,6 +16,10 @@ from ..schedules import ExpertSchedule
 
 SHARD_SIZE = 64           # images in one file: the most that an interruption can lose
 STEPS_PER_TRAJECTORY = 6  # steps kept of each trajectory
+HELD_OUT = "held_out"     # folder inside a store
+HELD_OUT_SEEDS = 2**32    # seeds from the first image to learn from to the first one held out
+HELD_OUT_SHARE = 8        # images to learn from for each one held out
+MOST_HELD_OUT = 512
 
 
 class Trajectories(NamedTuple):
@@ -124,6 +128,15 @@ class SampleStore:
             if on_shard:
                 on_shard(done + SHARD_SIZE, images)
 
+    def held_out(self, begin: bool = False) -> "SampleStore | None":
+        """Further images of the same kind, from seeds far away, on which to measure what experts learned from these.
+
+        begin: whether to make their folder, inside this one, where there is none. None if there is none, as in stores of
+        earlier versions: none is added to them, so that what was made with them stays as it is.
+        """
+        folder, seed = self.folder / HELD_OUT, int(self.manifest.get("seed", 0)) + HELD_OUT_SEEDS
+        return SampleStore(folder, self.manifest | {"seed": seed}) if begin or folder.exists() else None
+
     @property
     def images(self) -> Tensor:
         """All images as they are stored, (n, 3, H, W) uint8."""
@@ -177,21 +190,30 @@ def trajectory_pairs(store: SampleStore, schedule: ExpertSchedule, index: int, b
 
     view: "noisy" or "denoised". ValueError if the store has no step in the interval.
     """
-    steps = _steps_of(store, schedule, index)
+    steps = steps_in(store, schedule, index)
+    if len(steps) == 0:
+        raise ValueError(f"no step of the images lies between sigma {schedule[index].lo:.4g} and {schedule[index].hi:.4g}, "
+                         f"where expert {index} is to learn: generate samples with more steps, or use fewer experts")
     chosen = torch.randint(len(steps), (batch.size,), generator=seeded(batch.seed, index, batch.step))
-    image, step = steps[chosen].T
+    return pairs_at(store, steps[chosen], view)
+
+
+def steps_in(store: SampleStore, schedule: ExpertSchedule, index: int) -> Tensor:
+    """(image, step) of every kept step in the interval of expert `index`, (n, 2) long."""
+    inner = torch.tensor(schedule.edges[1:-1], dtype=torch.float64)
+    return (torch.bucketize(store.sigmas.double(), inner, right=True) == index).nonzero()
+
+
+def pairs_at(store: SampleStore, steps: Tensor, view: str) -> Pairs:
+    """The pairs of some (image, step) of a store, (n, 2) long. view: "noisy" or "denoised"."""
+    image, step = steps.T
     inputs = (store.noisy_vp if view == "noisy" else store.denoised)[image, step]
     return Pairs(from_uint8(store.images[image]), inputs.float(), store.sigmas[image, step])
 
 
-def _steps_of(store: SampleStore, schedule: ExpertSchedule, index: int) -> Tensor:
-    """(image, step) of every kept step in the interval of an expert, (n, 2)."""
-    inner = torch.tensor(schedule.edges[1:-1], dtype=torch.float64)
-    steps = (torch.bucketize(store.sigmas.double(), inner, right=True) == index).nonzero()
-    if len(steps) == 0:
-        raise ValueError(f"no step of the images lies between sigma {schedule[index].lo:.4g} and {schedule[index].hi:.4g}, "
-                         f"where expert {index} is to learn: generate samples with more steps, or use fewer experts")
-    return steps
+def held_out_count(images: int) -> int:
+    """Number of images to hold out beside so many to learn from: an eighth, in whole shards, up to `MOST_HELD_OUT`."""
+    return min(images // HELD_OUT_SHARE // SHARD_SIZE * SHARD_SIZE, MOST_HELD_OUT)
 
 
 def to_uint8(images: Tensor) -> Tensor:

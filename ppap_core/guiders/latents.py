@@ -14,6 +14,7 @@ PIXELS = "pixel"  # the name of a space of images themselves
 
 STEM_WIDTH = 32   # channels inside a stem
 STEM_SCALE = 4    # pixels along one side of a latent's place in the image of a stem
+STEM_LAST = "body.4"  # its last layer, which adds nothing to the colours while it is zero
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,25 @@ def _itself(output: Tensor) -> Tensor:
     return output
 
 
+def _full(x: Tensor) -> Tensor:  # energies of half-precision networks are summed in at least float32
+    return x.float() if x.element_size() < 4 else x
+
+
+def half_mse(output: Tensor, target: Tensor) -> Tensor:
+    """Half the mean squared difference, (B, ...) and (B|1, ...) -> (B,)."""
+    return (_full(output) - _full(target)).square().flatten(1).mean(1) / 2
+
+
+def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference over the teacher's mean square, (B,): blind to the range of the output."""
+    return half_mse(student, teacher) / half_mse(teacher, torch.zeros_like(teacher)).clamp_min(1e-6)
+
+
+def explained(output: Tensor, teacher: Tensor) -> Tensor:
+    """1 - squared difference over the teacher's mean square, or 0 where that is negative, (B,)."""
+    return (1 - normalized_mse(output, teacher)).clamp_min(0)
+
+
 @dataclass(frozen=True)
 class Task:
     """A kind of prediction: how it is compared, aimed and shown. Losses, distances and scores are (B,).
@@ -35,7 +54,9 @@ class Task:
     same at every size of image; not for cross-entropies and correlations, which mean the same anyway. `is_logits`: for
     outputs that become probabilities by a softmax or sigmoid. `has_prompt`: for networks that mark what a text asks for.
     `names_classes`: for outputs (B, K) whose classes are chosen by name, one or several with weights.
-    `distance`: `normalized_mse` for features of any range, else the loss or a divergence.
+    `distance`: `normalized_mse` for features of any range, else the loss or a divergence. `agreement`: whether two outputs
+    give the same answer, which is what an expert is for; `answer`: an output reduced to that, of which a mean over images is
+    again an output, the commonest.
     """
 
     loss: Compare                        # (output, target): the energy, which guidance lowers
@@ -52,10 +73,8 @@ class Task:
     croppable: bool = False              # parts of an image have it as much as the whole: cut-outs help
     sum_over_pixels: bool = False        # the energy is the loss times the number of values of the image
     names_classes: bool = False          # targets are classes of the whole image: (B,) long, or weights (B, K)
-
-
-def _full(x: Tensor) -> Tensor:  # energies of half-precision networks are summed in at least float32
-    return x.float() if x.element_size() < 4 else x
+    agreement: Compare = explained       # (output, teacher's output) in [0, 1], 1 = the same answer
+    answer: Callable[[Tensor], Tensor] = _itself  # output -> output of the same answer; its mean: the commonest
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -161,21 +180,11 @@ def cosine(embedding: Tensor, target: Tensor) -> Tensor:
     return F.cosine_similarity(_full(embedding), _full(target), dim=1)
 
 
-def half_mse(output: Tensor, target: Tensor) -> Tensor:
-    """Half the mean squared difference, (B, ...) and (B|1, ...) -> (B,)."""
-    return (_full(output) - _full(target)).square().flatten(1).mean(1) / 2
-
-
 def aimed_half_mse(numbers: Tensor, target: Tensor) -> Tensor:
     """Half the mean squared difference of numbers (B, K) from those of a target (B|1, K) that are not NaN, (B,)."""
     free = target.isnan()
     difference = half_mse(numbers, torch.where(free, _full(numbers.detach()), _full(target)))
     return difference * (free.shape[1] / (~free).sum(1).clamp_min(1))
-
-
-def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference over the teacher's mean square, (B,): blind to the range of the output."""
-    return half_mse(student, teacher) / half_mse(teacher, torch.zeros_like(teacher)).clamp_min(1e-6)
 
 
 def proximity(output: Tensor, target: Tensor) -> Tensor:
@@ -204,6 +213,22 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _positive_cosine(embedding: Tensor, target: Tensor) -> Tensor:
     return cosine(embedding, target).clamp_min(0)
+
+
+def same_top(output: Tensor, teacher: Tensor) -> Tensor:
+    """Share of places with the same most probable class: (B, K, ...) twice -> (B,)."""
+    return (output.argmax(1, keepdim=True) == teacher.argmax(1, keepdim=True)).flatten(1).float().mean(1)
+
+
+def only_top(logits: Tensor) -> Tensor:
+    """1 for the most probable class and 0 for the others: (B, K, ...) -> the same shape."""
+    return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1)
+
+
+def overlap(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Intersection over union of what is probable, logits above 0, (B,); 1 where nothing is."""
+    a, b = (logits > 0).flatten(1), (teacher > 0).flatten(1)
+    return torch.where((a | b).any(1), (a & b).sum(1) / (a | b).sum(1).clamp_min(1), 1.0)
 
 
 def most_probable(logits: Tensor) -> Tensor:
@@ -241,17 +266,18 @@ def _depth_preview(depth: Tensor, labels: tuple[str, ...]) -> Tensor:
 _FEATURES = Task(half_mse, normalized_mse, proximity, sum_over_pixels=True)
 TASKS: dict[str, Task] = {
     "class": Task(cross_entropy, kl, probability, most_probable, preview=class_bars, is_logits=True, croppable=True,
-                  names_classes=True),
+                  names_classes=True, agreement=same_top, answer=only_top),
     "tags": Task(tag_cross_entropy, tag_kl, tag_probability, tags_present, preview=tag_bars, is_logits=True, croppable=True,
-                 names_classes=True),
+                 names_classes=True, agreement=overlap, answer=tags_present),
     "depth": Task(depth_difference, depth_difference, _positive_correlation, from_map=_depth_from_map,
-                  drawn_as="grey, near is white", preview=_depth_preview, dense=True),
+                  drawn_as="grey, near is white", preview=_depth_preview, dense=True, agreement=_positive_correlation),
     "segmentation": Task(pixel_cross_entropy, kl, pixel_accuracy, most_probable, _labels_from_map,
-                         "in the colours of its preview", _labels_from_mask, label_map, dense=True, is_logits=True),
+                         "in the colours of its preview", _labels_from_mask, label_map, dense=True, is_logits=True,
+                         agreement=same_top, answer=only_top),
     "mask": Task(mask_cross_entropy, mask_kl, mask_agreement, torch.sigmoid, _mask_from_map,
                  "white where the thing should be", _mask_from_mask, mask_picture, dense=True, is_logits=True,
-                 has_prompt=True),
-    "embedding": Task(cosine_energy, cosine_distance, _positive_cosine, croppable=True),
+                 has_prompt=True, agreement=overlap, answer=tags_present),
+    "embedding": Task(cosine_energy, cosine_distance, _positive_cosine, croppable=True, agreement=_positive_cosine),
     "number": Task(aimed_half_mse, half_mse, aimed_proximity, croppable=True, sum_over_pixels=True),
     "features": _FEATURES,
     "style": replace(_FEATURES, croppable=True),

@@ -1,0 +1,209 @@
+"""What experts know: how often they give, on held-out steps, the answer of the plain network on the finished image."""
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guiders.guider import Guider, clean
+from ..guiders.tasks import TASKS
+from ..schedules import ExpertSchedule
+from .bank import ExpertBank, with_experts
+from .samples import HELD_OUT_SHARE, SHARD_SIZE, Pairs, SampleStore, from_uint8, pairs_at, steps_in
+
+BATCH = 16              # images that a network judges at once
+CLEAR, HINTED = 2.0, 1.0  # standard errors by which an agreement is clearly greater, or may be
+HIGH = 0.95             # agreement with which a plain network is as good as needed
+LEARNED_FROM = 64       # images that stand in where none are held out
+KEY = "knowledge"       # of the training info of a bank
+
+Verdict = Literal["worth it", "not needed", "train longer"]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Mean agreement with the teacher's answer on the finished image, in [0, 1], on the steps of one interval.
+
+    Errors are standard errors of differences between answers to the same steps, over images.
+    """
+
+    plain: float            # of the plain network on the same inputs
+    expert: float
+    commonest: float        # of giving always the same answer, the commonest
+    plain_error: float      # of plain - commonest
+    expert_error: float     # of expert - commonest
+    gain_error: float       # of expert - plain
+    images: int             # number of images
+    held_out: bool          # whether the expert did not learn from them
+
+    @property
+    def verdict(self) -> Verdict:
+        """Worth it: clearly ahead of the plain network and of the commonest answer. Not needed: plain knows as much."""
+        gain, over_commonest = self.expert - self.plain, self.expert - self.commonest
+        if gain > CLEAR * self.gain_error and over_commonest > CLEAR * self.expert_error:
+            return "worth it"
+        plain_knows = self.plain - self.commonest > CLEAR * self.plain_error or self.plain == 1
+        return "not needed" if plain_knows and (gain <= HINTED * self.gain_error or self.plain >= HIGH) else "train longer"
+
+    @property
+    def uses_plain(self) -> bool:
+        """Whether the plain network is to answer: an expert is not needed, by images that it did not learn from."""
+        return self.held_out and self.verdict == "not needed"
+
+    @property
+    def share(self) -> float:
+        """How far the network that answers is above the commonest answer, of what it could be, in [0, 1]."""
+        answers = self.plain if self.uses_plain else self.expert
+        return max(answers - self.commonest, 0.0) / (1 - self.commonest) if self.commonest < 1 else 1.0
+
+
+class Agreements(NamedTuple):
+    """Agreement with the teacher at some steps, (B,) each."""
+
+    plain: Tensor
+    expert: Tensor
+    commonest: Tensor
+
+
+@torch.no_grad()
+def commonest_answer(guider: Guider, store: SampleStore, images: int, device: torch.device | str = "cpu") -> Tensor:
+    """The one output that agrees most with a guider's on the first images of a store, (1, ...).
+
+    guider: the plain one. device: of its network.
+    """
+    total = torch.zeros(())
+    for batch in store.images[:images].split(BATCH):
+        image = from_uint8(batch).to(device)
+        answers = TASKS[guider.task].answer(guider.predict(image, clean(image)))
+        total = total.to(answers.device) + answers.float().sum(0, keepdim=True)
+    return total / images
+
+
+@torch.no_grad()
+def agreements(guider: Guider, bank: ExpertBank, pairs: Pairs, commonest: Tensor) -> Agreements:
+    """Agreement with the teacher at steps of one interval: of the plain network, the expert, and one answer to everything.
+
+    guider: the plain one, the teacher. commonest: an output (1, ...), see `commonest_answer`.
+    """
+    agreement = TASKS[guider.task].agreement
+    teacher = guider.predict(pairs.images, clean(pairs.images))
+    plain = replace(guider, view=bank.view, decode=bank.space.colors if bank.space else None)
+    judges = (plain, with_experts(guider, bank))
+    outputs = [judge.predict(judge.to_image(pairs.inputs, pairs.sigma), pairs.sigma) for judge in judges]
+    return Agreements(*(agreement(output, teacher).cpu() for output in (*outputs, commonest.expand_as(teacher))))
+
+
+def measure_knowledge(guider: Guider, bank: ExpertBank, store: SampleStore) -> tuple[Knowledge | None, ...]:
+    """What each expert knows, by the held-out images of a store, or by some that it learned from where there are none.
+
+    guider: the plain one, the teacher. None for an interval without steps.
+    """
+    held_out = store.held_out()
+    with torch.inference_mode(False):
+        if held_out:  # has images
+            return measure_on(guider, bank, held_out, len(held_out))
+        return measure_on(guider, bank, store, min(len(store), LEARNED_FROM), held_out=False)
+
+
+def measure_on(guider: Guider, bank: ExpertBank, store: SampleStore, images: int,
+               held_out: bool = True) -> tuple[Knowledge | None, ...]:
+    """What each expert knows, by the first images of a store; held_out: whether it did not learn from them."""
+    device = next(bank.parameters()).device
+    commonest = commonest_answer(guider, store, images, device)
+    found: list[Knowledge | None] = []
+    for index in range(len(bank.schedule)):
+        steps = steps_in(store, bank.schedule, index)
+        steps = steps[steps[:, 0] < images]
+        parts = [agreements(guider, bank, pairs_at(store, batch, bank.view).to(device), commonest)
+                 for batch in steps.split(BATCH) if len(batch)]
+        found.append(summarize(Agreements(*map(torch.cat, zip(*parts, strict=True))), steps[:, 0], held_out)
+                     if parts else None)
+    return tuple(found)
+
+
+def summarize(measured: Agreements, images: Tensor, held_out: bool = True) -> Knowledge:
+    """Means and standard errors of the agreements at some steps. images: the image that each step led to, (B,) long."""
+    plain, expert, commonest = (part.double() for part in measured)
+    errors = (_standard_error(difference, images)
+              for difference in (plain - commonest, expert - commonest, expert - plain))
+    return Knowledge(*(float(part.mean()) for part in (plain, expert, commonest)), *errors, len(images.unique()), held_out)
+
+
+def _standard_error(values: Tensor, images: Tensor) -> float:
+    """Of the mean of values (B,), of which those of one image are not independent."""
+    groups = images.unique(return_inverse=True)[1]
+    sums = torch.zeros(int(groups.max()) + 1, dtype=values.dtype).index_add(0, groups, values - values.mean())
+    return float(sums.square().sum().sqrt() / len(values))
+
+
+def remember(bank: ExpertBank, knowledge: Sequence[Knowledge | None]) -> None:
+    """Keep in a bank, and so in its file, what its experts know, and use the plain network where none is needed."""
+    bank.training_info = {**bank.training_info, KEY: [each and asdict(each) for each in knowledge]}
+    for index, each in enumerate(knowledge):
+        if each and each.uses_plain:
+            bank.make_plain(index)
+
+
+def knowledge_of(bank: ExpertBank) -> tuple[Knowledge | None, ...]:
+    """What each expert of a bank knows, as far as that was measured; one for each interval."""
+    try:
+        known = tuple(each and Knowledge(**each) for each in bank.training_info[KEY])
+    except (KeyError, TypeError):  # a bank of an earlier version, or of a later one
+        known = ()
+    return known if len(known) == len(bank.schedule) else (None,) * len(bank.schedule)
+
+
+@dataclass(frozen=True)
+class KnownShare:
+    """Factor of a weight that follows what experts know, constant within an interval: a ramp for a `Schedule`."""
+
+    schedule: ExpertSchedule
+    shares: tuple[float, ...]  # of each interval, in [0, 1]; neutral: 1
+
+    def __call__(self, sigma: float) -> float:
+        return self.shares[self.schedule.index(sigma)]
+
+
+def known_share(bank: ExpertBank) -> KnownShare:
+    """The ramp of a bank: how far its answer is above the commonest one at a noise level; 1 where that was not measured."""
+    return KnownShare(bank.schedule, tuple(each.share if each else 1.0 for each in knowledge_of(bank)))
+
+
+def describe_knowledge(bank: ExpertBank) -> str:
+    """A line for each interval, a sentence on what they come to, and one on how it was measured; "" if it was not."""
+    known = knowledge_of(bank)
+    measured = [each for each in known if each]
+    if not measured:
+        return ""
+    lines = [f"sigma {interval.lo:.3g} to {interval.hi:.3g}: {_in_words(each)}"
+             for interval, each in zip(bank.schedule, known, strict=True)]
+    return "\n".join([*lines, _conclusion(measured), _basis(measured)])
+
+
+def _in_words(known: Knowledge | None) -> str:
+    if known is None:
+        return "not measured, as no step lies there"
+    return (f"plain {known.plain:.0%}, expert {known.expert:.0%}, commonest answer {known.commonest:.0%}: {known.verdict}"
+            + (", so the plain network is used" if known.uses_plain else ""))
+
+
+REASONS: dict[Verdict, str] = {
+    "worth it": "where the expert is ahead of the plain network",
+    "not needed": "where the plain network answers as well",
+    "train longer": "where the expert is not clearly ahead of the plain network and of the commonest answer"}
+
+
+def _conclusion(measured: Sequence[Knowledge]) -> str:
+    counts = {verdict: sum(each.verdict == verdict for each in measured) for verdict in REASONS}
+    said = "; ".join(f"{verdict} in {count} of {len(measured)} ranges of noise, {REASONS[verdict]}"
+                     for verdict, count in counts.items() if count)
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def _basis(measured: Sequence[Knowledge]) -> str:
+    images = max(each.images for each in measured)
+    basis = f"Measured as agreement with the plain network's answer on the finished image, for {images} images that "
+    return basis + ("the experts did not learn from." if measured[0].held_out else
+                    "the experts learned from, so that they look better than they are; of samples begun anew, some are kept "
+                    f"apart from {HELD_OUT_SHARE * SHARD_SIZE} images on.")

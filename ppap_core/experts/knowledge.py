@@ -14,7 +14,7 @@ from .samples import HELD_OUT_SHARE, SHARD_SIZE, Pairs, SampleStore, from_uint8,
 
 BATCH = 16              # images that a network judges at once
 CLEAR, HINTED = 2.0, 1.0  # standard errors by which an agreement is clearly greater, or may be
-HIGH = 0.95             # agreement with which a plain network is as good as needed
+HIGH = 0.95             # agreement of a plain network that is as good as needed
 LEARNED_FROM = 64       # images that stand in where none are held out
 KEY = "knowledge"       # of the training info of a bank
 
@@ -40,11 +40,12 @@ class Knowledge:
     @property
     def verdict(self) -> Verdict:
         """Worth it: clearly ahead of the plain network and of the commonest answer. Not needed: plain knows as much."""
-        gain, over_commonest = self.expert - self.plain, self.expert - self.commonest
-        if gain > CLEAR * self.gain_error and over_commonest > CLEAR * self.expert_error:
+        gain, knows_more = self.expert - self.plain, self.expert - self.commonest > CLEAR * self.expert_error
+        if gain > CLEAR * self.gain_error and knows_more:
             return "worth it"
-        plain_knows = self.plain - self.commonest > CLEAR * self.plain_error or self.plain == 1
-        return "not needed" if plain_knows and (gain <= HINTED * self.gain_error or self.plain >= HIGH) else "train longer"
+        plain_knows = self.plain - self.commonest > CLEAR * self.plain_error
+        is_as_good = plain_knows and gain <= HINTED * self.gain_error
+        return "not needed" if is_as_good or self.plain >= HIGH else "train longer"
 
     @property
     def uses_plain(self) -> bool:

@@ -126,9 +126,10 @@ def measure_on(guider: Guider, bank: ExpertBank, store: SampleStore, images: int
 def summarize(measured: Agreements, images: Tensor, held_out: bool = True) -> Knowledge:
     """Means and standard errors of the agreements at some steps. images: the image that each step led to, (B,) long."""
     plain, expert, commonest = (part.double() for part in measured)
-    errors = (_standard_error(difference, images)
-              for difference in (plain - commonest, expert - commonest, expert - plain))
-    return Knowledge(*(float(part.mean()) for part in (plain, expert, commonest)), *errors, len(images.unique()), held_out)
+    of_plain, of_expert, of_gain = (_standard_error(difference, images)
+                                    for difference in (plain - commonest, expert - commonest, expert - plain))
+    return Knowledge(float(plain.mean()), float(expert.mean()), float(commonest.mean()), of_plain, of_expert, of_gain,
+                     len(images.unique()), held_out)
 
 
 def _standard_error(values: Tensor, images: Tensor) -> float:

@@ -16,7 +16,7 @@ def told(comfy, node: str, **inputs: Any) -> Any:
 
 
 def test_what_experts_know_is_told_and_goes_with_them(comfy, pixels: PixelWorld, monkeypatch: pytest.MonkeyPatch):
-    """Also where the distillation is finished and only loaded. The last prediction is the image: no expert is needed there."""
+    """Also where the distillation is only loaded. The last prediction is the image, so no expert is needed there."""
     core = comfy.pack.ppap_core.experts
     monkeypatch.setattr(core.samples, "HELD_OUT_SHARE", 1)
     samples = pixels.samples(name="told", latent_image={"samples": torch.zeros(64, 3, 4, 8)})

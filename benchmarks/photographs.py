@@ -46,19 +46,22 @@ class Learner:
     """How a network for noisy photographs comes about.
 
     edges: of the intervals of noise that have a network each; none: the plain network has them all. subjects: of the
-    photographs to learn from, a key of `FOLDS`. whole: every weight learns, and not a LoRA.
+    photographs to learn from, a key of `FOLDS`. whole: every weight learns, and not a LoRA. warm_start: an expert starts
+    as that of the next lower noise ended, and not as the plain network.
     """
 
     edges: tuple[float, ...] = ()
     subjects: str = "same"
     whole: bool = False
+    warm_start: bool = False
 
 
 def learners(bench: PhotographBench) -> dict[str, Learner]:
     """The rows of the table."""
-    return {"plain network": Learner(), "five experts": Learner(bench.edges),
-            "five experts, other classes": Learner(bench.edges, subjects="other classes"),
-            "five experts, flowers": Learner(bench.edges, subjects="others"),
+    return {"plain network": Learner(), "five experts": Learner(bench.edges, warm_start=True),
+            "five experts, learned from other classes": Learner(bench.edges, "other classes", warm_start=True),
+            "five experts, learned from flowers": Learner(bench.edges, "others"),
+            "five experts, each from the plain network": Learner(bench.edges),
             "one expert of as many steps": Learner((bench.edges[0], bench.edges[-1])),
             "five whole networks": Learner(bench.edges, whole=True)}
 
@@ -137,6 +140,12 @@ class LearnerRun:
             return Networks(base, schedule)
         return ExpertBank(base, schedule, LoraSpec(self.bench.rank, self.bench.rank), "noisy")
 
+    @property
+    def bank(self) -> ExpertBank:
+        """The network, where it is a bank."""
+        assert isinstance(self.net, ExpertBank)
+        return self.net
+
     @cached_property
     def student(self) -> Guider:
         """The guider that looks at noisy photographs."""
@@ -149,6 +158,8 @@ class LearnerRun:
         for index in range(count):
             options = RunOptions({"index": index}, self.folder / f"interval_{index}.state.safetensors",
                                  on_step=StepReport(self.report, count, steps).of_interval(index))
+            if self.learner.warm_start and index:
+                self.bank.load(index, self.bank.weights(index - 1))
             with trainable(self.net, index) as parameters:
                 optimize(parameters, partial(self.loss, index), steps, rate, f"interval {index}", options)
 

@@ -30,8 +30,8 @@ LEARNING: dict[str, Any] = {"edges": EDGES, "rank": 8, "steps": 600, "batch": 32
 PERSON = "one of four persons"  # the title of the table whose guider is the network for identity
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # among which the best is searched, for guidance
     "noisy": tuple({"weight": weight, "balanced": True} for weight in (0.1, 0.2, 0.4)),
-    "denoised": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.3, 0.45)),
-    "through": tuple({"weight": weight, "balanced": True, "through": True} for weight in (0.2, 0.3, 0.45)),
+    "denoised": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.4, 0.6)),
+    "through": tuple({"weight": weight, "balanced": True, "through": True} for weight in (0.2, 0.4, 0.6)),
 }
 
 

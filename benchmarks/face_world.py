@@ -49,14 +49,15 @@ class FaceView(nn.Module):
         self.net = net
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.net(real_networks().face_view(image[:, :1]))
+        view = real_networks().face_view(image[:, :1])
+        return self.net(view.contiguous(memory_format=torch.channels_last))  # faster on a CPU
 
 
 @cache
 def face_guider(name: str) -> Guider:
     """The guider of one of NETWORKS. ValueError without the folder of real networks."""
     task, labels = NETWORKS[name]
-    net = FaceView(getattr(real_networks(), name)())
+    net = FaceView(getattr(real_networks(), name)().to(memory_format=torch.channels_last))
     # these networks resize and normalise by themselves
     untouched = Preprocess((1, 1), fit="own")
     return Guider(f"real/{name}", IgnoreSigma(net), untouched, task, getattr(real_networks(), labels) if labels else ())
@@ -71,6 +72,7 @@ class FaceWorld:
     subject: str = "expression"  # the guider's name in NETWORKS
     device: torch.device = torch.device("cpu")
     name: ClassVar[str] = "faces"
+    store_seed: ClassVar[int] = 500_000
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Predict clean faces (B, 1, 40, 40), the state in float32; differentiable where x requires a gradient.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ppap_core import ExpertSchedule
+from ppap_core import ExpertSchedule, karras_sigmas
 from ppap_core.viz.plots import Axes, Points, line_plot
 
 from . import report
@@ -24,14 +24,15 @@ from .runs import run_rows
 from .tables import PLOT_SIZE, Row, Table, setting_text
 from .training import Plain, Training, Workspace
 
-EDGES = ExpertSchedule.log_spaced(5, SIGMA_MIN, SIGMA_MAX).edges
-LEARNING: dict[str, Any] = {"edges": EDGES, "rank": 8, "steps": 600, "batch": 32, "lr": 1e-3, "images": 1536,
-                            "warm_start": True}
+LEVELS = karras_sigmas(STEPS, SIGMA_MIN, SIGMA_MAX)[:-1].tolist()
+LEARNING: dict[str, Any] = {"edges": ExpertSchedule.equal_shares(5, SIGMA_MIN, SIGMA_MAX, LEVELS).edges, "rank": 8,
+                            "batch": 32, "images": 1536}
+IN_NOISE = LEARNING | {"steps": 400, "warm_start": True}  # where the plain network knows least, a neighbour knows more
 PERSON = "one of four persons"  # the title of the table whose guider is the network for identity
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # among which the best is searched, for guidance
-    "noisy": tuple({"weight": weight, "balanced": True} for weight in (0.1, 0.2, 0.4)),
-    "denoised": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.4, 0.6)),
-    "through": tuple({"weight": weight, "balanced": True, "through": True} for weight in (0.2, 0.4, 0.6)),
+    "noisy": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.4, 0.6)),
+    "denoised": tuple({"weight": weight, "balanced": True} for weight in (0.3, 0.45, 0.6)),
+    "through": tuple({"weight": weight, "balanced": True, "through": True} for weight in (0.2, 0.3, 0.45)),
 }
 
 
@@ -42,9 +43,9 @@ class FaceBench:
     images: int = 256     # of a row at its best setting
     search: int = 64      # other images, of each setting that is searched
     unguided: int = 2000  # faces that Frechet distances are taken to
-    fresh: Training = field(default_factory=lambda: FreshNoise("noisy", **LEARNING))        # experts as in the paper
-    noisy: Training = field(default_factory=lambda: Distillation("noisy", **LEARNING))      # along trajectories
-    denoised: Training = field(default_factory=lambda: Distillation("denoised", **LEARNING))
+    fresh: Training = field(default_factory=lambda: FreshNoise("noisy", **IN_NOISE))        # experts as in the paper
+    noisy: Training = field(default_factory=lambda: Distillation("noisy", **IN_NOISE))      # along trajectories
+    denoised: Training = field(default_factory=lambda: Distillation("denoised", **LEARNING, steps=300))
 
 
 def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
@@ -55,13 +56,13 @@ def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
         *few_rows(bench),
         Row("PPAP: five experts, noisy view, fresh noise", training=bench.fresh, points=SETTINGS["noisy"]),
         Row("five experts, noisy view, trajectories", training=bench.noisy, points=SETTINGS["noisy"]),
-        Row("DPS", "dps", points=({"rho": 0.1}, {"rho": 0.4}, {"rho": 1.5})),
-        Row("LGD-MC", "lgd", settings={"samples": 4}, points=({"rho": 0.2}, {"rho": 0.6}, {"rho": 2.0})),
-        Row("FreeDoM", "freedom", settings={"recurrences": 2}, points=({"rho": 0.05}, {"rho": 0.1}, {"rho": 0.2})),
-        Row("Universal Guidance", "ugd", settings={"recurrences": 2, "iterations": 2},
-            points=({"rho": 2.0, "mu": 0.25}, {"rho": 2.0, "mu": 1.0}, {"rho": 8.0, "mu": 1.0})),
+        Row("DPS", "dps", points=({"rho": 0.1}, {"rho": 0.25}, {"rho": 0.6})),
+        Row("LGD-MC", "lgd", settings={"samples": 3}, points=({"rho": 0.2}, {"rho": 0.5}, {"rho": 1.0})),
+        Row("FreeDoM", "freedom", settings={"recurrences": 2}, points=({"rho": 0.02}, {"rho": 0.05}, {"rho": 0.1})),
+        Row("Universal Guidance", "ugd", settings={"recurrences": 1, "iterations": 2},
+            points=({"rho": 0.5, "mu": 0.1}, {"rho": 1.0, "mu": 0.5}, {"rho": 4.0, "mu": 0.1})),
         Row("TFG", "tfg", settings={"iterations": 2},
-            points=({"rho": 0.25, "mu": 0.25}, {"rho": 0.5, "mu": 0.5}, {"rho": 1.0, "mu": 1.0})),
+            points=({"rho": 0.05, "mu": 0.05}, {"rho": 0.25, "mu": 0.05}, {"rho": 0.05, "mu": 0.25})),
     )
 
 
@@ -72,7 +73,7 @@ def few_rows(bench: FaceBench) -> tuple[Row, ...]:
         Row("plain guider, through the model", points=SETTINGS["through"]),
         Row("five experts, denoised view", training=bench.denoised, points=SETTINGS["denoised"]),
         Row("five experts, through the model", training=bench.denoised, points=SETTINGS["through"]),
-        Row("MPGD", "mpgd", points=({"mu": 0.1}, {"mu": 0.5}, {"mu": 2.0})),
+        Row("MPGD", "mpgd", points=({"mu": 0.15}, {"mu": 0.4}, {"mu": 1.0})),
     )
 
 

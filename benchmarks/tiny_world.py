@@ -46,6 +46,7 @@ class TinyWorld:
     class_judge: Guider            # for features of images, whatever the task
     device: torch.device
     name: ClassVar[str] = "tinyworld"
+    store_seed: ClassVar[int] = 50_000_000
 
     @property
     def subject(self) -> str:
@@ -119,7 +120,7 @@ def generate_store(world: World, folder: Path, count: int, steps: int, report: R
     weight: normalized weight of the plain guider, aimed at random scenes, in whose presence they are made; such images are
         kept in a folder of their own. 0: unguided.
     """
-    manifest = {"model": world.name, "sampler": "euler", "steps": steps, "seed": 50_000_000}
+    manifest = {"model": world.name, "sampler": "euler", "steps": steps, "seed": world.store_seed}
     if weight:
         folder, manifest = folder.with_name(f"{folder.name}_guided_{weight:g}"), manifest | {"guided": weight}
     store = SampleStore(folder, manifest)

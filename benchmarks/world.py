@@ -19,6 +19,10 @@ class World(Protocol):
         """Name of the model, for the manifest of its images."""
 
     @property
+    def store_seed(self) -> int:
+        """Seed of the first image that experts learn from."""
+
+    @property
     def subject(self) -> str:
         """Name of what the guider judges, for the folders of its trainings."""
 

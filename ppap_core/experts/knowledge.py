@@ -36,6 +36,7 @@ class Knowledge:
     gain_error: float       # of expert - plain
     images: int             # number of images
     held_out: bool          # whether the expert did not learn from them
+    possible: float | None = None  # at least, in the noisy view: the plain network's on the model's prediction
 
     @property
     def verdict(self) -> Verdict:
@@ -65,6 +66,7 @@ class Agreements(NamedTuple):
     plain: Tensor
     expert: Tensor
     commonest: Tensor
+    possible: Tensor | None = None
 
 
 @torch.no_grad()
@@ -82,17 +84,23 @@ def commonest_answer(guider: Guider, store: SampleStore, images: int, device: to
 
 
 @torch.no_grad()
-def agreements(guider: Guider, bank: ExpertBank, pairs: Pairs, commonest: Tensor) -> Agreements:
+def agreements(guider: Guider, bank: ExpertBank, pairs: Pairs, commonest: Tensor,
+               predictions: Tensor | None = None) -> Agreements:
     """Agreement with the teacher at steps of one interval: of the plain network, the expert, and one answer to everything.
 
-    guider: the plain one, the teacher. commonest: an output (1, ...), see `commonest_answer`.
+    guider: the plain one, the teacher. commonest: an output (1, ...), see `commonest_answer`. predictions: of the model at
+    these steps, (B, C, h, w), which experts of the noisy view do not see; None: what is possible is not measured.
     """
-    agreement = TASKS[guider.task].agreement
     teacher = guider.predict(pairs.images, clean(pairs.images))
     plain = replace(guider, view=bank.view, decode=bank.space.colors if bank.space else None)
-    judges = (plain, with_experts(guider, bank))
-    outputs = [judge.predict(judge.to_image(pairs.inputs, pairs.sigma), pairs.sigma) for judge in judges]
-    return Agreements(*(agreement(output, teacher).cpu() for output in (*outputs, commonest.expand_as(teacher))))
+    outputs = [_output(plain, pairs), _output(with_experts(guider, bank), pairs), commonest.expand_as(teacher)]
+    if predictions is not None:
+        outputs.append(_output(plain, pairs._replace(inputs=predictions)))
+    return Agreements(*(TASKS[guider.task].agreement(output, teacher).cpu() for output in outputs))
+
+
+def _output(judge: Guider, pairs: Pairs) -> Tensor:
+    return judge.predict(judge.to_image(pairs.inputs, pairs.sigma), pairs.sigma)
 
 
 def measure_knowledge(guider: Guider, bank: ExpertBank, store: SampleStore) -> tuple[Knowledge | None, ...]:
@@ -116,20 +124,28 @@ def measure_on(guider: Guider, bank: ExpertBank, store: SampleStore, images: int
     for index in range(len(bank.schedule)):
         steps = steps_in(store, bank.schedule, index)
         steps = steps[steps[:, 0] < images]
-        parts = [agreements(guider, bank, pairs_at(store, batch, bank.view).to(device), commonest)
-                 for batch in steps.split(BATCH) if len(batch)]
-        found.append(summarize(Agreements(*map(torch.cat, zip(*parts, strict=True))), steps[:, 0], held_out)
-                     if parts else None)
+        found.append(summarize(_agreements_at(guider, bank, store, steps, commonest), steps[:, 0], held_out)
+                     if len(steps) else None)
     return tuple(found)
+
+
+def _agreements_at(guider: Guider, bank: ExpertBank, store: SampleStore, steps: Tensor, commonest: Tensor) -> Agreements:
+    parts = []
+    for batch in steps.split(BATCH):
+        pairs = pairs_at(store, batch, bank.view).to(commonest.device)
+        denoised = pairs_at(store, batch, "denoised").inputs.to(commonest.device) if bank.view == "noisy" else None
+        parts.append(agreements(guider, bank, pairs, commonest, denoised))
+    return Agreements(*(torch.cat(part) for part in zip(*parts, strict=True) if part[0] is not None))
 
 
 def summarize(measured: Agreements, images: Tensor, held_out: bool = True) -> Knowledge:
     """Means and standard errors of the agreements at some steps. images: the image that each step led to, (B,) long."""
-    plain, expert, commonest = (part.double() for part in measured)
+    plain, expert, commonest = (part.double() for part in measured[:3])
     of_plain, of_expert, of_gain = (_standard_error(difference, images)
                                     for difference in (plain - commonest, expert - commonest, expert - plain))
     return Knowledge(float(plain.mean()), float(expert.mean()), float(commonest.mean()), of_plain, of_expert, of_gain,
-                     len(images.unique()), held_out)
+                     len(images.unique()), held_out,
+                     None if measured.possible is None else float(measured.possible.double().mean()))
 
 
 def _standard_error(values: Tensor, images: Tensor) -> float:
@@ -186,8 +202,9 @@ def describe_knowledge(bank: ExpertBank) -> str:
 def _in_words(known: Knowledge | None) -> str:
     if known is None:
         return "not measured, as no step lies there"
-    return (f"plain {known.plain:.0%}, expert {known.expert:.0%}, commonest answer {known.commonest:.0%}: {known.verdict}"
-            + (", so the plain network is used" if known.uses_plain else ""))
+    possible = "" if known.possible is None else f"possible at least {known.possible:.0%}, "
+    return (f"plain {known.plain:.0%}, expert {known.expert:.0%}, {possible}commonest answer {known.commonest:.0%}: "
+            f"{known.verdict}" + (", so the plain network is used" if known.uses_plain else ""))
 
 
 REASONS: dict[Verdict, str] = {
@@ -206,6 +223,8 @@ def _conclusion(measured: Sequence[Knowledge]) -> str:
 def _basis(measured: Sequence[Knowledge]) -> str:
     images = max(each.images for each in measured)
     basis = f"Measured as agreement with the plain network's answer on the finished image, for {images} images that "
-    return basis + ("the experts did not learn from." if measured[0].held_out else
-                    "the experts learned from, so that they look better than they are; of samples begun anew, some are kept "
-                    f"apart from {HELD_OUT_SHARE * SHARD_SIZE} images on.")
+    basis += ("the experts did not learn from." if measured[0].held_out else
+              "the experts learned from, so that they look better than they are; of samples begun anew, some are kept "
+              f"apart from {HELD_OUT_SHARE * SHARD_SIZE} images on.")
+    has_possible = any(each.possible is not None for each in measured)
+    return basis + (" Possible is what the plain network knows in the denoised view." if has_possible else "")

@@ -149,6 +149,10 @@ def test_agreement_is_that_of_each_held_out_step(store, task, view):
                 expected.append(TASKS[task].agreement(output, guider.predict(one, clean(one))))
     assert trained.expert == pytest.approx(float(torch.cat(expected).mean()), abs=2e-3)
     assert trained.images == SHARD_SIZE and trained.held_out
+    if view == "denoised":
+        assert trained.possible is None
+    else:
+        assert trained.possible == measure_knowledge(guider, make_bank(guider, "denoised"), store)[1].plain
 
 
 def test_without_images_apart_some_of_the_others_are_measured(tmp_path):
@@ -183,7 +187,7 @@ def test_errors_are_those_of_differences_over_images():
     difference = (measured.expert - measured.plain).double()
     assert found.gain_error == pytest.approx(float(difference.std(correction=0)) / 8)
     assert (found.plain, found.expert, found.commonest, found.images) == (20 / 64, 40 / 64, 8 / 64, 64)
-    again = summarize(Agreements(*(part.repeat(4) for part in measured)), IMAGES.repeat(4))
+    again = summarize(Agreements(*(part.repeat(4) for part in measured[:3])), IMAGES.repeat(4))
     assert again.gain_error == pytest.approx(found.gain_error) and again.images == 64
 
 
@@ -263,6 +267,10 @@ def test_words_say_each_range_and_what_to_do():
     assert second == "sigma 1 to 10: plain 31%, expert 58%, commonest answer 12%: worth it"
     assert conclusion.startswith("Worth it in 1 of 2") and "not needed in 1 of 2" in conclusion
     assert "train longer" not in conclusion and "64 images" in basis and "did not learn from" in basis
+    assert "possible" not in conclusion + basis
+    remember(bank, (CEILING, replace(KNOWN, possible=0.66)))
+    assert "plain 31%, expert 58%, possible at least 66%, commonest answer 12%: worth it" in describe_knowledge(bank)
+    assert "denoised view" in describe_knowledge(bank)
     remember(bank, (replace(CEILING, held_out=False), replace(KNOWN, plain=0.1, expert=0.13, held_out=False)))
     text = describe_knowledge(bank)
     assert "train longer in 1 of 2" in text and "look better than they are" in text and "is used" not in text

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.evaluation import Evaluator
 from benchmarks.report import Column, Report, markdown, write_report
-from benchmarks.tiny_world import NOISE, TinyWorld, generate_store, load_world
+from benchmarks.tiny_world import NOISE, TinyWorld, generate_store, hold_out, load_world
 from ppap_core import (
     DistillConfig,
     ExpertBank,
@@ -30,6 +30,8 @@ from ppap_core import (
     with_experts,
 )
 from ppap_core.experts.distill import uses_warm_start
+from ppap_core.experts.knowledge import describe_knowledge, measure_knowledge, remember
+from ppap_core.experts.samples import held_out_count
 from ppap_core.guiders.latents import VIEWS, View
 from ppap_core.tinyworld.scenes import CLASSES, Scenes
 from ppap_core.viz.drawing import contact_sheet, save_picture
@@ -47,6 +49,7 @@ def demo(folder: Path, report: Report) -> None:
     folder, world = Path(folder), load_world("class")
     report(f"a diffusion model of small scenes, and a classifier of {len(CLASSES)} shapes that has only seen clean ones")
     store = generate_store(world, folder / "samples", SAMPLES, STEPS, report)
+    hold_out(world, store, held_out_count(SAMPLES))
     rows: dict[str, Term | None] = {"unguided": None}
     for view in VIEWS:
         plain = replace(world.guider, view=view)
@@ -59,11 +62,17 @@ def demo(folder: Path, report: Report) -> None:
 
 
 def distill_experts(world: TinyWorld, view: View, store: SampleStore, folder: Path, report: Report) -> Guider:
-    """The guider with five experts of one view, which are saved; an interrupted distillation is resumed."""
+    """The guider with five experts of one view, which are saved; an interrupted distillation is resumed.
+
+    What they know is measured on held-out images, and the plain network is used where none is needed.
+    """
     bank = ExpertBank(base_network(world.guider), equal_shares(store, EXPERTS), LoraSpec(rank=2, alpha=2), view)
     config = replace(TRAINING, warm_start=uses_warm_start(view))
     distill(world.guider, bank.to(world.device), store, config, folder / f"experts_{view}",
             partial(report_step, report, view))
+    remember(bank, measure_knowledge(world.guider, bank, store))
+    for line in describe_knowledge(bank).splitlines():
+        report(f"{view} view: {line}")
     save_bank(folder / f"experts_{view}.safetensors", bank, world.guider)
     return with_experts(world.guider, bank)
 

@@ -73,7 +73,7 @@ class SampleGenerator(Feature):
         ValueError for a store that holds images of another manifest.
         """
         store = SampleStore(paths.output_folder("ppap_samples", paths.checked_file_name(name)), self.manifest())
-        held_out = store.held_out(begin=len(store) == 0)
+        held_out = store.held_out if len(store) else store.hold_out()
         wanted = [(store, count)] if held_out is None else [(store, count), (held_out, held_out_count(count))]
         self.done = sum(len(part) for part, _ in wanted)
         self.progress = Progress(sum(images for _, images in wanted) * self.settings.steps)

@@ -108,7 +108,7 @@ def measure_knowledge(guider: Guider, bank: ExpertBank, store: SampleStore) -> t
 
     guider: the plain one, the teacher. None for an interval without steps.
     """
-    held_out = store.held_out()
+    held_out = store.held_out
     with torch.inference_mode(False):
         if held_out:  # has images
             return measure_on(guider, bank, held_out, len(held_out))

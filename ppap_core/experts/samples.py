@@ -128,14 +128,18 @@ class SampleStore:
             if on_shard:
                 on_shard(done + SHARD_SIZE, images)
 
-    def held_out(self, begin: bool = False) -> "SampleStore | None":
-        """Further images of the same kind, from seeds far away, on which to measure what experts learned from these.
+    @property
+    def held_out(self) -> "SampleStore | None":
+        """Further images on which to measure what experts learned from these; None if there are none.
 
-        begin: whether to make their folder, inside this one, where there is none. None if there is none, as in stores of
-        earlier versions: none is added to them, so that what was made with them stays as it is.
+        Stores of earlier versions have none, and none are added to them: what was made with them stays as it is.
         """
-        folder, seed = self.folder / HELD_OUT, int(self.manifest.get("seed", 0)) + HELD_OUT_SEEDS
-        return SampleStore(folder, self.manifest | {"seed": seed}) if begin or folder.exists() else None
+        return self.hold_out() if (self.folder / HELD_OUT).exists() else None
+
+    def hold_out(self) -> "SampleStore":
+        """The store of images of the same kind, from seeds far away, that is kept apart in a folder inside this one."""
+        seed = int(self.manifest.get("seed", 0)) + HELD_OUT_SEEDS
+        return SampleStore(self.folder / HELD_OUT, self.manifest | {"seed": seed})
 
     @property
     def images(self) -> Tensor:

@@ -1,4 +1,5 @@
 """What experts know, told in the nodes that distil, save and load them."""
+import shutil
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_what_experts_know_is_told_and_goes_with_them(comfy, pixels: PixelWorld,
     core = comfy.pack.ppap_core.experts
     monkeypatch.setattr(core.samples, "HELD_OUT_SHARE", 1)
     samples = pixels.samples(name="told", latent_image={"samples": torch.zeros(64, 3, 4, 8)})
-    assert len(samples.store.held_out()) == len(samples.store) == 64
+    assert len(samples.store.held_out) == len(samples.store) == 64
     made = [told(comfy, "PPAPDistilExperts", samples=samples, guider=pixels.guider, **SETTINGS) for _ in range(2)]
     text = made[0].ui["text"][0]
     assert text == made[1].ui["text"][0] and "64 images that the experts did not learn from" in text
@@ -41,12 +42,10 @@ def test_samples_of_an_earlier_version_stay_as_they_are(comfy, pixels: PixelWorl
     """They are measured themselves, which is said, and switch no expert off."""
     core = comfy.pack.ppap_core.experts
     settings = {"name": "begun before", "steps": 3, "latent_image": {"samples": torch.zeros(64, 3, 4, 8)}}
-    monkeypatch.setattr(core.samples.SampleStore, "held_out", lambda store, begin=False: None)
-    pixels.samples(**settings)
-    monkeypatch.undo()
+    shutil.rmtree(pixels.samples(**settings).store.hold_out().folder)
     monkeypatch.setattr(core.samples, "HELD_OUT_SHARE", 1)
     samples = pixels.samples(**settings)
-    assert samples.store.held_out() is None
+    assert samples.store.held_out is None
     made = told(comfy, "PPAPDistilExperts", samples=samples, guider=pixels.guider, **SETTINGS)
     text = made.ui["text"][0]
     assert "the experts learned from" in text and "is used" not in text

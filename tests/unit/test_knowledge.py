@@ -58,7 +58,7 @@ def made_of_latents(seeds):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> SampleStore:
     store = SampleStore(tmp_path_factory.mktemp("store"), {"seed": 3})
-    store.held_out(begin=True).fill(SHARD_SIZE, made)
+    store.hold_out().fill(SHARD_SIZE, made)
     store.fill(SHARD_SIZE, made)
     return store
 
@@ -76,13 +76,13 @@ def share_of(right: int) -> torch.Tensor:
 
 def test_held_out_images_are_others_beside_the_store(tmp_path):
     store, asked = SampleStore(tmp_path, {"model": "x", "seed": 3}), []
-    assert store.held_out() is None
-    held_out = store.held_out(begin=True)
+    assert store.held_out is None
+    held_out = store.hold_out()
     held_out.fill(SHARD_SIZE, lambda seeds: asked.extend(seeds) or made(seeds))
     assert asked == [3 + HELD_OUT_SEEDS + i for i in range(SHARD_SIZE)]
-    assert len(store) == 0 and len(store.held_out()) == SHARD_SIZE
+    assert len(store) == 0 and len(store.held_out) == SHARD_SIZE
     again = SampleStore(tmp_path, {"model": "x", "seed": 3})
-    assert torch.equal(again.held_out().images, held_out.images)
+    assert torch.equal(again.held_out.images, held_out.images)
 
 
 @pytest.mark.parametrize("images, count", [(64, 0), (511, 0), (512, 64), (1023, 64), (1024, 128), (4096, 512),
@@ -122,7 +122,7 @@ def test_agreement_is_equal_top_answers_or_overlap():
 
 
 def test_the_commonest_class_agrees_as_often_as_it_occurs(store):
-    guider, held_out = small_guider(), store.held_out()
+    guider, held_out = small_guider(), store.held_out
     image = from_uint8(held_out.images)
     counts = guider.predict(image, clean(image)).argmax(1).bincount(minlength=CLASSES)
     commonest = commonest_answer(guider, held_out, SHARD_SIZE)
@@ -139,7 +139,7 @@ def test_agreement_is_that_of_each_held_out_step(store, task, view):
     disturb(bank, 1)
     untrained, trained = measure_knowledge(guider, bank, store)
     assert untrained.plain == untrained.expert and untrained.gain_error == 0
-    held_out, experts, expected = store.held_out(), with_experts(guider, bank), []
+    held_out, experts, expected = store.held_out, with_experts(guider, bank), []
     inputs = held_out.noisy_vp if view == "noisy" else held_out.denoised
     for number, image in enumerate(from_uint8(held_out.images)):
         for step, sigma in enumerate(held_out.sigmas[number]):
@@ -234,7 +234,7 @@ def test_the_plain_network_is_used_where_no_expert_is_needed(store, view, space)
 
 def test_experts_of_latents_are_measured_against_the_colours(tmp_path):
     store, guider, space = SampleStore(tmp_path, {}), small_guider(), LatentSpace("four", randn(4, 3), randn(3))
-    store.held_out(begin=True).fill(SHARD_SIZE, made_of_latents)
+    store.hold_out().fill(SHARD_SIZE, made_of_latents)
     store.fill(SHARD_SIZE, made_of_latents)
     measured = measure_knowledge(guider, make_bank(guider, space=space), store)
     assert all(each and each.gain_error < 0.05 for each in measured), "a new stem shows the colours, but larger"

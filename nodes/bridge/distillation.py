@@ -7,6 +7,7 @@ from typing import Any
 import comfy.sample
 import comfy.sd
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -154,7 +155,7 @@ def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: Di
     load_to_train([module_of(guider), bank])
     with outside_inference_mode():
         losses = distill(guider, bank, samples.store, config, folder, report.on_step)
-        remember(bank, measure_knowledge(guider, bank, samples.store))
+        remember(bank, measure_knowledge(guider, bank, samples.store, throw_exception_if_processing_interrupted))
     return dict(zip(report.losses, losses, strict=True))
 
 

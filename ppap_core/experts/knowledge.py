@@ -1,5 +1,5 @@
 """What experts know: how often they give, on held-out steps, the answer of the plain network on the finished image."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -103,38 +103,47 @@ def _output(judge: Guider, pairs: Pairs) -> Tensor:
     return judge.predict(judge.to_image(pairs.inputs, pairs.sigma), pairs.sigma)
 
 
-def measure_knowledge(guider: Guider, bank: ExpertBank, store: SampleStore) -> tuple[Knowledge | None, ...]:
+def measure_knowledge(guider: Guider, bank: ExpertBank, store: SampleStore,
+                      on_batch: Callable[[], None] | None = None) -> tuple[Knowledge | None, ...]:
     """What each expert knows, by the held-out images of a store, or by some that it learned from where there are none.
 
-    guider: the plain one, the teacher. None for an interval without steps.
+    guider: the plain one, the teacher. on_batch: called before every few steps; may raise to stop. None for an interval
+    without steps.
     """
     held_out = store.held_out
     with torch.inference_mode(False):
         if held_out:  # has images
-            return measure_on(guider, bank, held_out, len(held_out))
-        return measure_on(guider, bank, store, min(len(store), LEARNED_FROM), held_out=False)
+            return measure_on(guider, bank, held_out, len(held_out), True, on_batch)
+        return measure_on(guider, bank, store, min(len(store), LEARNED_FROM), False, on_batch)
 
 
 def measure_on(guider: Guider, bank: ExpertBank, store: SampleStore, images: int,
-               held_out: bool = True) -> tuple[Knowledge | None, ...]:
-    """What each expert knows, by the first images of a store; held_out: whether it did not learn from them."""
+               held_out: bool = True, on_batch: Callable[[], None] | None = None) -> tuple[Knowledge | None, ...]:
+    """What each expert knows, by the first images of a store; held_out: whether it did not learn from them.
+
+    The other arguments are those of `measure_knowledge`.
+    """
     device = next(bank.parameters()).device
     commonest = commonest_answer(guider, store, images, device)
     found: list[Knowledge | None] = []
     for index in range(len(bank.schedule)):
         steps = steps_in(store, bank.schedule, index)
-        steps = steps[steps[:, 0] < images]
-        found.append(summarize(_agreements_at(guider, bank, store, steps, commonest), steps[:, 0], held_out)
-                     if len(steps) else None)
+        steps, parts = steps[steps[:, 0] < images], []
+        for batch in steps.split(BATCH) if len(steps) else ():
+            if on_batch:
+                on_batch()
+            parts.append(_agreements_at(guider, bank, store, batch, commonest))
+        found.append(summarize(_joined(parts), steps[:, 0], held_out) if parts else None)
     return tuple(found)
 
 
 def _agreements_at(guider: Guider, bank: ExpertBank, store: SampleStore, steps: Tensor, commonest: Tensor) -> Agreements:
-    parts = []
-    for batch in steps.split(BATCH):
-        pairs = pairs_at(store, batch, bank.view).to(commonest.device)
-        denoised = pairs_at(store, batch, "denoised").inputs.to(commonest.device) if bank.view == "noisy" else None
-        parts.append(agreements(guider, bank, pairs, commonest, denoised))
+    pairs, device = pairs_at(store, steps, bank.view), commonest.device
+    denoised = pairs_at(store, steps, "denoised").inputs.to(device) if bank.view == "noisy" else None
+    return agreements(guider, bank, pairs.to(device), commonest, denoised)
+
+
+def _joined(parts: Sequence[Agreements]) -> Agreements:
     return Agreements(*(torch.cat(part) for part in zip(*parts, strict=True) if part[0] is not None))
 
 
@@ -215,9 +224,9 @@ REASONS: dict[Verdict, str] = {
 
 def _conclusion(measured: Sequence[Knowledge]) -> str:
     counts = {verdict: sum(each.verdict == verdict for each in measured) for verdict in REASONS}
-    said = "; ".join(f"{verdict} in {count} of {len(measured)} ranges of noise, {REASONS[verdict]}"
+    said = "; ".join(f"{verdict} in {count} of {len(measured)}, {REASONS[verdict]}"
                      for verdict, count in counts.items() if count)
-    return f"{said[0].upper()}{said[1:]}."
+    return f"Of the ranges of noise: {said}."
 
 
 def _basis(measured: Sequence[Knowledge]) -> str:

@@ -19,7 +19,8 @@ from ppap_core import (
     with_experts,
 )
 from ppap_core.experts.distill import distill_loss
-from ppap_core.experts.samples import BatchSpec, Pairs, trajectory_pairs
+from ppap_core.experts.knowledge import describe_knowledge, measure_knowledge, remember
+from ppap_core.experts.samples import BatchSpec, Pairs, held_out_count, trajectory_pairs
 from ppap_core.noise import expand
 from ppap_core.rng import seeded
 from ppap_core.training.loop import RunOptions
@@ -27,8 +28,8 @@ from ppap_core.training.loop import RunOptions
 from . import ppap_reference
 from .evaluation import hidden_features
 from .fresh_noise import fresh_pairs
-from .tiny_world import generate_store
-from .training import IntervalTraining, Networks, Run, StepReport, Workspace, options
+from .tiny_world import generate_store, hold_out
+from .training import IntervalTraining, Networks, Run, StepReport, Trained, Workspace, options
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,26 @@ class Distillation(SampledTraining):
         config = DistillConfig(self.steps, self.batch, self.lr, temperature=self.temperature, warm_start=self.warm_start)
         distill(run.world.guider, run.bank, run.images, config, run.folder,
                 StepReport(run.report, len(self.schedule), self.steps))
+
+
+@dataclass(frozen=True)
+class NeededExperts(Distillation):
+    """The core's distillation, and then the plain network where held-out images show that no expert is needed.
+
+    It shares its training with `Distillation`.
+    """
+
+    marks: ClassVar[dict[str, Any]] = {"where_needed": True}
+
+    def make(self, workspace: Workspace) -> Trained:
+        world, training = workspace.world, Distillation(**vars(self))
+        trained, store = training.make(workspace), training.store(workspace)
+        hold_out(world, store, held_out_count(self.images))
+        bank = trained.guider.net
+        assert isinstance(bank, ExpertBank)
+        remember(bank, measure_knowledge(world.guider, bank, store))
+        workspace.report(describe_knowledge(bank))
+        return trained
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ppap_core import ExpertSchedule, karras_sigmas
 from ppap_core.viz.plots import Axes, Points, line_plot
 
 from . import report
-from .distillations import Distillation, FreshNoise
+from .distillations import Distillation, FreshNoise, NeededExperts
 from .face_evaluation import FaceEvaluator, unguided_features
 from .face_world import SIGMA_MAX, SIGMA_MIN, STEPS, load_face_world
 from .report import Column, Report
@@ -46,6 +46,7 @@ class FaceBench:
     fresh: Training = field(default_factory=lambda: FreshNoise("noisy", **IN_NOISE))        # experts as in the paper
     noisy: Training = field(default_factory=lambda: Distillation("noisy", **IN_NOISE))      # along trajectories
     denoised: Training = field(default_factory=lambda: Distillation("denoised", **LEARNING, steps=300))
+    needed: Training = field(default_factory=lambda: NeededExperts("denoised", **LEARNING, steps=300))  # else plain
 
 
 def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
@@ -54,6 +55,8 @@ def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
         Row("unguided", "nothing"),
         Row("plain guider, noisy view", training=Plain("noisy"), points=SETTINGS["noisy"]),
         *few_rows(bench),
+        Row("five experts where needed, denoised view", training=bench.needed, points=SETTINGS["denoised"]),
+        Row("five experts where needed, through the model", training=bench.needed, points=SETTINGS["through"]),
         Row("PPAP: five experts, noisy view, fresh noise", training=bench.fresh, points=SETTINGS["noisy"]),
         Row("five experts, noisy view, trajectories", training=bench.noisy, points=SETTINGS["noisy"]),
         Row("DPS", "dps", points=({"rho": 0.1}, {"rho": 0.25}, {"rho": 0.6})),

@@ -14,7 +14,7 @@ from ppap_core.viz.drawing import save_picture
 from ppap_core.viz.plots import Axes, Points, line_plot
 
 from . import report
-from .distillations import Distillation, FeatureDistillation, FreshNoise, Jitter, PpapReference, RepeatedNoise
+from .distillations import Distillation, FeatureDistillation, FreshNoise, Jitter, NeededExperts, PpapReference, RepeatedNoise
 from .evaluation import LESS_IS_BETTER, MEASURES
 from .labelled import LabelledExperts, LabelledNetworks
 from .readout import Readout
@@ -28,7 +28,7 @@ PLOT_SIZE = (640, 1240)
 
 TRAININGS: dict[str, type[Training]] = {
     "original": PpapReference, "whole": LabelledNetworks, "labels": LabelledExperts, "features": FeatureDistillation,
-    "jitter": Jitter, "draws": RepeatedNoise, "fresh_noise": FreshNoise, "readout": Readout,
+    "jitter": Jitter, "draws": RepeatedNoise, "where_needed": NeededExperts, "fresh_noise": FreshNoise, "readout": Readout,
     "edges": Distillation}
 """By the option that asks for one; the first that a row has counts."""
 

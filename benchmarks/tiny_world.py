@@ -128,7 +128,7 @@ def generate_store(world: World, folder: Path, count: int, steps: int, report: R
     return store
 
 
-def hold_out(world: TinyWorld, store: SampleStore, count: int) -> None:
+def hold_out(world: World, store: SampleStore, count: int) -> None:
     """Generate at least `count` unguided images beside those of a store, on which to measure what experts learned."""
     store.hold_out().fill(count, partial(_generate, world, store.manifest["steps"], 0.0))
 

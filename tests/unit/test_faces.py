@@ -7,7 +7,7 @@ from helpers import says
 from helpers.real import networks
 
 from benchmarks import face_sheet, faces
-from benchmarks.distillations import Distillation
+from benchmarks.distillations import Distillation, NeededExperts
 from benchmarks.face_evaluation import named_expression, recognized
 from benchmarks.face_world import load_face_world
 from benchmarks.faces import FaceBench, face_bench, plot, table, tables
@@ -58,9 +58,11 @@ def test_persons_are_recognized_in_the_mirror():
 @pytest.mark.slow  # faces are sampled, and experts trained on them
 def test_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     networks()
-    bench = FaceBench(images=6, search=5, unguided=8, denoised=Distillation("denoised", **LEARNING))
+    bench = FaceBench(images=6, search=5, unguided=8, denoised=Distillation("denoised", **LEARNING),
+                      needed=NeededExperts("denoised", **LEARNING))
     monkeypatch.setattr(faces, "STEPS", 3)
-    names = ["happy: unguided", "happy: five experts, denoised view", "sad: MPGD"]
+    names = ["happy: unguided", "happy: five experts, denoised view", "happy: five experts where needed, denoised view",
+             "sad: MPGD"]
     first = face_bench(bench, tmp_path, lambda line: None, names)
     assert [f"{row['aim']}: {row['row']}" for row in first] == names
     assert all(row["images"] == 6 and 0 <= row["score"] <= 1 and row["frechet"] > 0 for row in first)

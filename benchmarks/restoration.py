@@ -126,7 +126,7 @@ def _row(bench: RestorationBench, world: FaceWorld, method: str, folder: Path, r
 
 
 SCORES = (("PSNR", "psnr", ".1f"), ("perceptual distance", "perceptual", ".2f"))
-COLUMNS = (Column("64 faces each", "{row}", numeric=False),
+COLUMNS = (Column("method", "{row}", numeric=False),
            *(Column(f"{operator}: {heading}", f"{{measured[{operator}][{score}]:{digits}}}") for operator in OPERATORS
              for heading, score, digits in SCORES),
            Column("time, times plain", "{time_ratio:.2f}"), Column("settings", "{settings}", numeric=False))

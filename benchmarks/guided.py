@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ppap_core import Denoiser, Guider, NoiseInterval, Schedule, Term, guided, sample_euler
-from ppap_core.schedules import ALWAYS
+from ppap_core.schedules import ALWAYS, FALLING, Ramp
 
 from .ablations import ABLATIONS
 from .particles import Particles, Steering, energy_of, repeat_guider, sample_particles
@@ -111,7 +111,13 @@ def split(options: Setting, names: Sequence[str]) -> tuple[dict[str, Any], dict[
             {name: value for name, value in options.items() if name not in names})
 
 
-def term(guider: Guider, weight: float, balanced: bool = False, through: bool = False, damping: float = 0.0) -> Term:
-    """A term from a setting. balanced: normalized; through: differentiated through the model; damping: of `Damping`."""
-    schedule = Schedule(ramp=Damping(damping)) if damping else ALWAYS
-    return Term(guider, weight, schedule, normalized=balanced, backprop_through_model=through)
+def term(guider: Guider, weight: float, balanced: bool = False, through: bool = False, **schedule: float) -> Term:
+    """A term from a setting. balanced: normalized; through: differentiated through the model; schedule: of `schedule_of`."""
+    return Term(guider, weight, schedule_of(**schedule), normalized=balanced, backprop_through_model=through)
+
+
+def schedule_of(damping: float = 0.0, falls_from: float = 0.0, falls_to: float = 0.0) -> Schedule:
+    """How a weight changes: damped, or falling from twice its value to zero between two noise levels; 0: neither."""
+    if falls_from:
+        return Schedule(ramp=Ramp(NoiseInterval(falls_to, falls_from), *FALLING))
+    return Schedule(ramp=Damping(damping)) if damping else ALWAYS

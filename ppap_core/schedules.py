@@ -90,6 +90,14 @@ class Ramp:
         return self.first + share * (self.last - self.first)
 
 
+FALLING = 2.0, 0.0
+"""First and last factor of a `Ramp`, for a weight that falls with the noise; their mean over log sigma is 1.
+
+Where the noise is high, a step changes what an image shows; where it is low, it changes single pixels, of which networks
+see too much. docs/benchmark.md compares both.
+"""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Where guidance acts and how its weight changes there: a window of noise levels and a ramp inside it."""

@@ -2,6 +2,7 @@
 from comfy_api.latest import io
 
 from ...ppap_core.guiders.latents import VIEWS
+from ...ppap_core.schedules import FALLING
 from ..bridge import guidance, progress
 from ..bridge.noise_levels import PercentSchedule
 from ..bridge.sampler import SamplerSettings
@@ -33,11 +34,11 @@ class PPAPGuidanceTerm(io.ComfyNode):
             description="How strongly, when and where an aimed guider guides. Chain terms to guide by several guiders at "
                         "once.",
             inputs=[GuiderType.Input("guider", tooltip="A guider with a target."),
-                    io.Float.Input("weight", default=0.5, min=-10000.0, max=10000.0, step=0.05,
+                    io.Float.Input("weight", default=0.7, min=-10000.0, max=10000.0, step=0.05,
                                    tooltip="How strongly the guider guides, in the units that strength sets; negative "
-                                           "values guide away from the target. With balanced strength, 0.5 is a good start "
-                                           "for every guider. Neutral: 0, the guider does not run."),
-                    *window_inputs(),
+                                           "values guide away from the target. With balanced strength, 0.7 is a good start "
+                                           "for every guider; through the model, 0.3. Neutral: 0, the guider does not run."),
+                    *window_inputs(*FALLING),
                     io.Combo.Input("view", options=["own", *VIEWS], default="own",
                                    tooltip="What the guider looks at: the noisy image, or the model's denoised prediction "
                                            "of it. own: what its experts were distilled for, or the prediction if it has "

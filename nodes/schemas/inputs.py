@@ -56,14 +56,15 @@ def vae_input() -> io.Input:
                                 "Guiders with experts use the small decoder that they were trained with in either case.")
 
 
-def window_inputs() -> list[io.Input]:
+def window_inputs(at_start: float = 1.0, at_end: float = 1.0) -> list[io.Input]:
+    """Inputs of a `PercentSchedule`. at_start, at_end: the factors that a new node has."""
     return [io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
                            tooltip="Where guidance begins, as a share of the noise schedule. Neutral: 0, at the start."),
             io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
                            tooltip="Where guidance ends, as a share of the noise schedule. Neutral: 1, at the end."),
-            io.Float.Input("factor_at_start", default=1.0, min=0.0, max=100.0, step=0.05,
+            io.Float.Input("factor_at_start", default=at_start, min=0.0, max=100.0, step=0.05,
                            tooltip="Multiplies the strength at start_percent. Neutral: 1."),
-            io.Float.Input("factor_at_end", default=1.0, min=0.0, max=100.0, step=0.05,
+            io.Float.Input("factor_at_end", default=at_end, min=0.0, max=100.0, step=0.05,
                            tooltip="Multiplies the strength at end_percent; in between, the factor changes evenly. "
                                    "Neutral: 1.")]
 

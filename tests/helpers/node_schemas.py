@@ -54,7 +54,8 @@ def _lost_of(name: str, old: dict, new: dict | None) -> list[str]:
 
 
 def _lost_of_input(old: dict, new: dict) -> list[str]:
-    losses = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in EQUAL if old.get(key) != new.get(key)]
+    equal = EQUAL if old["optional"] else [key for key in EQUAL if key != "default"]  # saved work has all required values
+    losses = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in equal if old.get(key) != new.get(key)]
     bounds: dict[str, Callable] = {"min": float.__le__, "max": float.__ge__}
     losses += [f"{key} was {old[key]} and is {new[key]}" for key, allows in bounds.items()
                if key in old and key in new and not allows(float(new[key]), float(old[key]))]

@@ -8,9 +8,10 @@ import torch
 from helpers import images, level, randn
 
 import benchmarks
-from benchmarks import label_maps, latent, ppap_reference, rules, tables, tours
+from benchmarks import ppap_reference, tables
 from benchmarks.ablations import ABLATIONS, JointOverMarginal, Smooth
 from benchmarks.bad_models import KINDS, TUNED
+from benchmarks.cli import BENCHMARKS
 from benchmarks.distillations import PpapReference
 from benchmarks.methods import METHODS, prior_config
 from benchmarks.report import Column, cached_json, markdown, write_report
@@ -25,7 +26,6 @@ from ppap_core.tinyworld.scenes import draw
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
 BUNDLED = sorted((Path(benchmarks.__file__).parent / "rows").glob("*.json"))
-BENCHMARKS = {"labelmaps": label_maps, "latent": latent, "rules": rules, "tours": tours}
 
 
 # Reports

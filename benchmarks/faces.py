@@ -41,7 +41,7 @@ class FaceBench:
     """Everything that a result depends on, besides the networks and the settings of each row."""
 
     images: int = 256     # of a row at its best setting
-    search: int = 64      # other images, of each setting that is searched
+    search: int = 32      # other images, of each setting that is searched
     unguided: int = 2000  # faces that Frechet distances are taken to
     fresh: Training = field(default_factory=lambda: FreshNoise("noisy", **IN_NOISE))        # experts as in the paper
     noisy: Training = field(default_factory=lambda: Distillation("noisy", **IN_NOISE))      # along trajectories

@@ -30,9 +30,9 @@ class Shown(NamedTuple):
 SHOWN = (
     Shown("unguided", "happy", "unguided"),
     Shown("happy, plain guider", "happy", "plain guider, through the model"),
-    Shown("happy, five experts", "happy", "five experts, through the model"),
-    Shown("surprised, five experts", "surprised", "five experts, through the model"),
-    Shown("sad, five experts", "sad", "five experts, through the model"),
+    Shown("happy, five experts", "happy", "five experts where needed, through the model"),
+    Shown("surprised, five experts", "surprised", "five experts where needed, through the model"),
+    Shown("sad, five experts", "sad", "five experts where needed, through the model"),
 )
 
 

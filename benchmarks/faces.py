@@ -29,10 +29,13 @@ LEARNING: dict[str, Any] = {"edges": ExpertSchedule.equal_shares(5, SIGMA_MIN, S
                             "batch": 32, "images": 1536}
 IN_NOISE = LEARNING | {"steps": 400, "warm_start": True}  # where the plain network knows least, a neighbour knows more
 PERSON = "one of four persons"  # the title of the table whose guider is the network for identity
+FALLING = {"balanced": True, "falls_from": SIGMA_MAX, "falls_to": SIGMA_MIN}
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # among which the best is searched, for guidance
     "noisy": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.4, 0.6)),
-    "denoised": tuple({"weight": weight, "balanced": True} for weight in (0.3, 0.45, 0.6)),
-    "through": tuple({"weight": weight, "balanced": True, "through": True} for weight in (0.2, 0.3, 0.45)),
+    "constant": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.3, 0.45)),
+    "denoised": tuple({"weight": weight, **FALLING} for weight in (0.35, 0.5, 0.7)),
+    "through": (*({"weight": weight, "balanced": True, "through": True} for weight in (0.3, 0.45)),
+                {"weight": 0.35, "through": True, **FALLING}),
 }
 
 
@@ -45,8 +48,7 @@ class FaceBench:
     unguided: int = 2000  # faces that Frechet distances are taken to
     fresh: Training = field(default_factory=lambda: FreshNoise("noisy", **IN_NOISE))        # experts as in the paper
     noisy: Training = field(default_factory=lambda: Distillation("noisy", **IN_NOISE))      # along trajectories
-    denoised: Training = field(default_factory=lambda: Distillation("denoised", **LEARNING, steps=300))
-    needed: Training = field(default_factory=lambda: NeededExperts("denoised", **LEARNING, steps=300))  # else plain
+    denoised: Training = field(default_factory=lambda: NeededExperts("denoised", **LEARNING, steps=300))
 
 
 def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
@@ -54,11 +56,11 @@ def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
     return (
         Row("unguided", "nothing"),
         Row("plain guider, noisy view", training=Plain("noisy"), points=SETTINGS["noisy"]),
-        *few_rows(bench),
-        Row("five experts where needed, denoised view", training=bench.needed, points=SETTINGS["denoised"]),
-        Row("five experts where needed, through the model", training=bench.needed, points=SETTINGS["through"]),
+        Row("plain guider, denoised view, constant strength", points=SETTINGS["constant"]),
         Row("PPAP: five experts, noisy view, fresh noise", training=bench.fresh, points=SETTINGS["noisy"]),
         Row("five experts, noisy view, trajectories", training=bench.noisy, points=SETTINGS["noisy"]),
+        Row("five experts where needed, constant strength", training=bench.denoised, points=SETTINGS["constant"]),
+        *few_rows(bench),
         Row("DPS", "dps", points=({"rho": 0.1}, {"rho": 0.25}, {"rho": 0.6})),
         Row("LGD-MC", "lgd", settings={"samples": 3}, points=({"rho": 0.2}, {"rho": 0.5}, {"rho": 1.0})),
         Row("FreeDoM", "freedom", settings={"recurrences": 2}, points=({"rho": 0.02}, {"rho": 0.05}, {"rho": 0.1})),
@@ -74,8 +76,8 @@ def few_rows(bench: FaceBench) -> tuple[Row, ...]:
     return (
         Row("plain guider, denoised view", points=SETTINGS["denoised"]),
         Row("plain guider, through the model", points=SETTINGS["through"]),
-        Row("five experts, denoised view", training=bench.denoised, points=SETTINGS["denoised"]),
-        Row("five experts, through the model", training=bench.denoised, points=SETTINGS["through"]),
+        Row("five experts where needed, denoised view", training=bench.denoised, points=SETTINGS["denoised"]),
+        Row("five experts where needed, through the model", training=bench.denoised, points=SETTINGS["through"]),
         Row("MPGD", "mpgd", points=({"mu": 0.15}, {"mu": 0.4}, {"mu": 1.0})),
     )
 

@@ -58,10 +58,10 @@ def test_persons_are_recognized_in_the_mirror():
 @pytest.mark.slow  # faces are sampled, and experts trained on them
 def test_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     networks()
-    bench = FaceBench(images=6, search=5, unguided=8, denoised=Distillation("denoised", **LEARNING),
-                      needed=NeededExperts("denoised", **LEARNING))
+    bench = FaceBench(images=6, search=5, unguided=8, noisy=Distillation("noisy", **LEARNING),
+                      denoised=NeededExperts("denoised", **LEARNING))
     monkeypatch.setattr(faces, "STEPS", 3)
-    names = ["happy: unguided", "happy: five experts, denoised view", "happy: five experts where needed, denoised view",
+    names = ["happy: unguided", "happy: five experts, noisy view, trajectories", "happy: five experts where needed, denoised view",
              "sad: MPGD"]
     first = face_bench(bench, tmp_path, lambda line: None, names)
     assert [f"{row['aim']}: {row['row']}" for row in first] == names

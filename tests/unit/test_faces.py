@@ -61,8 +61,8 @@ def test_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     bench = FaceBench(images=6, search=5, unguided=8, noisy=Distillation("noisy", **LEARNING),
                       denoised=NeededExperts("denoised", **LEARNING))
     monkeypatch.setattr(faces, "STEPS", 3)
-    names = ["happy: unguided", "happy: five experts, noisy view, trajectories", "happy: five experts where needed, denoised view",
-             "sad: MPGD"]
+    names = ["happy: unguided", "happy: five experts, noisy view, trajectories",
+             "happy: five experts where needed, denoised view", "sad: MPGD"]
     first = face_bench(bench, tmp_path, lambda line: None, names)
     assert [f"{row['aim']}: {row['row']}" for row in first] == names
     assert all(row["images"] == 6 and 0 <= row["score"] <= 1 and row["frechet"] > 0 for row in first)

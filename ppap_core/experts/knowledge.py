@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
-from ..schedules import ExpertSchedule
 from .bank import ExpertBank, with_experts
 from .samples import HELD_OUT_SHARE, SHARD_SIZE, Pairs, SampleStore, from_uint8, pairs_at, steps_in
 
@@ -52,12 +51,6 @@ class Knowledge:
     def uses_plain(self) -> bool:
         """Whether the plain network is to answer: an expert is not needed, by images that it did not learn from."""
         return self.held_out and self.verdict == "not needed"
-
-    @property
-    def share(self) -> float:
-        """How far the network that answers is above the commonest answer, of what it could be, in [0, 1]."""
-        answers = self.plain if self.uses_plain else self.expert
-        return max(answers - self.commonest, 0.0) / (1 - self.commonest) if self.commonest < 1 else 1.0
 
 
 class Agreements(NamedTuple):
@@ -179,22 +172,6 @@ def knowledge_of(bank: ExpertBank) -> tuple[Knowledge | None, ...]:
     except (KeyError, TypeError):  # a bank of an earlier version, or of a later one
         known = ()
     return known if len(known) == len(bank.schedule) else (None,) * len(bank.schedule)
-
-
-@dataclass(frozen=True)
-class KnownShare:
-    """Factor of a weight that follows what experts know, constant within an interval: a ramp for a `Schedule`."""
-
-    schedule: ExpertSchedule
-    shares: tuple[float, ...]  # of each interval, in [0, 1]; neutral: 1
-
-    def __call__(self, sigma: float) -> float:
-        return self.shares[self.schedule.index(sigma)]
-
-
-def known_share(bank: ExpertBank) -> KnownShare:
-    """The ramp of a bank: how far its answer is above the commonest one at a noise level; 1 where that was not measured."""
-    return KnownShare(bank.schedule, tuple(each.share if each else 1.0 for each in knowledge_of(bank)))
 
 
 def describe_knowledge(bank: ExpertBank) -> str:

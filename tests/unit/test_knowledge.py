@@ -7,7 +7,6 @@ from helpers import (
     CLASSES,
     VIEWS,
     disturb,
-    gaussian_denoise,
     images,
     level,
     made_up_trajectories,
@@ -26,19 +25,15 @@ from ppap_core.experts.knowledge import (
     commonest_answer,
     describe_knowledge,
     knowledge_of,
-    known_share,
     measure_knowledge,
     remember,
     summarize,
 )
 from ppap_core.experts.samples import HELD_OUT_SEEDS, SHARD_SIZE, SampleStore, from_uint8, held_out_count
-from ppap_core.guidance.gradients import Prediction
-from ppap_core.guidance.shift import guidance_shift
-from ppap_core.guidance.terms import Term
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.latents import LatentSpace
 from ppap_core.guiders.tasks import TASKS
-from ppap_core.schedules import ExpertSchedule, Schedule
+from ppap_core.schedules import ExpertSchedule
 
 EDGES = (0.1, 1.0, 10.0)
 IMAGES = torch.arange(64)
@@ -170,7 +165,6 @@ def test_an_interval_without_steps_is_not_measured(store):
     assert nothing is None and something is not None
     remember(bank, (nothing, something))
     assert knowledge_of(bank) == (nothing, something) and "not measured" in describe_knowledge(bank)
-    assert known_share(bank)(5e-4) == 1
 
 
 def test_measuring_can_be_stopped(store):
@@ -213,14 +207,6 @@ def test_the_verdict_follows_from_standard_errors(plain, expert, commonest, verd
     assert found.verdict == verdict
     assert found.uses_plain == (verdict == "not needed")
     assert not replace(found, held_out=False).uses_plain
-
-
-@pytest.mark.parametrize("known, share", [
-    (KNOWN, 0.46 / 0.88), (CEILING, 0.85 / 0.88), (replace(KNOWN, plain=0.1, expert=0.1), 0),
-    (replace(KNOWN, expert=1), 1), (replace(KNOWN, expert=0.1), 0.19 / 0.88),
-    (replace(CEILING, plain=0.9, expert=0.85), 0.78 / 0.88), (Knowledge(1, 1, 1, 0, 0, 0, 64, True), 1)])
-def test_the_share_is_what_the_network_that_answers_knows(known, share):
-    assert known.share == pytest.approx(share)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -285,23 +271,3 @@ def test_words_say_each_range_and_what_to_do():
     remember(bank, (replace(CEILING, held_out=False), replace(KNOWN, plain=0.1, expert=0.13, held_out=False)))
     text = describe_knowledge(bank)
     assert "train longer in 1 of 2" in text and "look better than they are" in text and "is used" not in text
-
-
-# A strength that follows it
-
-def test_a_strength_follows_what_experts_know():
-    bank, guider = make_bank(small_guider()), small_guider()
-    disturb(bank, 1)
-    remember(bank, (CEILING, KNOWN))
-    factor = known_share(bank)
-    assert [factor(sigma) for sigma in (0.01, 0.5, 1.0, 99.0)] == [CEILING.share] * 2 + [KNOWN.share] * 2
-    x = images()
-    prediction = Prediction(x, level(2.0, x), gaussian_denoise(x, level(2.0, x)))
-    term = Term(with_experts(guider, bank), 0.5)
-    weaker = replace(term, schedule=Schedule(ramp=factor))
-    plain, known, lowered = (guidance_shift([each], prediction).delta
-                             for each in (term, weaker, replace(term, weight=0.5 * KNOWN.share)))
-    assert torch.equal(known, lowered) and not torch.equal(known, plain)
-    remember(bank, (None, None))
-    neutral = replace(term, schedule=Schedule(ramp=known_share(bank)))
-    assert torch.equal(guidance_shift([neutral], prediction).delta, plain)

@@ -127,9 +127,8 @@ class LearnerRun:
         if self.learner.edges:
             self.train()
         minutes = (time.process_time() - started) / 60
-        accuracies = {str(level): self.accuracy(level) for level in LEVELS}
-        return {"top_1": {level: top_1 for level, (top_1, _) in accuracies.items()},
-                "top_5": {level: top_5 for level, (_, top_5) in accuracies.items()},
+        found = {str(level): self.accuracy(level) for level in LEVELS}
+        return {**{key: {level: accuracy[key] for level, accuracy in found.items()} for key in ACCURACIES},
                 "trainable_share": self.net.trainable_share() if self.learner.edges else 0, "training_minutes": minutes}
 
     @cached_property
@@ -174,24 +173,36 @@ class LearnerRun:
         return TASKS[self.guider.task].distance(self.student.predict(pairs.inputs, pairs.sigma), teacher).mean()
 
     @torch.no_grad()
-    def accuracy(self, level: float) -> tuple[float, float]:
-        """Share of the tested photographs whose class is the likeliest at a noise level, and among the five likeliest."""
+    def accuracy(self, level: float) -> dict[str, float]:
+        """Shares of the tested photographs at a noise level, by ACCURACIES."""
         student = self.student if level >= self.bench.edges[0] else self.guider
         logits = []
         for number, images in enumerate(self.photographs.tested.split(25)):
             sigma = torch.full((len(images),), level)
             noise = torch.randn(images.shape, generator=seeded(1, number))
             logits.append(student.predict(to_vp(images + level * noise, sigma), sigma))
-        right = torch.cat(logits).topk(5).indices == self.photographs.classes[:, None]
-        return float(right[:, 0].float().mean()), float(right.any(1).float().mean())
+        return accuracies(torch.cat(logits), self.photographs.classes)
+
+
+ACCURACIES = ("top_1", "top_5", "among_tested")
+
+
+def accuracies(logits: Tensor, classes: Tensor) -> dict[str, float]:
+    """Shares of images whose class is found, by ACCURACIES: the likeliest, one of five, the likeliest of those tested.
+
+    logits (n, K); classes (n,). The last does not count what a network gains by knowing which classes there are.
+    """
+    kinds = classes.unique()
+    right = {"top_1": logits.argmax(1) == classes, "top_5": (logits.topk(5).indices == classes[:, None]).any(1),
+             "among_tested": kinds[logits[:, kinds].argmax(1)] == classes}
+    return {key: float(hits.float().mean()) for key, hits in right.items()}
 
 
 def mean_row(runs: Sequence[LearnerRun]) -> Row:
     """The results of runs that are tested with as many photographs each: means of what they find, the sum of their time."""
     rows = [run.row() for run in runs]
-    accuracies = {key: {level: sum(row[key][level] for row in rows) / len(rows) for level in rows[0][key]}
-                  for key in ("top_1", "top_5")}
-    return {**rows[0], **accuracies, "training_minutes": sum(row["training_minutes"] for row in rows)}
+    means = {key: {level: sum(row[key][level] for row in rows) / len(rows) for level in rows[0][key]} for key in ACCURACIES}
+    return {**rows[0], **means, "training_minutes": sum(row["training_minutes"] for row in rows)}
 
 
 def noisy_pairs(images: Tensor, interval: NoiseInterval, generator: torch.Generator) -> Pairs:
@@ -220,8 +231,8 @@ def _prefixed(report: Report, name: str, line: str) -> None:
     report(f"{name}: {line}")
 
 
-COLUMNS = (Column("right at sigma", "{row}", numeric=False),
-           *(Column(f"{level:g}", f"{{top_1[{level}]:.0%}}") for level in SHOWN),
+COLUMNS = (Column("right, and right among the tested classes, at sigma", "{row}", numeric=False),
+           *(Column(f"{level:g}", f"{{top_1[{level}]:.0%}}, {{among_tested[{level}]:.0%}}") for level in SHOWN),
            Column("trained share", "{trainable_share:.1%}"), Column("minutes of a core", "{training_minutes:.0f}"))
 
 

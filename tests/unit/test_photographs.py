@@ -10,6 +10,7 @@ from benchmarks.photographs import (
     LEVELS,
     PhotographBench,
     Photographs,
+    accuracies,
     learners,
     noisy_pairs,
     other_classes,
@@ -42,9 +43,16 @@ def test_no_class_is_learned_and_tested_in_one_half():
     assert [len(half.learned) for half in halves] == [8, 4], "all photographs of the learned classes"
 
 
+def test_a_class_counts_among_all_and_among_the_tested_ones():
+    logits = torch.tensor([[9.0, 1, 5, 0, 0, 0, 0, 0], [0, 9, 8, 7, 6, 5, 4, 3], [0, 9, 8, 7, 6, 5, 4, 3]])
+    found = accuracies(logits, torch.tensor([2, 3, 7]))
+    assert found == pytest.approx({"top_1": 0.0, "top_5": 2 / 3, "among_tested": 1 / 3})
+
+
 def test_a_table_and_a_plot_show_every_row():
-    rows = [{"row": name, "top_1": LINE, "top_5": LINE, "trainable_share": 0.02, "training_minutes": 3.0} for name in "ab"]
-    assert table(rows).count("50%") == 12 and plot(rows).shape[:2] == (1, 3)
+    rows = [{"row": name, "top_1": LINE, "top_5": LINE, "among_tested": LINE, "trainable_share": 0.02,
+             "training_minutes": 3.0} for name in "ab"]
+    assert table(rows).count("50%, 50%") == 12 and plot(rows).shape[:2] == (1, 3)
 
 
 @pytest.mark.real

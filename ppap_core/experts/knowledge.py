@@ -196,7 +196,8 @@ def _in_words(known: Knowledge | None) -> str:
 REASONS: dict[Verdict, str] = {
     "worth it": "where the expert is ahead of the plain network",
     "not needed": "where the plain network answers as well",
-    "train longer": "where the expert is not clearly ahead of the plain network and of the commonest answer"}
+    "train longer": "where the expert is not clearly ahead of the plain network and of the commonest answer, unless its "
+                    "loss falls no more"}
 
 
 def _conclusion(measured: Sequence[Knowledge]) -> str:

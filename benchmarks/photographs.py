@@ -59,7 +59,8 @@ class Learner:
 def learners(bench: PhotographBench) -> dict[str, Learner]:
     """The rows of the table."""
     return {"plain network": Learner(), "five experts": Learner(bench.edges, warm_start=True),
-            "five experts, learned from other classes": Learner(bench.edges, "other classes", warm_start=True),
+            "plain network, halves of the classes": Learner(subjects="other classes"),
+            "five experts, halves, each learned from the other": Learner(bench.edges, "other classes", warm_start=True),
             "five experts, learned from flowers": Learner(bench.edges, "others"),
             "five experts, each from the plain network": Learner(bench.edges),
             "one expert of as many steps": Learner((bench.edges[0], bench.edges[-1])),

@@ -2,7 +2,7 @@
 #   make demo        distil five experts on the bundled world and guide with them (no ComfyUI needed)
 #   make test        all tests; those of the nodes run where a ComfyUI is at hand
 #   make test-fast   the tests of the core without those that train, sample or measure: under a minute
-#   make test-wide   every quantisation of every model, and every image processor of transformers: ten minutes
+#   make test-wide   every quantisation of every model, and every class of models, every image processor of transformers
 #   make test-real   the tests with real pretrained networks: installs one, or takes the folder at PPAP_REAL
 #   make test-versions  the tests of networks and experts with older releases of transformers and peft
 #   make lint        ruff and mypy
@@ -10,6 +10,7 @@
 #   make bench       the short table of the benchmark
 #   make pictures    run every workflow at its full settings in ComfyUI, and make the pictures in docs of them
 #   make help-pages  write the inputs and outputs of the nodes into their help pages (needs a ComfyUI)
+#   make sweep       ask every class of ComfyUI's models, and write their answers into docs/compatibility.md
 #   make archive     build the archive that the registry publishes, and print its size
 # A ComfyUI is looked for at COMFYUI_PATH, then around this folder (ComfyUI/custom_nodes/<pack>), then in comfy-cli's default.
 
@@ -25,7 +26,7 @@ VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
 VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
 	distill saved_work)
 
-.PHONY: demo test test-fast test-wide test-real test-versions lint comfyui bench pictures help-pages archive
+.PHONY: demo test test-fast test-wide test-real test-versions lint comfyui bench pictures help-pages sweep archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -68,6 +69,9 @@ pictures: .venv/ready .venv/comfyui
 
 help-pages: .venv/ready .venv/comfyui
 	$(BIN)/python -m tools.help_pages "$(COMFYUI_PATH)"
+
+sweep: .venv/ready .venv/comfyui
+	PPAP_REFRESH_SWEEP=1 $(BIN)/python -m pytest tests/comfy/test_every_class.py -m "wide or not wide"
 
 archive: .venv/ready
 	$(BIN)/python -m tools.archive

@@ -127,9 +127,9 @@ class SampleGenerator(Feature):
 def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | None:
     """Return the latents that experts will look at; None for pixels. ValueError for a model that cannot be distilled for."""
     latents.require_supported(model)
-    if not latents.is_pixel(model) and vae is None:
+    if not latents.diffuses_pixels(model) and vae is None:
         raise ValueError("this model diffuses latents, and the untouched network looks at images: connect the model's VAE")
-    return latents.space_of(model)
+    return latents.space_of(model, vae)
 
 
 def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:

@@ -29,7 +29,15 @@ from .memory import GradientMemory, compute_type, materialize_on, patcher_of
 from .noise_levels import PURE_NOISE
 from .reports import FinishedRun, Report, report_of, samples_keys
 from .sampler import SamplerSettings
-from .terms import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, require_one_frame, to_core_term
+from .terms import (
+    GuidanceTerm,
+    active_guiders,
+    decoders_for,
+    decoders_of_frames,
+    fingerprint_terms,
+    require_one_frame,
+    to_core_term,
+)
 
 
 @dataclass
@@ -87,9 +95,10 @@ class GuidedModel(Feature):
         return samples
 
     def new_run(self, model: Patcher, noise: Tensor) -> SamplingRun:
-        require_one_frame(self.terms, self.decoders, noise)
+        decoders = decoders_of_frames(self.decoders, model, self.vae, noise)
+        require_one_frame(self.terms, decoders, noise)
         shape = latents.frames_as_images(noise).shape
-        terms = [to_core_term(model, term, shape, decode) for term, decode in zip(self.terms, self.decoders, strict=True)]
+        terms = [to_core_term(model, term, shape, decode) for term, decode in zip(self.terms, decoders, strict=True)]
         return SamplingRun(terms, latents.sigma_data_of(model), compute_type(model))
 
     def on_sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -12,36 +12,53 @@ from torch import Tensor
 from ...ppap_core.guiders.latents import PIXELS, LatentSpace
 from ...ppap_core.guiders.resize import resize
 from ...ppap_core.noise import PIXEL_SIGMA_DATA
+from ...ppap_core.rng import seeded_noise
 from .memory import private_copy
 
 Patcher: TypeAlias = comfy.model_patcher.ModelPatcher
 SIZES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # by which an empty LATENT says its size
+COLOR_SAMPLES, COLOR_SIZE = 4, 16  # latents of noise that a VAE shows the colours of: their number, and their sides
 
 
 def require_supported(model: Patcher) -> None:
     """ValueError for models that cannot be guided."""
-    sampling = model.get_model_object("model_sampling")
-    unsupported = [getattr(comfy.model_sampling, name) for name in ("IMG_TO_IMG", "IMG_TO_IMG_FLOW")
-                   if hasattr(comfy.model_sampling, name)]
-    supported = (comfy.model_sampling.EPS, comfy.model_sampling.CONST, comfy.model_sampling.COSMOS_RFLOW)
-    if not isinstance(sampling, supported) or isinstance(sampling, tuple(unsupported)):
-        raise ValueError(f"this model's sampling is {type(sampling).__bases__[-1].__name__}, expected a noise-predicting, "
-                         "velocity-predicting, EDM or flow model: use another model")
-    latent = model.get_model_object("latent_format")
+    latent, sampling = model.get_model_object("latent_format"), model.get_model_object("model_sampling")
     if latent.latent_dimensions not in (2, 3) or type(latent).__name__.endswith("AV"):  # packed with sound
         raise ValueError(f"this model's latents are {type(latent).__name__}, which are not or not only pictures: expected "
                          "an image or video model")
+    if not adds_noise(sampling):
+        raise ValueError(f"this model's sampling is {type(sampling).__bases__[-1].__name__}, which adds no noise to "
+                         "pictures: expected a noise-predicting, velocity-predicting, EDM or flow model")
+
+
+def adds_noise(sampling: Any) -> bool:
+    """Ask a sampling for a noisy picture: whether that is picture + sigma noise, or the mixture of a flow."""
+    sigma, one = torch.tensor([0.5]), torch.ones(1, 1, 1, 1)
+    of_noise, of_picture = (sampling.noise_scaling(sigma, noise, picture).item()
+                            for noise, picture in ((one.clone(), 0 * one), (0 * one, one.clone())))
+    return of_noise != 0 and of_picture == (0.5 if isinstance(sampling, comfy.model_sampling.CONST) else 1.0)
+
+
+def diffuses_pixels(model: Patcher) -> bool:
+    """Tell whether a model diffuses the images themselves, at whatever scale: three channels, and no fewer pixels."""
+    latent = model.get_model_object("latent_format")
+    return latent.latent_channels == 3 and (latent.scale_factor == 1.0 or
+                                            getattr(latent, "spacial_downscale_ratio", 0) == 1)
 
 
 def is_pixel(model: Patcher) -> bool:
-    """Tell whether a model diffuses the images themselves."""
-    latent = model.get_model_object("latent_format")
-    return latent.latent_channels == 3 and latent.latent_dimensions == 2 and latent.scale_factor == 1.0
+    """Tell whether a model diffuses images in [-1, 1], which guiders and experts look at as they are."""
+    return diffuses_pixels(model) and model.get_model_object("latent_format").scale_factor == 1.0
 
 
 def sigma_data_of(model: Patcher) -> float:
-    """Return the standard deviation of what a model diffuses; ComfyUI scales latents to 1."""
-    return PIXEL_SIGMA_DATA if is_pixel(model) else 1.0
+    """Return the standard deviation of what a model diffuses: its own where it says so; ComfyUI scales latents to 1."""
+    if not diffuses_pixels(model):
+        return 1.0
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.EDM):
+        return float(sampling.sigma_data)
+    return PIXEL_SIGMA_DATA * model.get_model_object("latent_format").scale_factor
 
 
 def space_name(model: Patcher) -> str:
@@ -49,20 +66,21 @@ def space_name(model: Patcher) -> str:
     return PIXELS if is_pixel(model) else type(model.get_model_object("latent_format")).__name__
 
 
-def space_of(model: Patcher) -> LatentSpace | None:
-    """Return the latents of a model, with the colours of ComfyUI's previews; None for pixels.
+def space_of(model: Patcher, vae: comfy.sd.VAE | None = None) -> LatentSpace | None:
+    """Return the latents of a model with linear colours, see `latent_space`; None for pixels."""
+    return None if is_pixel(model) else latent_space(model, vae)
 
-    ValueError for latents whose colours ComfyUI does not know.
+
+def latent_space(model: Patcher, vae: comfy.sd.VAE | None = None) -> LatentSpace:
+    """Return the latents of a model with the colours of ComfyUI's previews, or else those that its VAE shows.
+
+    ValueError for latents whose colours neither tells.
     """
-    return None if is_pixel(model) else latent_space(model)
-
-
-def latent_space(model: Patcher) -> LatentSpace:
-    """Return the latents of a latent model; see `space_of`."""
     latent = model.get_model_object("latent_format")
-    if latent.latent_rgb_factors is None:
-        raise ValueError(f"ComfyUI does not know the colours of this model's latents, {type(latent).__name__}: expected a "
-                         "plain guider of the denoised view with the VAE connected where it guides, or another model")
+    if not knows_colors(model):
+        return space_seen_by(vae, model)
+    if diffuses_pixels(model):
+        return LatentSpace(space_name(model), torch.eye(3) / latent.scale_factor, torch.zeros(3))
     with torch.inference_mode(False):
         factors = torch.tensor(latent.latent_rgb_factors)
         bias = torch.tensor(latent.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
@@ -71,12 +89,32 @@ def latent_space(model: Patcher) -> LatentSpace:
     return LatentSpace(space_name(model), factors, bias, shuffle)
 
 
+def space_seen_by(vae: comfy.sd.VAE | None, model: Patcher) -> LatentSpace:
+    """Return the latents of a model with the linear colours that best agree with what its VAE makes of noise."""
+    latent = model.get_model_object("latent_format")
+    if vae is None:
+        raise ValueError(f"ComfyUI does not know the colours of this model's latents, {type(latent).__name__}: connect the "
+                         "model's VAE where it guides, which shows them, or use another model")
+    noise = seeded_noise(range(COLOR_SAMPLES), (latent.latent_channels, COLOR_SIZE, COLOR_SIZE))
+    samples = latent.process_out(with_axes(noise, latent.latent_dimensions))
+    images = resize(2 * decode_images(vae, samples)[..., :3].movedim(-1, 1).float() - 1, (COLOR_SIZE, COLOR_SIZE)).cpu()
+    with torch.inference_mode(False):
+        places = noise.movedim(1, -1).flatten(0, -2)
+        known = torch.cat([places, torch.ones(len(places), 1)], dim=1)
+        fit = torch.linalg.lstsq(known, images.clone().movedim(1, -1).flatten(0, -2)).solution
+        return LatentSpace(space_name(model), fit[:-1].clone(), fit[-1].clone())
+
+
 def preview(model: Patcher, diffused: Tensor) -> Tensor | None:
     """Return the preview (B, 3, H, W) of what is diffused; None for latents whose colours ComfyUI does not know."""
     if is_pixel(model):
-        return diffused
-    has_colors = model.get_model_object("latent_format").latent_rgb_factors is not None
-    return latent_space(model).colors(frames_as_images(diffused)) if has_colors else None
+        return frames_as_images(diffused)
+    return latent_space(model).colors(frames_as_images(diffused)) if knows_colors(model) else None
+
+
+def knows_colors(model: Patcher) -> bool:
+    """Tell whether the colours of what a model diffuses are known without its VAE."""
+    return diffuses_pixels(model) or model.get_model_object("latent_format").latent_rgb_factors is not None
 
 
 class Decoder(torch.nn.Module):

@@ -83,8 +83,17 @@ def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
     if vae is not None and any(_uses_vae(term.guider, model) for term in terms):
         vae_decoder = latents.Decoder(vae, model)
     networks = {id(net): net for net in map(module_of, (term.guider for term in terms))}
-    decoders = [_decoder_of(term.guider, model, vae_decoder) for term in terms]
+    decoders = [_decoder_of(term.guider, model, vae, vae_decoder) for term in terms]
     return decoders, [*networks.values(), *([vae_decoder] if vae_decoder else [])]
+
+
+def decoders_of_frames(decoders: Sequence[Decode | None], model: Patcher, vae: comfy.sd.VAE | None,
+                       x: Tensor) -> list[Decode | None]:
+    """Return the decoders for what is sampled: frames of latents whose colours only a VAE shows are not decoded by it."""
+    if latents.frame_count(x) == 1 or latents.knows_colors(model) or vae is None:
+        return list(decoders)
+    colors = latents.latent_space(model, vae).colors
+    return [colors if isinstance(decode, latents.Decoder) else decode for decode in decoders]
 
 
 def require_one_frame(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None], x: Tensor) -> None:
@@ -101,13 +110,13 @@ def require_one_frame(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode |
 
 
 def _uses_vae(guider: Guider, model: Patcher) -> bool:
-    return guider.decode is None and guider.view == "denoised" and not latents.is_pixel(model)
+    return guider.decode is None and guider.view == "denoised" and not latents.diffuses_pixels(model)
 
 
-def _decoder_of(guider: Guider, model: Patcher, vae_decoder: Decode | None) -> Decode | None:
+def _decoder_of(guider: Guider, model: Patcher, vae: comfy.sd.VAE | None, vae_decoder: Decode | None) -> Decode | None:
     if guider.decode or latents.is_pixel(model):
         return guider.decode
-    return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.latent_space(model).colors
+    return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.latent_space(model, vae).colors
 
 
 def active_guiders(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:

@@ -120,9 +120,9 @@ def test_the_model_of_the_negative_prompt_may_be_unguided(bench: Workbench):
 
 @pytest.mark.parametrize(("latents", "kind"), [
     ("StableAudio1", "V_PREDICTION"), ("ACEAudio", "FLOW"), ("Hunyuan3Dv2", "FLUX"), ("LTXAV", "FLUX"),
-    ("MiniMaxH3AV", "FLOW"), ("SD15", "IMG_TO_IMG")])
+    ("MiniMaxH3AV", "FLOW"), ("Wan21", "IMG_TO_IMG_FLOW")])
 def test_what_cannot_be_steered_is_refused_in_one_sentence(bench: Workbench, latents: str, kind: str):
-    with says(ValueError, "IMG_TO_IMG" if kind == "IMG_TO_IMG" else latents):
+    with says(ValueError, kind if kind == "IMG_TO_IMG_FLOW" else latents):
         bench.guide(Scene(without_network(latents, kind), [], [], {}))
 
 

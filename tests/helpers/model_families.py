@@ -46,6 +46,7 @@ COSMOS = {"max_img_h": 64, "max_img_w": 64, "max_frames": 8, "in_channels": 16, 
           "patch_temporal": 1, "model_channels": 48, "num_blocks": 1, "num_heads": 2, "crossattn_emb_channels": WIDTH,
           "pos_emb_cls": "rope3d", "use_adaln_lora": True, "adaln_lora_dim": 8}
 MASKED = {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
+NO_LORA = ("Embedding", "EqualLinear", "Direction", "MoEGate")  # kinds of layers with a matrix that are not x @ weight
 PLAYGROUND = {"sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002}
 
 
@@ -117,12 +118,12 @@ def without_network(latent_format: str, kind: str = "FLOW") -> Any:
         pytest.skip(f"this ComfyUI has no latents of {latent_format}")
     config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
     config.latent_format = getattr(comfy.latent_formats, latent_format)()
-    return _patcher(comfy.model_base.BaseModel(config, comfy.model_base.ModelType[kind]))
+    return patcher(comfy.model_base.BaseModel(config, comfy.model_base.ModelType[kind]))
 
 
-def conditioning(seed: int, extra: dict) -> list:
+def conditioning(seed: int, extra: dict, width: int = WIDTH) -> list:
     """A CONDITIONING as a text encoder returns it."""
-    return [[randn(1, TOKENS, WIDTH, seed=seed), {"pooled_output": randn(1, WIDTH, seed=10 + seed), **extra}]]
+    return [[randn(1, TOKENS, width, seed=seed), {"pooled_output": randn(1, WIDTH, seed=10 + seed), **extra}]]
 
 
 def small_vae(channels: int) -> Any:
@@ -174,8 +175,10 @@ def t2i_adapter() -> Any:
 def lora(model: Any, rank: int = 2) -> dict:
     """A LoRA for every linear layer of a model, as read from its file."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in model.model.diffusion_model.state_dict().items():
-        if tensor.ndim == 2 and name.endswith(".weight"):
+    net = model.model.diffusion_model
+    other = {f"{name}.weight" for name, part in net.named_modules() if type(part).__name__ in NO_LORA}
+    for name, tensor in net.state_dict().items():
+        if tensor.ndim == 2 and name.endswith(".weight") and name not in other:
             layer, (height, width) = f"diffusion_model.{name.removesuffix('.weight')}", tensor.shape
             tensors[f"{layer}.lora_up.weight"] = 0.1 * randn(height, rank, seed=len(tensors))
             tensors[f"{layer}.lora_down.weight"] = randn(rank, width, seed=len(tensors))
@@ -203,7 +206,7 @@ def unfilled(name: str, dtype: torch.dtype, compute: torch.dtype | None = None, 
     config.set_inference_dtype(dtype, compute)
     config.custom_operations = operations
     kind = {"model_type": comfy.model_base.ModelType[family.kind]} if family.kind else {}
-    return _patcher(getattr(comfy.model_base, family.base)(config, **kind))
+    return patcher(getattr(comfy.model_base, family.base)(config, **kind))
 
 
 def _supported(family: Family) -> dict:
@@ -217,7 +220,8 @@ def _supported(family: Family) -> dict:
     return {key: value for key, value in family.net.items() if key in names}
 
 
-def _patcher(model: Any) -> Any:
+def patcher(model: Any) -> Any:
+    """A MODEL of ComfyUI's network."""
     import comfy.model_management as management
     from comfy.model_patcher import ModelPatcher
 

@@ -116,6 +116,8 @@ def without_network(latent_format: str, kind: str = "FLOW") -> Any:
 
     if not hasattr(comfy.latent_formats, latent_format):
         pytest.skip(f"this ComfyUI has no latents of {latent_format}")
+    if kind not in comfy.model_base.ModelType.__members__:
+        pytest.skip(f"this ComfyUI has no {kind}")
     config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
     config.latent_format = getattr(comfy.latent_formats, latent_format)()
     return patcher(comfy.model_base.BaseModel(config, comfy.model_base.ModelType[kind]))

@@ -1,4 +1,5 @@
 """Gradients through ComfyUI's networks: out of inference mode, past dynamic VRAM, within the memory at hand."""
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,7 +92,8 @@ def differentiable_networks() -> Iterator[None]:
     streams = management.NUM_STREAMS
     try:
         management.in_training, management.NUM_STREAMS = True, 0
-        yield
+        with kernels_in_torch():
+            yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NOT_DIFFERENTIABLE_HINTS):
             raise
@@ -100,6 +102,24 @@ def differentiable_networks() -> Iterator[None]:
                          "choose 'in the prediction' as gradient") from error
     finally:
         management.in_training, management.NUM_STREAMS = before, streams
+
+
+@contextmanager
+def kernels_in_torch() -> Iterator[None]:
+    """Context manager: fused kernels of attention, which have no gradient, are computed by torch, which has one."""
+    try:
+        import comfy_kitchen
+        from comfy_kitchen.backends.eager import rope
+    except ImportError:  # older versions of ComfyUI have no such kernels
+        yield
+        return
+    fused = {name: kernel for name, kernel in vars(comfy_kitchen).items() if inspect.isfunction(vars(rope).get(name))}
+    plain = {name: vars(rope)[name] for name in fused}
+    try:
+        vars(comfy_kitchen).update(plain)
+        yield
+    finally:
+        vars(comfy_kitchen).update(fused)
 
 
 class _Held(WeakKeyDictionary):

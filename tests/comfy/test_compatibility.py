@@ -19,7 +19,6 @@ from helpers.workbench import (
     Scene,
     Workbench,
     cfg_guider,
-    cosmos_is_fused,
     ksampler,
     sampler_custom,
     steered,
@@ -61,15 +60,23 @@ def test_every_kind_of_model_is_steered_by_other_terms(bench: Workbench, family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_pass_through_every_kind_of_model(bench: Workbench, family: str):
-    """The error says so where a kernel has no gradient."""
-    if family == "Cosmos-Predict2" and cosmos_is_fused():
-        with says(ValueError, "do not pass through this model", "in the prediction"):
-            ksampler(bench, bench.guide(bench.scene(family), **THROUGH))
-    else:
-        steered(bench, bench.scene(family), **THROUGH)
+    steered(bench, bench.scene(family), **THROUGH)
 
 
-@pytest.mark.parametrize("family", [EPS, FLOW, VIDEO])
+def test_what_has_no_gradient_is_refused(bench: Workbench):
+    scene = bench.scene(FLOW)
+    model = scene.model.clone()
+    model.set_model_unet_function_wrapper(without_gradient)
+    with says(ValueError, "do not pass through this model", "in the prediction"):
+        ksampler(bench, bench.guide(replace(scene, model=model), **THROUGH))
+
+
+def without_gradient(apply_model: Any, args: dict) -> Tensor:
+    made = apply_model(args["input"], args["timestep"], **args["c"])
+    return torch.add(made, made, out=torch.empty_like(made))
+
+
+@pytest.mark.parametrize("family", [EPS, FLOW, VIDEO, "Cosmos-Predict2"])
 def test_the_gradient_through_a_model_is_a_finite_difference(bench: Workbench, family: str):
     """The gradient of the energy of the prediction.
 
@@ -78,9 +85,9 @@ def test_the_gradient_through_a_model_is_a_finite_difference(bench: Workbench, f
     import comfy.sample
     import comfy.samplers
 
-    scene, noise_levels = bench.scene(family), bench.comfy.pack.nodes.bridge.noise_levels
-    generator = torch.Generator().manual_seed(8)
-    noise, direction = torch.randn(2, *scene.latent["samples"].shape, generator=generator)
+    scene, bridge = bench.scene(family), bench.comfy.pack.nodes.bridge
+    empty = bridge.latents.as_diffused(scene.model, scene.latent["samples"])
+    noise, direction = torch.randn(2, *empty.shape, generator=torch.Generator().manual_seed(8))
     asked = dict(steps=1, cfg=4.0, sampler_name="euler", scheduler="simple", positive=scene.positive,
                  negative=scene.negative, latent_image=torch.zeros_like(noise), denoise=0.5)
 
@@ -89,7 +96,7 @@ def test_the_gradient_through_a_model_is_a_finite_difference(bench: Workbench, f
             return comfy.sample.sample(scene.model, noise, **asked).double()
 
     sigmas = comfy.samplers.KSampler(scene.model, 1, torch.device("cpu"), "euler", "simple", 0.5, {}).sigmas
-    sigma = noise_levels.ve_level(scene.model.get_model_object("model_sampling"), sigmas[0])
+    sigma = bridge.noise_levels.ve_level(scene.model.get_model_object("model_sampling"), sigmas[0])
     raw = {"strength": "raw", "weight": 0.3, **THROUGH}
     inside = scene.model.model.process_latent_in
     shift = inside(prediction(bench.guide(scene, **raw), noise)) - inside(prediction(scene, noise))

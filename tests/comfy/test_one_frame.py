@@ -12,7 +12,6 @@ from helpers.workbench import (
     Scene,
     Workbench,
     autoguided,
-    cosmos_is_fused,
     ksampler,
     search,
     steered,
@@ -65,10 +64,6 @@ def made_by(world: Any, model: Any, positive: list, vae: Any, name: str, latent:
 
 def family_of(bench: Workbench, scene: Scene) -> str:
     return next(family for family in FAMILIES if bench.scene(family).model is scene.model)
-
-
-def has_gradient(bench: Workbench, scene: Scene) -> bool:
-    return family_of(bench, scene) != "Cosmos-Predict2" or not cosmos_is_fused()
 
 
 def made(bench: Workbench, scene: Scene, vae: Any, name: str, size: tuple[int, ...] = (1, 4, 8)) -> Any:
@@ -126,10 +121,6 @@ def test_experts_guide_one_frame(bench: Workbench, scene: Scene, distilled: Call
 
 def test_experts_of_one_frame_go_through_the_model(bench: Workbench, scene: Scene, distilled: Callable):
     guided = bench.guide(scene, guider=distilled("Qwen-Image"), weight=1.0, **THROUGH)
-    if not has_gradient(bench, scene):
-        with says(ValueError, "do not pass through this model"):
-            ksampler(bench, guided)
-        return
     made, plain = ksampler(bench, guided), ksampler(bench, scene)
     assert made.isfinite().all() and not torch.equal(made, plain)
 
@@ -187,8 +178,6 @@ def test_a_prior_finds_one_frame(bench: Workbench, scene: Scene, distilled: Call
 
 def test_a_lora_is_trained_on_latents_without_time(bench: Workbench, scene: Scene):
     """Images as four dimensions or five give the same LoRA."""
-    if not has_gradient(bench, scene):
-        pytest.skip("gradients do not pass through this model")
     family, patches = family_of(bench, scene), []
     for shape in ((2, 16, 12, 20), (2, 16, 1, 12, 20)):
         of_shape = replace(scene, latent={"samples": torch.zeros(shape)})

@@ -12,7 +12,6 @@ from helpers.workbench import (
     THROUGH,
     Workbench,
     autoguided,
-    cosmos_is_fused,
     ksampler,
     search,
     train_lora,
@@ -45,8 +44,6 @@ def memory(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_model_is_guided_as_with_enough_memory(bench: Workbench, memory: Memory, family: str):
-    if family == "Cosmos-Predict2" and cosmos_is_fused():
-        pytest.skip("no gradient passes through Cosmos-Predict2 in this ComfyUI")
     scene = bench.scene(family)
     lean = ksampler(bench, bench.guide(scene, **THROUGH))
     assert memory.failures == 1, "memory runs out once, and then it is known"

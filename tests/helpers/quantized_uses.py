@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers import says
 from helpers.model_families import FAMILIES, lora, small_vae
 from helpers.quantized import dequantized, quantized
-from helpers.workbench import THROUGH, Scene, Workbench, autoguided, cosmos_is_fused, ksampler, search, steered, train_lora
+from helpers.workbench import THROUGH, Scene, Workbench, autoguided, ksampler, search, steered, train_lora
 
 TOLERANCES = {"fp8_scaled": 0.25, "plain fp8": 1e-3, "int8": 0.1, "nvfp4": 0.6, "mxfp8": 0.25, "GGUF-like": 1e-3}
 """Error of a picture by the inputs of layers that are rounded to the type of their weights too."""
@@ -22,7 +21,6 @@ class QuantizedWorld:
     def __init__(self, bench: Workbench, family: str, kind: str):
         self.bench, self.family, self.kind = bench, family, kind
         self.scene, self.plain = self._scenes()
-        self.has_gradient = family != "Cosmos-Predict2" or not cosmos_is_fused()
 
     def _scenes(self, factor: float = 1.0) -> tuple[Scene, Scene]:
         with torch.inference_mode():  # as loaders do
@@ -46,10 +44,6 @@ class QuantizedWorld:
 
     def through_the_model(self) -> None:
         before = self.unguided
-        if not self.has_gradient:
-            with says(ValueError, "do not pass through this model"):
-                ksampler(self.bench, self.bench.guide(self.scene, **THROUGH))
-            return
         steered(self.bench, self.scene, **THROUGH)
         self.is_right(lambda scene: self.bench.guide(scene, **THROUGH))
         assert torch.equal(ksampler(self.bench, self.scene), before), "later samplings are others"
@@ -80,9 +74,8 @@ class QuantizedWorld:
     def prior(self) -> None:
         inputs = self.scene.conditioned()
         for gradient in ("in the prediction", "through the model"):
-            if self.has_gradient or gradient == "in the prediction":
-                found = search(self.bench, inputs, self.bench.terms(), steps=2, gradient=gradient)
-                assert found.isfinite().all()
+            found = search(self.bench, inputs, self.bench.terms(), steps=2, gradient=gradient)
+            assert found.isfinite().all()
 
     def autoguidance(self) -> None:
         """Autoguidance by a bad model with weights of its own, which are quantised too."""
@@ -98,8 +91,6 @@ class QuantizedWorld:
         return comfy.sd.load_lora_for_models(scene.model, None, lora(self.plain.model), strength, 0.0)[0]
 
     def train_lora(self) -> None:
-        if not self.has_gradient:
-            return
         trained = []
         for scene in (self.scene, self.plain):
             model, losses = train_lora(self.bench, scene, f"{self.kind} {scene is self.plain}", steps=2,

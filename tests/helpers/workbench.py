@@ -1,7 +1,6 @@
 """ComfyUI's own kinds of models at small size, and the nodes between them: what tests of guidance sample with."""
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,13 +161,6 @@ def perp_neg_guider(bench: Workbench, scene: Scene) -> Tensor:
 SAMPLER_NODES = {"KSampler": ksampler, "KSampler (Advanced), two halves": two_halves, "SamplerCustom": sampler_custom,
                  "BasicGuider": basic_guider, "CFGGuider": cfg_guider, "DualCFGGuider": dual_cfg_guider,
                  "PerpNegGuider": perp_neg_guider}
-
-
-def cosmos_is_fused() -> bool:
-    """Whether this ComfyUI computes Cosmos-Predict2 with a kernel that has no gradient."""
-    from comfy.ldm.cosmos import predict2
-
-    return "rms_rope" in Path(predict2.__file__).read_text()
 
 
 # Autoguidance, training and priors

@@ -8,6 +8,7 @@ import comfy.sample
 import comfy.sd
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...ppap_core.guiders.latents import PIXELS, LatentSpace
 from ...ppap_core.guiders.resize import resize
@@ -97,7 +98,7 @@ def space_seen_by(vae: comfy.sd.VAE | None, model: Patcher) -> LatentSpace:
                          "model's VAE where it guides, which shows them, or use another model")
     noise = seeded_noise(range(COLOR_SAMPLES), (latent.latent_channels, COLOR_SIZE, COLOR_SIZE))
     samples = latent.process_out(with_axes(noise, latent.latent_dimensions))
-    images = resize(2 * decode_images(vae, samples)[..., :3].movedim(-1, 1).float() - 1, (COLOR_SIZE, COLOR_SIZE)).cpu()
+    images = F.adaptive_avg_pool2d(2 * decode_images(vae, samples)[..., :3].movedim(-1, 1).float().cpu() - 1, COLOR_SIZE)
     with torch.inference_mode(False):
         places = noise.movedim(1, -1).flatten(0, -2)
         known = torch.cat([places, torch.ones(len(places), 1)], dim=1)

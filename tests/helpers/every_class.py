@@ -156,10 +156,10 @@ def names() -> list[str]:
     return [kind.__name__ for kind in comfy.supported_models.models]
 
 
-def build(name: str) -> Small:
-    """A MODEL of a class with random weights, its conditioning and an empty latent."""
+def build(name: str, changes: dict | None = None) -> Small:
+    """A MODEL of a class with random weights, its conditioning and an empty latent. changes: of the recipe's settings."""
     recipe = BY_CLASS[name]
-    model = _model(name, _fields(recipe, {**recipe.net, **recipe.own[name]}), recipe.weights)
+    model = _model(name, _fields(recipe, {**recipe.net, **recipe.own[name], **(changes or {})}), recipe.weights)
     fill(model.model.diffusion_model)
     latent = model.model.latent_format
     time = (recipe.frames,) if latent.latent_dimensions == 3 else ()

@@ -11,6 +11,7 @@
 #   make pictures    run every workflow at its full settings in ComfyUI, and make the pictures in docs of them
 #   make help-pages  write the inputs and outputs of the nodes into their help pages (needs a ComfyUI)
 #   make sweep       ask every class of ComfyUI's models, and write their answers into docs/compatibility.md
+#   make symbols     list what the pack uses of ComfyUI in tools/comfy_symbols.json, and say what of it this ComfyUI lacks
 #   make archive     build the archive that the registry publishes, and print its size
 # A ComfyUI is looked for at COMFYUI_PATH, then around this folder (ComfyUI/custom_nodes/<pack>), then in comfy-cli's default.
 
@@ -26,7 +27,7 @@ VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
 VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
 	distill saved_work)
 
-.PHONY: demo test test-fast test-wide test-real test-versions lint comfyui bench pictures help-pages sweep archive
+.PHONY: demo test test-fast test-wide test-real test-versions lint comfyui bench pictures help-pages sweep symbols archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -72,6 +73,9 @@ help-pages: .venv/ready .venv/comfyui
 
 sweep: .venv/ready .venv/comfyui
 	PPAP_REFRESH_SWEEP=1 $(BIN)/python -m pytest tests/comfy/test_every_class.py -m "wide or not wide"
+
+symbols: .venv/ready .venv/comfyui
+	$(BIN)/python -m tools.comfy_symbols "$(COMFYUI_PATH)"
 
 archive: .venv/ready
 	$(BIN)/python -m tools.archive

@@ -20,7 +20,7 @@ class Benchmark(NamedTuple):
     measure: Callable[[Path, Report, Sequence[str]], list[Row]]  # (folder, report, names of the only rows to run; (): all)
     table: Callable[[Sequence[Row]], str]
     plot: Callable[[Sequence[Row]], Tensor] | None = None
-    sheet: Callable[[Sequence[Row], Path, Report], Tensor] | None = None  # pictures: (rows, own folder, report)
+    sheet: Callable[[Path, Report], Tensor] | None = None  # a picture of images: (own folder, report)
 
 
 BENCHMARKS = {
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace, report: Report) -> None:
         if benchmark.plot:
             save_picture(benchmark.plot(rows), out.with_suffix(".png"))
         if benchmark.sheet and not options.row:
-            save_picture(benchmark.sheet(rows, options.folder / name, report), out.with_name(f"{out.stem}_sheet.png"))
+            save_picture(benchmark.sheet(options.folder / name, report), out.with_name(f"{out.stem}_sheet.png"))
     else:
         text = tables.write_table(name, run_table(tables.read_table(name), options.folder, report, options.row), out)
     print(text)

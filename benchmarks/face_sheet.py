@@ -1,57 +1,46 @@
 """A picture of guided faces: the same seeds in each row, refined by the models of finer details of the same authors."""
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ppap_core import Denoiser, Guider, guided, sample_renewing
 from ppap_core.viz.drawing import contact_sheet
 
-from .face_world import load_face_world
-from .faces import FaceBench, tables
-from .methods import METHODS, Batch
+from .face_world import STEPS as TABLE_STEPS
+from .face_world import FaceWorld, load_face_world
+from .faces import FALLING, FaceBench
+from .guided import term
 from .real import real_networks
 from .report import Report
-from .report import Row as Result
 from .training import Workspace
 
 SEEDS = range(8)  # not chosen: the first ones
+STEPS, RENEWAL = 40, 0.3  # renewed noise, as ancestral samplers have, mends what went wrong before
+SETTING = {"weight": 0.35, "through": True, **FALLING}
 
 
-class Shown(NamedTuple):
-    """A row of the picture: a row of a table, under a name."""
+def face_sheet(bench: FaceBench, folder: Path, report: Report) -> Tensor:
+    """Faces of the first seeds, unguided and asked to smile, as a picture (1, 3, H, W) in [-1, 1].
 
-    name: str
-    aim: str
-    row: str
-
-
-SHOWN = (
-    Shown("unguided", "happy", "unguided"),
-    Shown("happy, plain guider", "happy", "plain guider, through the model"),
-    Shown("happy, five experts", "happy", "five experts where needed, through the model"),
-    Shown("surprised, five experts", "surprised", "five experts where needed, through the model"),
-    Shown("sad, five experts", "sad", "five experts where needed, through the model"),
-)
+    folder: keeps the experts of the bench, which are trained where there are none.
+    """
+    world = load_face_world("expression")
+    experts = bench.denoised.make(Workspace(world, folder, TABLE_STEPS, report)).guider
+    rows = {"unguided": world.denoise, "happy, plain network": smiling(world, world.guider),
+            "happy, five experts": smiling(world, experts)}
+    return contact_sheet({name: refined(_faces(world, denoise)) for name, denoise in rows.items()}, scale=1)
 
 
-def face_sheet(bench: FaceBench, results: Sequence[Result], folder: Path, report: Report) -> Tensor:
-    """The rows of SHOWN that there are results of, each at its best setting, as a picture (1, 3, H, W) in [-1, 1]."""
-    settings = {(result["aim"], result["row"]): result["setting"] for result in results}
-    shown = [each for each in SHOWN if (each.aim, each.row) in settings]
-    return contact_sheet({each.name: refined(_faces(bench, each, settings[each.aim, each.row], folder, report))
-                          for each in shown}, scale=1)
+def smiling(world: FaceWorld, guider: Guider) -> Denoiser:
+    """The world's denoiser, guided towards smiles."""
+    wanted = world.wanted(SEEDS, world.guider.labels.index("happy"))
+    return guided(world.denoise, [term(world.aimed(guider, wanted), **SETTING)])
 
 
-def _faces(bench: FaceBench, shown: Shown, setting: dict[str, float], folder: Path, report: Report) -> Tensor:
-    [table] = [table for table in tables(bench) if table.title == shown.aim]
-    world, row = load_face_world(table.task), table.by_name[shown.row]
-    noise, sigmas = world.start(SEEDS, table.steps)
-    wanted = world.wanted(SEEDS, world.guider.labels.index(shown.aim))
-    report(f"picture: {shown.name}")
-    return METHODS[row.method](row, Workspace(world, folder, table.steps, report)).sample(
-        Batch(wanted, SEEDS, noise, sigmas), setting)
+def _faces(world: FaceWorld, denoise: Denoiser) -> Tensor:
+    noise, sigmas = world.start(SEEDS, STEPS)
+    return sample_renewing(denoise, noise, sigmas, RENEWAL, SEEDS)
 
 
 @torch.no_grad()

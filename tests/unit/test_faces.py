@@ -74,11 +74,12 @@ def test_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.real
-@pytest.mark.slow  # refines faces to 160 pixels
-def test_the_picture_shows_the_rows_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.slow  # trains experts, and refines faces to 160 pixels
+def test_the_picture_shows_one_seed_in_each_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     networks()
-    monkeypatch.setattr(faces, "STEPS", 3)
+    monkeypatch.setattr(face_sheet, "STEPS", 3)
+    monkeypatch.setattr(face_sheet, "TABLE_STEPS", 3)
     monkeypatch.setattr(face_sheet, "SEEDS", range(2))
-    rows = [{"aim": "happy", "row": "unguided", "setting": {}}, {"aim": "sad", "row": "MPGD", "setting": {"mu": 0.1}}]
-    picture = face_sheet.face_sheet(FaceBench(), rows, tmp_path, lambda line: None)
-    assert picture.shape == (1, 3, 160 + 26 + 4, 8 * (160 + 4) + 4)
+    bench = FaceBench(denoised=NeededExperts("denoised", **LEARNING))
+    picture = face_sheet.face_sheet(bench, tmp_path, lambda line: None)
+    assert picture.shape == (1, 3, 3 * (160 + 26) + 4, 8 * (160 + 4) + 4)

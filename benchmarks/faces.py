@@ -31,7 +31,7 @@ IN_NOISE = LEARNING | {"steps": 400, "warm_start": True}  # where the plain netw
 PERSON = "one of four persons"  # the title of the table whose guider is the network for identity
 FALLING = {"balanced": True, "falls_from": SIGMA_MAX, "falls_to": SIGMA_MIN}
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # among which the best is searched, for guidance
-    "noisy": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.4, 0.6)),
+    "noisy": tuple({"weight": weight, **FALLING} for weight in (0.2, 0.35, 0.7)),
     "constant": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.3, 0.45)),
     "denoised": tuple({"weight": weight, **FALLING} for weight in (0.35, 0.5, 0.7)),
     "through": (*({"weight": weight, "balanced": True, "through": True} for weight in (0.3, 0.45)),

@@ -155,7 +155,10 @@ def shared_weights_model(bad: Patcher, cfg_guider: comfy.samplers.CFGGuider, cal
                 "does" if acts_on_samplings_only(good, bad) else "is the model itself")
         raise ValueError(f"the bad model {same}: connect a weaker one, such as an earlier checkpoint, or the same model "
                          "with another LoRA or another strength of it")
-    memory = SeparateMemory(Memory(good.model.diffusion_model, call.extra_args["model_options"], bad.model_options))
+    network = good.model.diffusion_model
+    if hasattr(network, "clear_kv_cache"):  # keys and values of the prompt, of whatever layers made them last
+        network.clear_kv_cache()
+    memory = SeparateMemory(Memory(network, call.extra_args["model_options"], bad.model_options))
     yield partial(_predict_sharing, SharingModels(good, bad, adapters, memory))
 
 

@@ -4,11 +4,13 @@ PPAP_REFRESH_SWEEP=1 writes the answers into docs/compatibility.md instead of co
 """
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
+import torch
 from helpers import sweep
 from helpers.every_class import BY_CLASS, names
-from helpers.workbench import Workbench
+from helpers.workbench import Workbench, autoguided, ksampler, with_lora_at
 
 REFRESH = bool(os.environ.get("PPAP_REFRESH_SWEEP"))
 
@@ -42,6 +44,18 @@ def test_what_diffuses_no_pictures_is_refused(check: Callable[[str], None]):
     for name in names():
         if name not in BY_CLASS and (REFRESH or name in sweep.documented()):
             check(name)
+
+
+@pytest.mark.wide
+def test_keys_and_values_of_a_network_are_kept_apart(bench: Workbench):
+    """HiDream-O1 keeps the prompt's keys and values across steps, whatever LoRA its layers have meanwhile."""
+    if "HiDreamO1" not in names():
+        pytest.skip("this ComfyUI has no HiDreamO1")
+    scene, other = (replace(sweep.scene_of("HiDreamO1"), steps=3, cfg=1.0) for _ in range(2))
+    plain, shared, apart = (ksampler(bench, each) for each in (
+        scene, autoguided(bench, scene, with_lora_at(scene, 0.5)), autoguided(bench, scene, with_lora_at(other, 0.5))))
+    torch.testing.assert_close(shared, apart, rtol=0, atol=1e-4)
+    assert (shared - plain).abs().max() > 0.1
 
 
 @pytest.mark.wide

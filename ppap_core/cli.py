@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-BENCHMARKS = ("class, depth, segmentation, strength, falling, falling_depth, improvements, rivals_class, rivals_depth, original, "
-              "autoguidance, autoguidance_untold, autoguidance_made, prior; rules: symmetry and the like by a prior; "
-              "labelmaps: label maps found for pictures; photographs: a real network under noise; faces: a real model and "
-              "real networks; restoration: faces from measurements of them; tours: the travelling salesman; latent: the "
-              "latent world; speed: the cost of a guided step at full size")
+BENCHMARKS = ("class, depth, segmentation, strength, falling, falling_depth, improvements, rivals_class, rivals_depth, "
+              "original, autoguidance, autoguidance_untold, autoguidance_made, prior; rules: symmetry and the like by a "
+              "prior; labelmaps: label maps found for pictures; photographs: a real network under noise; faces: a real "
+              "model and real networks; restoration: faces from measurements of them; tours: the travelling salesman; "
+              "latent: the latent world; speed: the cost of a guided step at full size")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """A picture of guided faces: the same seeds in each row, refined by the models of finer details of the same authors."""
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .training import Workspace
 
 SEEDS = range(8)  # not chosen: the first ones
 STEPS, RENEWAL = 40, 0.3  # renewed noise, as ancestral samplers have, mends what went wrong before
-SETTING = {"weight": 0.35, "through": True, **FALLING}
+SETTING: dict[str, Any] = {"weight": 0.35, "through": True, **FALLING}
 
 
 def face_sheet(bench: FaceBench, folder: Path, report: Report) -> Tensor:

@@ -48,6 +48,7 @@ def test_a_judge_of_another_author_agrees_on_a_smile():
 
 @pytest.mark.real
 def test_persons_are_recognized_in_the_mirror():
+    networks()
     world = load_face_world("identity")
     vars(world)["persons"] = faces = world.sample(range(6), steps=6)
     wanted = torch.arange(6)

@@ -3,6 +3,7 @@
 Each denoiser here is made for one sampling. With weight 0 each predicts what the plain denoiser does, bit for bit.
 """
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,14 +17,14 @@ from ppap_core.guidance.gradients import predict, rms
 from ppap_core.guidance.precision import RunState
 from ppap_core.guidance.shift import posterior_std, term_gradient
 from ppap_core.noise import PIXEL_SIGMA_DATA, expand
-from ppap_core.rng import seeded
+from ppap_core.rng import noise_like
 from ppap_core.schedules import ALWAYS
 
 MIN_LENGTH = 1e-12  # of a way to the target, in data units
 
 
 @dataclass(frozen=True)
-class ChangedStep:
+class ChangedStep(ABC):
     """A denoiser guided by one term, whose shift another rule makes of the term's gradient."""
 
     denoise: Denoiser
@@ -37,9 +38,9 @@ class ChangedStep:
             return self.denoise(x, sigma)
         return self.shifted(predict(self.denoise, x, sigma, self.term.needs_vjp), weight, level)
 
+    @abstractmethod
     def shifted(self, prediction: Prediction, weight: float, sigma: float) -> Tensor:
         """The prediction after guidance."""
-        raise NotImplementedError
 
     def shift(self, prediction: Prediction, **changes: Any) -> Tensor:
         """The core's shift by the term with other fields."""
@@ -115,8 +116,7 @@ def sample_repeating(denoise: Denoiser, x: Tensor, sigmas: Tensor, repeat: tuple
     for index, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
         for count in range(rounds if sigma in interval else 1):
             if count:
-                noise = torch.stack([torch.randn(x.shape[1:], generator=seeded(seed, index, count, 1)) for seed in seeds])
-                x = x + math.sqrt(sigma**2 - next_sigma**2) * noise.to(x)
+                x = x + math.sqrt(sigma**2 - next_sigma**2) * noise_like(x, seeds, index, count, 1)
             denoised = denoise(x, x.new_full((len(x),), sigma))
             x = denoised + (x - denoised) * (next_sigma / sigma)
     return x

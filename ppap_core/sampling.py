@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .noise import expand
-from .rng import seeded
+from .rng import noise_like
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x (B, C, H, W), sigma (B,)) -> expected clean image (B, C, H, W)"""
@@ -63,8 +63,3 @@ def sample_renewing(denoise: Denoiser, x: Tensor, sigmas: Tensor, share: float, 
         if share and next_sigma:
             x = x + math.sqrt(share) * next_sigma * noise_like(x, seeds, step)
     return x
-
-
-def noise_like(x: Tensor, seeds: Sequence[int], *key: int) -> Tensor:
-    """Noise like x (B, C, H, W) from generators seeded with each image's seed and the key."""
-    return torch.stack([torch.randn(x.shape[1:], generator=seeded(seed, *key)) for seed in seeds]).to(x)

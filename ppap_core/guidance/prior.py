@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..guiders.guider import clean
 from ..noise import PIXEL_SIGMA_DATA, expand
-from ..rng import seeded, seeded_noise
+from ..rng import noise_like, seeded_noise
 from ..sampling import Denoiser, karras_sigmas, sample_euler
 from ..training.loop import RunOptions, optimize
 from ..training.state import Losses, all_finite
@@ -127,7 +127,7 @@ class _Search:
         """[noise error, energy] as means over the batch; its gradient in the image is that of `prior_gradient`, scaled."""
         image = self.render(self.point) if self.render else self.point
         sigma = image.new_full((len(image),), self.sigmas[step])
-        noise = torch.stack([torch.randn(image.shape[1:], generator=seeded(seed, step)) for seed in self.seeds]).to(image)
+        noise = noise_like(image, self.seeds, step)
         error, energy, gradient = prior_gradient(self.objective, image.detach(), noise, sigma, self.backprop_through_model)
         surrogate = (_gradient_scale(self.sigmas[step], self.objective.sigma_data) * gradient * image).sum()
         return torch.stack([error.mean() + (surrogate - surrogate.detach()), energy.mean()])

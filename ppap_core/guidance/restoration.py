@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..guiders.operators import Measurement
 from ..noise import expand
-from ..sampling import Denoiser, noise_like, sample_renewing
+from ..rng import noise_like
+from ..sampling import Denoiser, sample_renewing
 from .gradients import rms
 
 

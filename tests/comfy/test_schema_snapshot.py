@@ -70,6 +70,13 @@ LOSSES: dict[str, tuple[Callable[[dict], object], str]] = {
     "no longer an end": (lambda nodes: nodes["PPAPSaveExperts"].update(output_node=False), "output_node was True")}
 
 
+def test_only_new_terms_begin_with_a_weight_that_falls(comfy):
+    nodes = schemas_of(comfy.registered)
+    factors = {name: tuple(the(nodes[name], factor)["default"] for factor in ("factor_at_start", "factor_at_end"))
+               for name in ("PPAPGuidanceTerm", "PPAPAutoguidance")}
+    assert factors == {"PPAPGuidanceTerm": (2.0, 0.0), "PPAPAutoguidance": (1.0, 1.0)}
+
+
 @pytest.mark.parametrize("change, words", LOSSES.values(), ids=LOSSES)
 def test_a_loss_is_found_and_named(saved: dict, change: Callable[[dict], object], words: str):
     now = copy.deepcopy(saved)

@@ -8,7 +8,7 @@ from helpers import randn
 from helpers.gaussian import GaussianMixture
 from torch import Tensor
 
-from benchmarks.guided import Batch
+from benchmarks.guided import Batch, schedule_of
 from benchmarks.methods import METHODS
 from benchmarks.particles import Particles, Steering, energy_of, repeat_guider, sample_particles, systematic
 from benchmarks.readout import ReadoutNetworks
@@ -340,3 +340,9 @@ def test_readout_heads_learn_from_generated_images(tmp_path):
                                for guider in (untrained, first.guider, again.guider))
     assert torch.equal(after, same) and first.costs == again.costs
     assert TASKS["class"].distance(after, wanted).mean() < 0.8 * TASKS["class"].distance(before, wanted).mean()
+
+
+@pytest.mark.parametrize("sigma, factor", [(80.0, 2.0), (0.02, 0.0), ((80 * 0.02)**0.5, 1.0)])
+def test_a_falling_weight_is_the_weight_itself_on_average(sigma, factor):
+    assert schedule_of(falls_from=80, falls_to=0.02).factor_at(sigma) == pytest.approx(factor, abs=1e-9)
+    assert schedule_of().factor_at(sigma) == 1.0

@@ -7,7 +7,7 @@ from ...ppap_core.viz.plots import loss_plot
 from ..bridge import autoguidance, paths, progress, sampler, tensors
 from ..bridge.lora_training import LoraTraining
 from ..bridge.noise_levels import PercentSchedule
-from .inputs import cfg_input, learning_rate_input, negative_input, positive_input, window_inputs
+from .inputs import also_found_as, cfg_input, folded, learning_rate_input, negative_input, positive_input, window_inputs
 
 CATEGORY = "PPAP/autoguidance"
 
@@ -29,6 +29,8 @@ class PPAPAutoguidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAutoguidance", display_name="Autoguidance", category=CATEGORY,
+            **also_found_as("autoguidance", "bad version of itself", "weak model guidance", "better images",
+                            "CFG alternative", "self guidance SAG"),
             description="Guides a model away from a bad version of itself: better images, with hardly less variety. Works "
                         "with every sampler and together with cfg. Put it after nodes that change CFG.",
             inputs=autoguidance_inputs(),
@@ -45,6 +47,8 @@ class PPAPAutoguidanceGuider(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAutoguidanceGuider", display_name="Autoguidance Guider", category=CATEGORY,
+            **also_found_as("autoguidance sampler custom", "guider for SamplerCustomAdvanced", "weak model guider",
+                            "bad model guider", "dual model guider"),
             description="Autoguidance as a guider for SamplerCustomAdvanced.",
             inputs=[*autoguidance_inputs(), positive_input(), negative_input(), cfg_input()],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")])
@@ -62,6 +66,7 @@ class PPAPTrainLora(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPTrainLora", display_name="Train LoRA", category=CATEGORY,
+            **also_found_as("fine-tune", "train a LoRA on images", "make a bad model", "LoRA trainer", "weak LoRA"),
             description="Makes good and bad versions of a model for autoguidance, by fine-tuning a LoRA on images. Many "
                         "steps and a higher rank make the good one; few steps and a lower rank, on the same images, the bad "
                         "one. Early states, after a sixteenth and a quarter of the steps, are saved beside the last one and "
@@ -74,7 +79,8 @@ class PPAPTrainLora(io.ComfyNode):
                                             "made it; any other LoRA is kept, and the name refused."),
                     io.Int.Input("steps", default=400, min=1, max=1_000_000, tooltip="Training steps."),
                     io.Int.Input("rank", default=4, min=1, max=512, tooltip="Size of the LoRA."),
-                    io.Int.Input("batch_size", default=4, min=1, max=4096, tooltip="Images in each training step."),
+                    io.Int.Input("batch_size", default=4, min=1, max=4096, tooltip="Images in each training step.",
+                                 **folded()),
                     learning_rate_input("the model stays as it is"),
                     io.Int.Input("seed", default=0, min=0, max=2**48,
                                  tooltip="Seed of the choice of images, the noise and the initial weights.")],
@@ -98,6 +104,8 @@ class PPAPAutoguidanceToy(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAutoguidanceToy", display_name="Autoguidance Toy", category=CATEGORY,
+            **also_found_as("autoguidance demo", "why autoguidance works", "guidance toy example", "2D toy",
+                            "guidance explained"),
             description="Shows in one picture why autoguidance works: points of the plane that should lie on a tree, "
                         "sampled without guidance, with classifier-free guidance, with classifier-free guidance in an "
                         "interval, and with autoguidance. Trains three small networks on the spot, in less than a minute.",

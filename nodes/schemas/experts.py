@@ -10,7 +10,7 @@ from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import autograd, distillation, paths, progress, tensors
 from ..bridge.distillation import SampleGenerator
 from ..bridge.sampler import SamplerSettings
-from .inputs import also_found_as, learning_rate_input, positive_input, sampler_inputs
+from .inputs import also_found_as, folded, learning_rate_input, positive_input, sampler_inputs
 from .io_types import GuiderType, LossesType, SamplesType
 
 CATEGORY = "PPAP/experts"
@@ -22,6 +22,8 @@ class PPAPGenerateSamples(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPGenerateSamples", display_name="Generate Samples", category=CATEGORY,
+            **also_found_as("make training images", "samples for distillation", "synthetic data set", "data-free",
+                            "sample store"),
             description="Makes images with your own model, and keeps the steps that led to them: all that experts learn "
                         "from. Everything is saved in output/ppap_samples, so that a cancelled run resumes, and a finished "
                         "one costs nothing.",
@@ -62,7 +64,8 @@ class PPAPDistilExperts(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPDistilExperts", display_name="Distill Experts", category=CATEGORY,
-            **also_found_as("Distil Experts"),
+            **also_found_as("Distil Experts", "train experts", "PPAP", "noise-aware classifier", "train a guider",
+                            "knowledge distillation"),
             description="Teaches a network that has only seen clean images to read noisy ones: one small adapter for each "
                         "range of noise, each of which learns to say, while the image is still noise, what the plain "
                         "network says about the finished image. The diffusion model is not run. No labels, no data set. "
@@ -76,23 +79,24 @@ class PPAPDistilExperts(io.ComfyNode):
                                  tooltip="Number of noise ranges; each gets an equal share of the samples' steps."),
                     io.Float.Input("sigma_min", default=0.0, min=0.0, max=1e4, step=0.001,
                                    tooltip="Lowest noise level of the experts. Neutral: 0, the lowest of the samples' "
-                                           "steps."),
+                                           "steps.", **folded()),
                     io.Float.Input("sigma_max", default=0.0, min=0.0, max=1e5, step=0.1,
                                    tooltip="Highest noise level of the experts. Neutral: 0, the highest of the samples' "
-                                           "steps up to 100, above which there is only noise."),
+                                           "steps up to 100, above which there is only noise.", **folded()),
                     io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Training steps for each expert."),
-                    io.Int.Input("batch_size", default=32, min=1, max=4096, tooltip="Images in each training step."),
+                    io.Int.Input("batch_size", default=32, min=1, max=4096, tooltip="Images in each training step.",
+                                 **folded()),
                     learning_rate_input("the experts stay the plain network"),
-                    io.Int.Input("rank", default=8, min=1, max=512, tooltip="Size of the adapters."),
+                    io.Int.Input("rank", default=8, min=1, max=512, tooltip="Size of the adapters.", **folded()),
                     io.Float.Input("alpha", default=8.0, min=0.0, max=1024.0, step=0.5,
                                    tooltip="The adapters are scaled by alpha / rank. Neutral: 0, the experts stay the plain "
-                                           "network."),
+                                           "network.", **folded()),
                     io.Int.Input("seed", default=0, min=0, max=2**48,
                                  tooltip="Seed of the choice of images and steps, and of the initial weights."),
                     io.Float.Input("temperature", default=1.0, min=0.05, max=10.0, step=0.05, optional=True,
                                    tooltip="Of the plain network's classes while it teaches: below 1 they are sharper, and "
                                            "the experts learn to be more certain; the paper uses 0.25. Has no effect for "
-                                           "guiders without classes. Neutral: 1.")],
+                                           "guiders without classes. Neutral: 1.", **folded())],
             outputs=[GuiderType.Output(display_name="guider", tooltip="The guider with its experts."),
                      LossesType.Output(display_name="losses", tooltip="The loss of every training step, for Plot Losses.")])
 
@@ -113,6 +117,7 @@ class PPAPSaveExperts(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPSaveExperts", display_name="Save Experts", category=CATEGORY, is_output_node=True,
+            **also_found_as("save guider", "save noise experts", "save adapters", "export experts", "write experts"),
             description="Writes a guider's experts into models/ppap_experts, for Load Experts and for other people. Only "
                         "the adapters are written, not the network.",
             inputs=[GuiderType.Input("guider", tooltip="A guider with experts, from Distill Experts."),
@@ -135,6 +140,7 @@ class PPAPLoadExperts(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPLoadExperts", display_name="Load Experts", category=CATEGORY,
+            **also_found_as("load noise experts", "noise-aware guider", "load adapters", "experts file", "import experts"),
             description="Gives a guider the experts that were distilled for it: one small adapter for each range of noise.",
             inputs=[GuiderType.Input("guider", tooltip="The plain guider that the experts were distilled for."),
                     io.Combo.Input("file_name", options=list(paths.expert_files()),

@@ -11,6 +11,8 @@ from ..bridge.terms import GuidanceTerm, with_view
 from .inputs import (
     IN_PREDICTION,
     THROUGH_MODEL,
+    also_found_as,
+    folded,
     limit_input,
     model_input,
     negative_input,
@@ -31,6 +33,8 @@ class PPAPGuidanceTerm(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPGuidanceTerm", display_name="Guidance Term", category=CATEGORY,
+            **also_found_as("guidance strength", "guidance weight", "guidance schedule", "guidance mask",
+                            "regional guidance", "negative guidance"),
             description="How strongly, when and where an aimed guider guides. Chain terms to guide by several guiders at "
                         "once.",
             inputs=[GuiderType.Input("guider", tooltip="A guider with a target."),
@@ -42,13 +46,14 @@ class PPAPGuidanceTerm(io.ComfyNode):
                     io.Combo.Input("view", options=["own", *VIEWS], default="own",
                                    tooltip="What the guider looks at: the noisy image, or the model's denoised prediction "
                                            "of it. own: what its experts were distilled for, or the prediction if it has "
-                                           "none."),
+                                           "none. Neutral: own.", **folded()),
                     io.Mask.Input("mask", optional=True, tooltip="Where to guide; without it, everywhere."),
                     TermsType.Input("terms", optional=True, tooltip="Other terms, to guide by all of them together."),
                     io.Combo.Input("strength", options=[BALANCED, RAW], default=BALANCED, optional=True,
                                    tooltip="The units of weight. balanced: each step moves the image by this share of what "
                                            "is still uncertain about it, whatever the guider. raw: weight multiplies the "
-                                           "gradient itself; 1 is what probability theory says, as in the paper."),
+                                           "gradient itself; 1 is what probability theory says, as in the paper.",
+                                   **folded()),
                     io.Combo.Input("gradient", options=[IN_PREDICTION, THROUGH_MODEL], default=IN_PREDICTION, optional=True,
                                    tooltip="How a guider that looks at the prediction moves the image. in the prediction: "
                                            "cheap. through the model: takes into account how the model itself can change "
@@ -70,6 +75,8 @@ class PPAPCombineTerms(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPCombineTerms", display_name="Combine Terms", category=CATEGORY,
+            **also_found_as("combine guidance", "several guiders", "add guidance together", "merge terms",
+                            "multiple guidance"),
             description="Guide by two sets of terms together.",
             inputs=[TermsType.Input("first", tooltip="Some terms."), TermsType.Input("second", tooltip="Some more.")],
             outputs=[TermsType.Output(display_name="terms", tooltip="All of them.")])
@@ -84,6 +91,8 @@ class PPAPApplyGuidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPApplyGuidance", display_name="Apply Guidance", category=CATEGORY,
+            **also_found_as("classifier guidance", "CLIP guidance", "universal guidance", "steer the model", "guided model",
+                            "training-free guidance", "reward guidance"),
             description="Makes a guided model, for every sampler and together with LoRA, ControlNet, masks and other "
                         "patches. Put it after nodes that change CFG.",
             inputs=[model_input(), terms_input(), limit_input(), vae_input()],
@@ -99,6 +108,8 @@ class PPAPGuidedKSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPGuidedKSampler", display_name="Guided KSampler", category=CATEGORY,
+            **also_found_as("guided sampling", "KSampler with guidance", "classifier guidance sampler",
+                            "CLIP guided sampler", "sampler with report"),
             description="ComfyUI's KSampler on a guided model, with a report of what guidance did.",
             inputs=[model_input(), terms_input(),
                     io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True,

@@ -7,6 +7,7 @@ from ...ppap_core.guiders.loaders.hub import download
 from ...ppap_core.guiders.preprocess import CHANNELS, PADDINGS
 from ...ppap_core.guiders.rules import RULES, rule_guider
 from ..bridge import autograd, guider_cache, paths, progress
+from .inputs import also_found_as, folded
 from .io_types import GuiderType
 
 CATEGORY = "PPAP/guiders"
@@ -17,6 +18,8 @@ class PPAPLoadGuider(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPLoadGuider", display_name="Load Guider", category=CATEGORY,
+            **also_found_as("load classifier", "CLIP guidance", "classifier guidance", "aesthetic predictor",
+                            "depth control", "segmentation model", "style reference", "reward model"),
             description="Loads a network that judges images and can guide a diffusion model. Those of the tiny world come "
                         "with the pack. Others are folders in models/ppap_guiders, with config.json and safetensors, as "
                         "their hub pages offer them: any network of timm, and classifiers, CLIP, SigLIP, depth, "
@@ -27,15 +30,15 @@ class PPAPLoadGuider(io.ComfyNode):
                                    tooltip="Which output of the network is used. own: that of its task, such as classes or "
                                            "depth. Or features from inside it: structure (what is where, without colours; "
                                            "DINO or timm), style (textures and colours, without places; timm, such as VGG), "
-                                           "embedding (the image as a whole)."),
+                                           "embedding (the image as a whole). Neutral: own."),
                     io.Combo.Input("channels", options=list(CHANNELS), default="own", optional=True,
                                    tooltip="The order of the colours in which the network reads an image. own: as its files "
                                            "say; taggers with a selected_tags.csv, whose files do not say it, read blue "
-                                           "first. Neutral: own."),
+                                           "first. Neutral: own.", **folded()),
                     io.Combo.Input("padding", options=list(PADDINGS), default="own", optional=True,
                                    tooltip="What is put around an image to make it square before the network reads it. "
                                            "own: as its files say; white for taggers with a selected_tags.csv. none: the "
-                                           "image is resized as it is. Neutral: own.")],
+                                           "image is resized as it is. Neutral: own.", **folded())],
             outputs=[GuiderType.Output(display_name="guider", tooltip="The network, without a target.")])
 
     @classmethod
@@ -56,6 +59,8 @@ class PPAPDownloadGuider(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPDownloadGuider", display_name="Download Guider", category=CATEGORY, is_output_node=True,
+            **also_found_as("download model", "Hugging Face download", "get a classifier", "download CLIP",
+                            "download depth model"),
             description="Downloads a network from the Hugging Face hub into models/ppap_guiders: its safetensors and the "
                         "small files that describe it, nothing that can hold code. Only when this node is queued.",
             inputs=[io.String.Input("repo_id", default="",
@@ -92,6 +97,8 @@ class PPAPRule(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPRule", display_name="Rule", category=CATEGORY,
+            **also_found_as("color match", "seamless texture", "tileable", "brightness and contrast", "symmetry",
+                            "sharpness", "palette", "edges", "blur"),
             description="A guider without a network: something that can be measured in any image. It needs no download and "
                         "no training, and costs next to nothing.",
             inputs=[io.Combo.Input("rule", options=list(RULES), default="colours",

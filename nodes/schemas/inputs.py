@@ -1,5 +1,6 @@
 """Shared by the schemas of several nodes: inputs, and names under which a node is also found."""
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 from comfy_api.latest import io
@@ -13,6 +14,11 @@ IN_PREDICTION, THROUGH_MODEL = "in the prediction", "through the model"
 def also_found_as(*names: str) -> dict[str, Any]:
     """Return arguments of io.Schema by which a search finds a node; older versions of ComfyUI have no such names."""
     return {"search_aliases": list(names)} if "search_aliases" in {field.name for field in fields(io.Schema)} else {}
+
+
+def folded() -> dict[str, Any]:
+    """Return arguments of a widget that few need: it is shown on request, where this version of ComfyUI can hide it."""
+    return {"advanced": True} if "advanced" in signature(io.Float.Input.__init__).parameters else {}
 
 
 def model_input() -> io.Input:
@@ -63,12 +69,13 @@ def window_inputs(at_start: float = 1.0, at_end: float = 1.0) -> list[io.Input]:
             io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
                            tooltip="Where guidance ends, as a share of the noise schedule. Neutral: 1, at the end."),
             io.Float.Input("factor_at_start", default=at_start, min=0.0, max=100.0, step=0.05,
-                           tooltip="Multiplies the strength at start_percent. Neutral: 1."),
+                           tooltip="Multiplies the strength at start_percent. Neutral: 1.", **folded()),
             io.Float.Input("factor_at_end", default=at_end, min=0.0, max=100.0, step=0.05,
                            tooltip="Multiplies the strength at end_percent; in between, the factor changes evenly. "
-                                   "Neutral: 1.")]
+                                   "Neutral: 1.", **folded())]
 
 
 def learning_rate_input(neutral: str) -> io.Input:
     return io.Float.Input("learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-5, round=1e-7,
-                          tooltip=f"Size of the training steps at the start; it falls to zero. Neutral: 0, {neutral}.")
+                          tooltip=f"Size of the training steps at the start; it falls to zero. Neutral: 0, {neutral}.",
+                          **folded())

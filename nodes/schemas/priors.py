@@ -7,7 +7,17 @@ from ...ppap_core.guidance.prior import PriorConfig
 from ...ppap_core.viz.plots import loss_plot
 from ..bridge import tensors
 from ..bridge.priors import PriorSearch
-from .inputs import IN_PREDICTION, THROUGH_MODEL, cfg_input, model_input, negative_input, positive_input, vae_input
+from .inputs import (
+    IN_PREDICTION,
+    THROUGH_MODEL,
+    also_found_as,
+    cfg_input,
+    folded,
+    model_input,
+    negative_input,
+    positive_input,
+    vae_input,
+)
 from .io_types import TermsType
 
 CATEGORY = "PPAP/priors"
@@ -18,6 +28,8 @@ class PPAPPlugAndPlayPrior(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPPlugAndPlayPrior", display_name="Plug-and-Play Prior", category=CATEGORY,
+            **also_found_as("optimize an image", "score distillation", "SDS", "image optimization", "edit an image",
+                            "diffusion prior"),
             description="Finds an image by optimisation instead of sampling one: moves a latent step by step until the "
                         "model finds it probable and every guider finds its target in it. For what guidance cannot reach, "
                         "and for changing an existing image. Cancelling loses nothing: queue it again and it resumes.",
@@ -38,17 +50,18 @@ class PPAPPlugAndPlayPrior(io.ComfyNode):
                                    tooltip="Noise level at the start. The higher it is, the less is kept of the latent: try "
                                            "1 to change details. Neutral: sigma_min, all steps at one level."),
                     io.Float.Input("sigma_min", default=0.05, min=0.001, max=100.0, step=0.01,
-                                   tooltip="Noise level at the end. Neutral: sigma_max, all steps at one level."),
+                                   tooltip="Noise level at the end. Neutral: sigma_max, all steps at one level.",
+                                   **folded()),
                     io.Float.Input("start_noise", default=1.0, min=0.0, max=100.0, step=0.05,
                                    tooltip="Noise that is added to the latent at the start. Neutral: 0, the search starts "
-                                           "from the latent itself."),
+                                           "from the latent itself.", **folded()),
                     io.Float.Input("clean_up", default=0.0, min=0.0, max=100.0, step=0.05,
                                    tooltip="Noise level from which the result is sampled anew, in ten steps. This removes "
                                            "traces of the search, and some of what the guiders achieved; try 0.5. Neutral: "
                                            "0, nothing is sampled."),
                     io.Int.Input("particles", default=1, min=1, max=64,
                                  tooltip="How many searches there are for each image; the one that meets the targets best "
-                                         "is kept. Neutral: 1."),
+                                         "is kept. Neutral: 1.", **folded()),
                     io.Combo.Input("gradient", options=[IN_PREDICTION, THROUGH_MODEL], default=IN_PREDICTION,
                                    tooltip="How the model moves the image. in the prediction: towards its own prediction, "
                                            "which is cheap. through the model: along the gradient of its error, as "

@@ -15,6 +15,7 @@ class PPAPPlotLosses(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPPlotLosses", display_name="Plot Losses", category=CATEGORY,
+            **also_found_as("loss graph", "training curve", "loss plot", "visualize training", "how well experts learned"),
             description="Shows how well each expert learned: one line for each range of noise, lower is better.",
             inputs=[LossesType.Input("losses", tooltip="From Distill Experts.")],
             outputs=[io.Image.Output(tooltip="The plot.")])
@@ -29,6 +30,7 @@ class PPAPPlotGuidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPPlotGuidance", display_name="Plot Guidance", category=CATEGORY,
+            **also_found_as("guidance graph", "guidance curve", "visualize guidance", "energy plot", "guidance plot"),
             description="Shows what guidance did, step by step: the energy of each term (lower is closer to the target) and "
                         "the size of its shift.",
             inputs=[ReportType.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
@@ -44,7 +46,8 @@ class PPAPReadGuidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPReadGuidance", display_name="Guidance Summary", category=CATEGORY, is_output_node=True,
-            **also_found_as("Read Guidance"),
+            **also_found_as("Read Guidance", "what guidance did", "guidance in words", "show text report",
+                            "guidance debug"),
             description="Says what guidance did in words: in how many steps each term acted, its energy at first and at "
                         "last (lower is closer to the target), and how far it moved the image.",
             inputs=[ReportType.Input("report", tooltip="From Guided KSampler or Guidance Report.")],
@@ -62,6 +65,8 @@ class PPAPGuidanceReport(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPGuidanceReport", display_name="Guidance Report", category=CATEGORY,
+            **also_found_as("guidance log", "guidance statistics", "did guidance work", "inspect guidance",
+                            "guidance debug"),
             description="Reports what guidance did while a sampler made this latent with this guided model.",
             inputs=[io.Model.Input("model", tooltip="The guided model, from Apply Guidance."),
                     io.Latent.Input("latent", tooltip="A latent that a sampler made with it.")],
@@ -78,7 +83,8 @@ class PPAPLookThrough(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPLookThrough", display_name="Preview Guider", category=CATEGORY,
-            **also_found_as("Look Through"),
+            **also_found_as("Look Through", "what the guider sees", "depth preview", "classify an image",
+                            "segmentation preview", "tag an image", "aesthetic score"),
             description="Shows what a guider sees in images: how likely each class is, a depth map, coloured regions, a "
                         "mask, the number it measures, or how close the image is to its target.",
             inputs=[GuiderType.Input("guider", tooltip="Any guider. A target is needed only to show how close an image is "

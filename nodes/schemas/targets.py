@@ -13,6 +13,7 @@ from ...ppap_core.guiders.targets import (
 from ...ppap_core.guiders.tasks import TASKS
 from ...ppap_core.viz.colors import palette
 from ..bridge import autograd, guider_cache, paths, tensors
+from .inputs import also_found_as
 from .io_types import GuiderType
 
 CATEGORY = "PPAP/targets"
@@ -29,6 +30,8 @@ class PPAPAimAtClass(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtClass", display_name="Aim at Class", category=CATEGORY,
+            **also_found_as("classifier guidance", "class label", "ImageNet class", "tags", "target class",
+                            "negative class"),
             description="Chooses the class that a classifier guides towards, or the tags that a tagger does.",
             inputs=[GuiderType.Input("guider", tooltip="A classifier or a tagger, with or without experts."),
                     io.String.Input("classes", default="star",
@@ -50,6 +53,7 @@ class PPAPAimAtText(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtText", display_name="Aim at Text", category=CATEGORY,
+            **also_found_as("CLIP guidance", "text guidance", "CLIP prompt", "caption", "text target", "semantic guidance"),
             description="Says in words what a text-image network should see in the image, or what CLIPSeg should mark in "
                         "it.",
             inputs=[GuiderType.Input("guider", tooltip="A network that understands text: CLIP, SigLIP, CLIPSeg."),
@@ -71,6 +75,8 @@ class PPAPAimAtImage(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtImage", display_name="Aim at Image", category=CATEGORY,
+            **also_found_as("depth control", "style transfer", "reference image", "image guidance", "structure",
+                            "color match", "same pose", "similar image"),
             description="Shows a guider an image that it should recognise again: the same depth, regions, class, style, "
                         "structure, colours, or whatever else it looks for.",
             inputs=[GuiderType.Input("guider", tooltip="Any network or rule that looks at images, with or without experts."),
@@ -93,6 +99,8 @@ class PPAPAimAtMask(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtMask", display_name="Aim at Mask", category=CATEGORY,
+            **also_found_as("place an object", "layout control", "regional object", "segmentation mask", "mask target",
+                            "composition"),
             description="Says where something should be: paint the place, and name the class.",
             inputs=[GuiderType.Input("guider", tooltip="A segmentation network, or CLIPSeg after Aim at Text."),
                     io.Mask.Input("mask", tooltip="White where the thing should be, of any size, over the whole image. One "
@@ -113,6 +121,7 @@ class PPAPAimAtNumber(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPAimAtNumber", display_name="Aim at Number", category=CATEGORY,
+            **also_found_as("aesthetic score", "brightness", "reward", "saturation", "quality score", "image score"),
             description="Says how bright, sharp, colourful or beautiful an image should be, to a guider that measures it.",
             inputs=[GuiderType.Input("guider", tooltip="A rule such as brightness, or a network that gives a score."),
                     io.Float.Input("number", default=0.5, min=-1000.0, max=1000.0, step=0.01,
@@ -135,6 +144,7 @@ class PPAPPalette(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPPalette", display_name="Palette", category=CATEGORY,
+            **also_found_as("color palette", "color match", "color scheme", "color grading", "brand colors", "hex colors"),
             description="Draws colours as an image of stripes. Wired into Aim at Image with the rule 'colours', it guides "
                         "towards these colours.",
             inputs=[io.String.Input("colours", default="#1d3557, #e63946, #f1faee:2",
@@ -157,6 +167,7 @@ class PPAPCutOuts(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPCutOuts", display_name="Cut-outs", category=CATEGORY,
+            **also_found_as("cutouts", "random crops", "CLIP cutouts", "look at details", "patches", "augmentations"),
             description="Lets a network look at parts of the image as well as the whole: it then sees details that are lost "
                         "when the whole is made small for it.",
             inputs=[GuiderType.Input("guider", tooltip="A network for classes, texts, embeddings, style or scores."),

@@ -5,6 +5,7 @@ from ...ppap_core.tinyworld.latents import class_labels
 from ...ppap_core.tinyworld.loaders import SIZE
 from ...ppap_core.tinyworld.scenes import CLASSES
 from ..bridge import paths, tinyworld
+from .inputs import also_found_as
 
 CATEGORY = "PPAP/tiny world"
 
@@ -14,6 +15,7 @@ class PPAPTinyWorld(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPTinyWorld", display_name="Tiny World", category=CATEGORY,
+            **also_found_as("tiny model", "demo model", "test model", "example model", "small diffusion model"),
             description="Loads a real diffusion model small enough for a laptop, which draws one shape in front of a wall, "
                         "32 pixels wide, and everything else that the KSampler needs.",
             inputs=[io.Int.Input("batch_size", default=4, min=1, max=256,
@@ -38,6 +40,7 @@ class PPAPTinyLatentWorld(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPTinyLatentWorld", display_name="Tiny Latent World", category=CATEGORY,
+            **also_found_as("tiny latent model", "latent demo model", "small flow model", "tiny SD3", "example checkpoint"),
             description="Loads a real latent diffusion model small enough for a laptop, which draws the same shapes 128 "
                         "pixels wide and knows them by name. The flow model and the VAE are also files for ComfyUI's own "
                         "loaders.",
@@ -57,6 +60,8 @@ class PPAPClassConditioning(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPClassConditioning", display_name="Class Conditioning", category=CATEGORY,
+            **also_found_as("class prompt", "class label conditioning", "prompt of the tiny world", "shape prompt",
+                            "tiny world text"),
             description="Chooses what the latent tiny world draws, in the place of a text prompt.",
             inputs=[io.String.Input("classes", default="",
                                     tooltip=f"One of {', '.join(CLASSES)}, or one for each image, separated by "

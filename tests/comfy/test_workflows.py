@@ -45,8 +45,11 @@ def test_every_node_is_registered_with_a_help_page(server: Server):
     for name in NODES:
         assert info[name]["description"], name
         for each in (spec for group in ("required", "optional") for spec in info[name]["input"].get(group, {}).items()):
-            tooltip = each[1][1]["tooltip"]
-            assert each[1][0] != "FLOAT" or "Neutral" in tooltip, f"{name}.{each[0]} names no neutral value"
+            kind, settings = each[1]
+            options = settings.get("options", kind)
+            has_neutral = kind == "FLOAT" or "own" in options
+            assert not has_neutral or "Neutral" in settings["tooltip"], f"{name}.{each[0]} names no neutral value"
+            assert settings["tooltip"]
 
 
 def drawn(graph: dict) -> dict[str, int]:

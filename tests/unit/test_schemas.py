@@ -49,6 +49,13 @@ def test_every_input_and_output_says_what_it_is(node: ast.ClassDef):
 
 
 @pytest.mark.parametrize("node", EVERY)
+def test_a_node_is_found_by_five_phrases(node: ast.ClassDef):
+    [schema] = [part.value for part in method(node, "define_schema").body if isinstance(part, ast.Return)]
+    [phrases] = [[phrase.value for phrase in keyword.value.args] for keyword in schema.keywords if keyword.arg is None]
+    assert len({phrase.casefold() for phrase in phrases}) == len(phrases) >= 5
+
+
+@pytest.mark.parametrize("node", EVERY)
 def test_execute_takes_the_inputs_in_the_order_of_the_schema(node: ast.ClassDef):
     [schema] = [part.value for part in method(node, "define_schema").body if isinstance(part, ast.Return)]
     inputs = [slot for keyword in schema.keywords if keyword.arg == "inputs" for slot in slots(keyword.value)]

@@ -1,9 +1,9 @@
 """How well faces are what they were to be, by networks that never guide, and how far they are from unguided faces."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .report import Report
 
 REFERENCE_SEED = 300_000_000   # of the first unguided face
 FEATURE_SCALE = 0.1            # so that distances have few digits
+ENOUGH = 400                   # unguided faces of an expression to take a distance to
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,25 @@ class FaceScores:
     frechet: float    # Frechet distance to unguided faces, by features of SqueezeNet
     precision: float
     recall: float
+    wanted_frechet: float | None  # the distance to those unguided faces that are what was wanted; None: to too few
+
+
+class UnguidedFaces(NamedTuple):
+    """What distances are taken to."""
+
+    features: Tensor     # (n, 512)
+    expressions: Tensor  # (n,), by the network that never guides, as a number among the guider's labels
 
 
 @dataclass(frozen=True)
 class FaceEvaluator:
     """Samples faces and judges them.
 
-    features: (n, 512) of unguided faces. label: the class of all faces; None: each has its own.
-    batch: faces that are sampled at once.
+    label: the class of all faces; None: each has its own. batch: faces that are sampled at once.
     """
 
     world: FaceWorld
-    features: Tensor
+    unguided: UnguidedFaces
     label: int | None = None
     batch: int = 32
 
@@ -55,14 +63,23 @@ class FaceEvaluator:
         parts = [self._judge(sample, numbers[start:start + self.batch]) for start in starts]
         score, own_score, energy = torch.cat([part for part, _ in parts], 1).mean(1).tolist()
         features = torch.cat([part for _, part in parts])
-        precision, recall = precision_recall(features, self.features)
-        return FaceScores(len(numbers), score, own_score, energy, frechet_distance(_stats(features), self.stats), precision,
-                          recall)
+        precision, recall = precision_recall(features, self.unguided.features)
+        frechet, wanted_frechet = (frechet_distance(_stats(features), stats) if stats else None
+                                   for stats in (self.stats, self.wanted_stats))
+        return FaceScores(len(numbers), score, own_score, energy, cast(float, frechet), precision, recall, wanted_frechet)
 
     @cached_property
     def stats(self) -> FeatureStats:
         """Statistics of unguided faces."""
-        return _stats(self.features)
+        return _stats(self.unguided.features)
+
+    @cached_property
+    def wanted_stats(self) -> FeatureStats | None:
+        """Statistics of the unguided faces that have the wanted expression; None where these are too few."""
+        if self.label is None or self.world.subject != "expression":
+            return None
+        features = self.unguided.features[self.unguided.expressions == self.label]
+        return _stats(features) if len(features) >= ENOUGH else None
 
     def _judge(self, sample: Sampler, numbers: range) -> tuple[Tensor, Tensor]:
         wanted = self.world.wanted(numbers, self.label)
@@ -79,10 +96,16 @@ def _stats(features: Tensor) -> FeatureStats:
 @torch.no_grad()
 def named_expression(world: FaceWorld, images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """1 or 0 for each face (B,): has it the wanted expression, by another author's network and by the guider's."""
-    judge, guider = face_guider("emotion"), world.guider
-    at_judge = torch.tensor([judge.labels.index(name) for name in guider.labels])  # the authors have another order
-    by_judge, by_guider = (net.predict(images, clean(images)).argmax(1) for net in (judge, guider))
-    return (by_judge == at_judge[wanted]).float(), (by_guider == wanted).float()
+    by_guider = world.plain_output(images).argmax(1)
+    return (judged_expressions(images, world.guider.labels) == wanted).float(), (by_guider == wanted).float()
+
+
+@torch.no_grad()
+def judged_expressions(images: Tensor, labels: Sequence[str]) -> Tensor:
+    """Number among `labels` of the expression that a network sees which never guides, (B,)."""
+    judge = face_guider("emotion")
+    numbers = torch.tensor([labels.index(name) for name in judge.labels])  # the authors have another order
+    return numbers[judge.predict(images, clean(images)).argmax(1)]
 
 
 @torch.no_grad()
@@ -128,13 +151,14 @@ def _squeezenet() -> Any:
     return real_networks().squeezenet()
 
 
-def unguided_features(world: FaceWorld, count: int, steps: int, file: Path, report: Report, batch: int = 50) -> Tensor:
-    """Features (count, 512) of unguided faces, kept in a file."""
+def unguided_faces(world: FaceWorld, count: int, steps: int, file: Path, report: Report, batch: int = 50) -> UnguidedFaces:
+    """What distances are taken to, of so many faces; kept in a file."""
     if not file.exists():
         parts = []
         for start in range(0, count, batch):
-            seeds = range(REFERENCE_SEED + start, REFERENCE_SEED + min(start + batch, count))
-            parts.append(face_features(world.sample(seeds, steps)))
+            images = world.sample(range(REFERENCE_SEED + start, REFERENCE_SEED + min(start + batch, count)), steps)
+            parts.append((face_features(images), judged_expressions(images, face_guider("expression").labels)))
             report(f"unguided faces: {start + batch} of {count}")
-        save_tensors(file, {"features": torch.cat(parts)}, {"count": count, "steps": steps})
-    return load_tensors(file)[0]["features"]
+        faces = UnguidedFaces(*map(torch.cat, zip(*parts, strict=True)))
+        save_tensors(file, faces._asdict(), {"count": count, "steps": steps})
+    return UnguidedFaces(**load_tensors(file)[0])

@@ -16,7 +16,8 @@ from ppap_core.viz.plots import Axes, Points, line_plot
 
 from . import report
 from .distillations import Distillation, FreshNoise, NeededExperts
-from .face_evaluation import FaceEvaluator, unguided_features
+from .face_evaluation import FaceEvaluator, unguided_faces
+from .face_readout import FaceReadout
 from .face_world import SIGMA_MAX, SIGMA_MIN, STEPS, load_face_world
 from .report import Column, Report
 from .report import Row as Result
@@ -29,7 +30,9 @@ LEARNING: dict[str, Any] = {"edges": ExpertSchedule.equal_shares(5, SIGMA_MIN, S
                             "batch": 32, "images": 1536}
 IN_NOISE = LEARNING | {"steps": 400, "warm_start": True}  # where the plain network knows least, a neighbour knows more
 PERSON = "one of four persons"  # the title of the table whose guider is the network for identity
+READING = {"edges": LEARNING["edges"], "batch": 32, "images": 1536, "steps": 300}
 FALLING = {"balanced": True, "falls_from": SIGMA_MAX, "falls_to": SIGMA_MIN}
+RENEWED = {"share": 0.3}  # of the noise, in each step, as ancestral samplers draw it
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # among which the best is searched, for guidance
     "noisy": tuple({"weight": weight, **FALLING} for weight in (0.2, 0.35, 0.7)),
     "constant": tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.3, 0.45)),
@@ -48,6 +51,7 @@ class FaceBench:
     unguided: int = 2000  # faces that Frechet distances are taken to
     fresh: Training = field(default_factory=lambda: FreshNoise("noisy", **IN_NOISE))        # experts as in the paper
     noisy: Training = field(default_factory=lambda: Distillation("noisy", **IN_NOISE))      # along trajectories
+    readout: Training = field(default_factory=lambda: FaceReadout("noisy", **READING))
     denoised: Training = field(default_factory=lambda: NeededExperts("denoised", **LEARNING, steps=300))
 
 
@@ -69,6 +73,24 @@ def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
             points=({"weight": 0.0, "gain": 1.0},)),
         Row("five experts where needed, best of 2", "particles", training=bench.denoised, settings={"count": 2},
             points=({"weight": 0.5, **FALLING},)),
+        Row("plain guider, Adam", "adam", points=tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.45, 0.9))),
+        Row("five experts where needed, Adam", "adam", training=bench.denoised,
+            points=tuple({"weight": weight, "balanced": True} for weight in (0.2, 0.45, 0.9))),
+        Row("five experts where needed, damped by the noise level", training=bench.denoised,
+            points=tuple({"weight": 0.7, "balanced": True, "damping": damping} for damping in (1.0, 4.0, 16.0))),
+        Row("five experts where needed, two sub-steps", "sub-steps", training=bench.denoised, settings={"parts": 2},
+            points=SETTINGS["denoised"][1:]),
+        Row("five experts where needed, steps done twice, through the model", "time travel", training=bench.denoised,
+            settings={"rounds": 2}, points=({**SETTINGS["through"][2], "low": 0.5, "high": 3.0},)),
+        Row("plain guider, renewed noise", "renewed noise", settings=RENEWED, points=SETTINGS["denoised"][1:]),
+        Row("five experts where needed, renewed noise", "renewed noise", training=bench.denoised, settings=RENEWED,
+            points=SETTINGS["denoised"][1:]),
+        Row("plain guider, renewed noise, through the model", "renewed noise", settings=RENEWED,
+            points=SETTINGS["through"][2:]),
+        Row("five experts where needed, renewed noise, through the model", "renewed noise", training=bench.denoised,
+            settings=RENEWED, points=SETTINGS["through"][2:]),
+        Row("readout head", training=bench.readout,
+            points=({"weight": 0.3, "balanced": True}, {"weight": 0.45, "balanced": True}, {"weight": 0.35, **FALLING})),
         Row("FreeDoM", "freedom", settings={"recurrences": 2}, points=({"rho": 0.02}, {"rho": 0.05}, {"rho": 0.1})),
         Row("Universal Guidance", "ugd", settings={"recurrences": 1, "iterations": 2},
             points=({"rho": 0.5, "mu": 0.1}, {"rho": 1.0, "mu": 0.5}, {"rho": 4.0, "mu": 0.1})),
@@ -119,9 +141,9 @@ def _run_table(table: Table, folder: Path, report: Report) -> list[Result]:
         return []
     world = load_face_world(table.task)
     table = replace(table, label=None if table.title == PERSON else world.guider.labels.index(table.title))
-    features = unguided_features(world, table.scenes, table.steps, folder / f"unguided_{table.scenes}.safetensors", report)
+    unguided = unguided_faces(world, table.scenes, table.steps, folder / f"faces_{table.scenes}.safetensors", report)
     workspace = Workspace(world, folder, table.steps, partial(_prefixed, report, table.title))
-    results = run_rows(table, FaceEvaluator(world, features, table.label), workspace)
+    results = run_rows(table, FaceEvaluator(world, unguided, table.label), workspace)
     return [{"aim": table.title, **result} for result in results]
 
 
@@ -130,7 +152,8 @@ def _prefixed(report: Report, name: str, line: str) -> None:
 
 
 COLUMNS = (Column("by the judge", "{score:.0%}"), Column("by the guider", "{own_score:.0%}"),
-           Column("Fréchet", "{frechet:.1f}"), Column("precision", "{precision:.2f}"), Column("recall", "{recall:.2f}"),
+           Column("Fréchet", "{frechet:.1f}"), Column("to those that are so", "{to_wanted}"),
+           Column("precision", "{precision:.2f}"), Column("recall", "{recall:.2f}"),
            Column("time, times plain", "{time_ratio:.1f}"), Column("setting", "{setting}", numeric=False))
 
 
@@ -141,8 +164,12 @@ def table(rows: Sequence[Result]) -> str:
 
 
 def _aim_table(aim: str, rows: Sequence[Result]) -> str:
-    cells = [row | {"setting": setting_text(row["setting"])} for row in rows]
-    return report.markdown((Column(f"faces: {aim}", "{row}", numeric=False), *COLUMNS), cells)
+    return report.markdown((Column(f"faces: {aim}", "{row}", numeric=False), *COLUMNS), [_cells(row) for row in rows])
+
+
+def _cells(row: Result) -> Result:
+    distance = row["wanted_frechet"]
+    return row | {"setting": setting_text(row["setting"]), "to_wanted": "" if distance is None else f"{distance:.1f}"}
 
 
 def plot(rows: Sequence[Result]) -> Tensor:

@@ -21,6 +21,7 @@ from ppap_core import (
     autoguided,
     optimize_images,
     sample_euler,
+    sample_renewing,
     sample_training_free,
 )
 from ppap_core.guidance.training_free import METHODS as TRAINING_FREE
@@ -106,6 +107,15 @@ class PriorSearch(GuidedSampling):
 
 
 @dataclass(frozen=True)
+class RenewedGuidance(GuidedSampling):
+    """Guidance in a sampler that draws a "share" of the noise anew in each step."""
+
+    def sample(self, batch: Batch, setting: Setting) -> Tensor:
+        return sample_renewing(self.denoiser(self.aimed(batch), setting), batch.noise, batch.sigmas,
+                               self.row.settings["share"], batch.seeds)
+
+
+@dataclass(frozen=True)
 class TrainingFreeSampling(GuidedSampling):
     """A method of the training-free family, by its name in the core's METHODS."""
 
@@ -134,6 +144,7 @@ METHODS: dict[str, Callable[[Row, Workspace], Method]] = {
     "autoguidance": autoguided_sampling,
     "prior": PriorSearch,
     "time travel": RepeatedGuidance,
+    "renewed noise": RenewedGuidance,
     "particles": ParticleSampling,
     **dict.fromkeys(STEPS, ChangedGuidance),
     **dict.fromkeys(TRAINING_FREE, TrainingFreeSampling),

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 from ...ppap_core.guiders.guider import with_input
 from ...ppap_core.guiders.loaders import OUTPUTS
 from ...ppap_core.guiders.loaders.hub import download
+from ...ppap_core.guiders.loaders.suggested import SUGGESTED, repository
 from ...ppap_core.guiders.preprocess import CHANNELS, PADDINGS
 from ...ppap_core.guiders.rules import RULES, rule_guider
 from ..bridge import autograd, guider_cache, paths, progress
@@ -54,6 +55,10 @@ class PPAPLoadGuider(io.ComfyNode):
         return io.NodeOutput(with_input(guider_cache.load_guider(guider_name, answer), channels, padding))
 
 
+SUGGESTIONS = "\n".join(f"{purpose}: {repo}, {megabytes} MB. Licence: {licence}."
+                        for purpose, (repo, megabytes, licence) in SUGGESTED.items())
+
+
 class PPAPDownloadGuider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -65,24 +70,30 @@ class PPAPDownloadGuider(io.ComfyNode):
                         "small files that describe it, nothing that can hold code. Only when this node is queued.",
             inputs=[io.String.Input("repo_id", default="",
                                     tooltip="Owner and name of the network, as at the top of its page, such as: "
-                                            "timm/resnet18.a1_in1k")],
+                                            "timm/resnet18.a1_in1k. Empty: the suggestion is downloaded."),
+                    io.Combo.Input("suggestion", options=["none", *SUGGESTED], default="none", optional=True,
+                                   tooltip=f"A network to begin with, where repo_id is empty. Neutral: none.\n{SUGGESTIONS}")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def validate_inputs(cls, repo_id):
-        return paths.validate(paths.downloaded_guider, repo_id)
+    def validate_inputs(cls, repo_id, suggestion="none"):
+        return paths.validate(_downloaded_guider, repo_id, suggestion)
 
     @classmethod
-    def fingerprint_inputs(cls, repo_id):
-        return paths.download_stamp(repo_id)
+    def fingerprint_inputs(cls, repo_id, suggestion="none"):
+        return paths.download_stamp(None if repo_id is None else repository(repo_id, suggestion))
 
     @classmethod
-    def execute(cls, repo_id):
-        folder = paths.downloaded_guider(repo_id)
+    def execute(cls, repo_id, suggestion="none"):
+        folder = _downloaded_guider(repo_id, suggestion)
         existed = folder.exists()
-        download(repo_id, folder, progress.ShareProgress())
+        download(repository(repo_id, suggestion), folder, progress.ShareProgress())
         outcome = f"{folder.name} is there already" if existed else f"downloaded {folder.name}"
         return io.NodeOutput(ui=progress.show_text(cls, f"{outcome}: press R and choose it in Load Guider"))
+
+
+def _downloaded_guider(repo_id, suggestion):
+    return paths.downloaded_guider(repository(repo_id, suggestion))
 
 
 AIMS = {"image": "Aimed at an image", "number": "Aimed at a number", "itself": "Without a target"}

@@ -74,8 +74,25 @@ def test_what_load_guider_refuses_is_not_downloaded(comfy, here, hub):
 
 @pytest.mark.parametrize("name", ["", "resnet18", "../a/b", "timm/../../x"])
 def test_a_wrong_name_is_refused_before_anything_runs(comfy, name: str):
-    assert "owner/name" in node(comfy).validate_inputs(repo_id=name)
+    assert "owner/name" in node(comfy).validate_inputs(repo_id=name, suggestion="none")
     assert node(comfy).validate_inputs(repo_id="timm/resnet18.a1_in1k") is True
+
+
+def test_a_suggestion_is_downloaded_where_nothing_is_named(comfy, here, monkeypatch):
+    suggested = comfy.pack.ppap_core.guiders.loaders.suggested
+    monkeypatch.setitem(suggested.SUGGESTED, "depth", suggested.Suggestion(REPO, 1, "MIT"))
+    assert node(comfy).validate_inputs(repo_id="", suggestion="depth") is True
+    assert node(comfy).execute(repo_id="", suggestion="depth").ui == {
+        "text": [f"downloaded {FOLDER}: press R and choose it in Load Guider"]}
+    assert here.exists()
+
+
+def test_each_suggestion_is_a_name_on_the_hub_and_in_the_tooltip(comfy):
+    suggested = comfy.pack.ppap_core.guiders.loaders.suggested.SUGGESTED
+    combo = next(slot for slot in node(comfy).define_schema().inputs if slot.id == "suggestion")
+    assert combo.options == ["none", *suggested]
+    for repo, _, licence in suggested.values():
+        assert node(comfy).validate_inputs(repo_id=repo) is True and repo in combo.tooltip and licence in combo.tooltip
 
 
 def test_a_name_that_is_linked_is_not_known_yet(comfy):

@@ -35,6 +35,7 @@ from .terms import (
     decoders_for,
     decoders_of_frames,
     fingerprint_terms,
+    on_grid,
     require_one_frame,
     to_core_term,
 )
@@ -154,7 +155,8 @@ def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
     images, predicted = latents.frames_as_images(x), latents.frames_as_images(denoised.detach())
     prediction = Prediction(images, sigma.repeat_interleave(len(images) // len(x)), predicted, partial(_vjp, args))
     settings = GuidanceSettings(run.sigma_data, max_rms or float("inf"), run.compute, run.state)
-    guidance = guidance_shift(run.terms_at(float(sigma[0])), prediction, settings)
+    terms = [on_grid(term, images.shape) for term in run.terms_at(float(sigma[0]))]
+    guidance = guidance_shift(terms, prediction, settings)
     if guidance is None:
         return denoised
     run.records += guidance.records

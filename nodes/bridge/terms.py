@@ -53,6 +53,13 @@ def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], dec
                 term.backprop_through_model)
 
 
+def on_grid(term: Term, shape: tuple[int, ...]) -> Term:
+    """Resize the mask of a term to (B, C, h, w) where that is no longer what it was made for: some samplers enlarge."""
+    if term.mask is None or term.mask.shape[-2:] == shape[-2:]:
+        return term
+    return replace(term, mask=latents.mask_for(term.mask[:, 0], shape))
+
+
 def require_same_space(guider: Guider, model: Patcher) -> None:
     """ValueError if a guider's experts read other latents than a model diffuses."""
     kind = latents.space_name(model)

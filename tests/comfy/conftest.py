@@ -95,7 +95,8 @@ class InProcess:
         kind = self.registered[node]
         with torch.inference_mode():
             if hasattr(kind, "define_schema"):
-                return kind.execute(**inputs).args
+                made = kind.execute(**inputs)
+                return getattr(made, "args", made)  # a few nodes of ComfyUI's return a plain tuple
             return getattr(kind(), kind.FUNCTION)(**inputs)
 
 
@@ -122,12 +123,12 @@ def comfy(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> InProcess:
 
 @pytest.fixture(scope="session")
 def load_extras(comfy: InProcess, comfyui: Path) -> Callable[..., None]:
-    """load(*names) loads files of ComfyUI's comfy_extras, by their names without `nodes_`."""
+    """load(*names) loads files of ComfyUI's comfy_extras, by their names without `nodes_`, that this version has."""
     def load(*names: str) -> None:
         import nodes
 
-        for name in names:
-            file = comfyui / "comfy_extras" / f"nodes_{name}.py"
+        files = (comfyui / "comfy_extras" / f"nodes_{name}.py" for name in names)
+        for file in filter(Path.is_file, files):
             assert asyncio.run(nodes.load_custom_node(str(file), module_parent="comfy_extras"))
     return load
 
@@ -146,7 +147,8 @@ def latents(comfy: InProcess) -> LatentWorld:
 def bench(comfy: InProcess, load_extras: Callable[..., None]) -> Workbench:
     """Small models of all families, with the nodes of ComfyUI that are combined with guidance."""
     load_extras("custom_sampler", "pag", "slg", "apg", "cfg", "mahiro", "model_advanced", "differential_diffusion", "sag",
-                "perpneg", "easycache")
+                "perpneg", "easycache", "tcfg", "fresca", "eps", "freelunch", "tomesd", "hypertile", "context_windows",
+                "latent", "lumina2", "model_downscale", "hooks", "nag")
     return Workbench(comfy)
 
 

@@ -13,7 +13,6 @@ from helpers.workbench import (
     EPS,
     FLOW,
     SAMPLER_NODES,
-    STEPS,
     THROUGH,
     VIDEO,
     Scene,
@@ -199,11 +198,13 @@ def test_an_image_is_steered_alone_as_it_is_in_a_batch(bench: Workbench, family:
 
 @pytest.mark.parametrize(("node", "skips"), [("EasyCache", False), ("LazyCache", True)])
 @pytest.mark.parametrize("family", [EPS, "Flux"])
-def test_a_cache_that_skips_predictions_skips_their_guidance(bench: Workbench, family: str, node: str, skips: bool):
+@pytest.mark.parametrize("term", [{}, THROUGH], ids=["", "through the model"])
+def test_a_cache_that_skips_predictions_skips_their_guidance(bench: Workbench, family: str, node: str, skips: bool,
+                                                             term: dict):
     scene = replace(bench.scene(family), steps=8, cfg=1.0)
     cached = bench.patch(scene, node, reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
-    guidance = bench.guide(cached)
-    plain, neutral, guided = (ksampler(bench, each) for each in (cached, bench.guide(cached, 0.0), guidance))
+    guidance = bench.guide(cached, **term)
+    plain, neutral, guided = (ksampler(bench, each) for each in (cached, bench.guide(cached, 0.0, **term), guidance))
     assert not torch.equal(plain, ksampler(bench, scene)), "nothing was cached"
     assert torch.equal(neutral, plain) and guided.isfinite().all() and not torch.equal(guided, plain)
     [report] = bench.comfy("PPAPGuidanceReport", model=guidance.model, latent={"samples": guided})
@@ -231,34 +232,34 @@ def test_guided_ksampler_reports_each_step_and_each_picture(bench: Workbench, fa
 
 # Order on the MODEL wire
 
-def both_ways(bench: Workbench, feature: str, family: str, view: str, steps: int) -> tuple[Tensor, Tensor]:
+def both_ways(bench: Workbench, feature: str, family: str, view: str, **changes: Any) -> tuple[Tensor, Tensor]:
     """Latents with guidance after a feature on the MODEL wire, and before it."""
-    scene, patch = replace(bench.scene(family), steps=steps), FEATURES[feature][0]
+    scene, patch = replace(bench.scene(family), **changes), FEATURES[feature][0]
     return tuple(ksampler(bench, each) for each in (bench.guide(patch(bench, scene), view=view, **RAW),
                                                     patch(bench, bench.guide(scene, view=view, **RAW))))
 
 
 @pytest.mark.parametrize(("feature", "family"), [(name, family) for name in ANYWHERE for family in FEATURES[name][1]])
 def test_guidance_may_stand_before_or_after_these(bench: Workbench, feature: str, family: str):
-    after, before = both_ways(bench, feature, family, "denoised", STEPS)
+    after, before = both_ways(bench, feature, family, "denoised")
     assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize(("feature", "family"), [(name, family) for name in ADDING for family in FEATURES[name][1]])
 def test_order_changes_what_is_seen_where_features_add(bench: Workbench, feature: str, family: str):
     """A feature that adds to the prediction changes what a guider of the prediction sees, and nothing else."""
-    noisy_after, noisy_before = both_ways(bench, feature, family, "noisy", 1)
+    noisy_after, noisy_before = both_ways(bench, feature, family, "noisy", steps=1)
     assert torch.allclose(noisy_after, noisy_before, rtol=1e-4, atol=1e-4 * noisy_after.std().item())
-    after, before = both_ways(bench, feature, family, "denoised", 1)
+    after, before = both_ways(bench, feature, family, "denoised", steps=1)
     assert not torch.allclose(after, before, rtol=1e-4, atol=1e-4 * after.std().item())
 
 
 @pytest.mark.parametrize(("feature", "family"), [(name, family) for name in MIXING for family in FEATURES[name][1]])
 def test_guidance_is_weaker_before_features_that_mix(bench: Workbench, feature: str, family: str):
     """A feature that mixes the prediction anew weakens guidance that stands before it."""
-    patch = FEATURES[feature][0]
-    unguided = ksampler(bench, patch(bench, replace(bench.scene(family), steps=1)))
-    after, before = ((made - unguided).norm() for made in both_ways(bench, feature, family, "noisy", 1))
+    patch, once = FEATURES[feature][0], {"steps": 1, "denoise": 0.5}
+    unguided = ksampler(bench, patch(bench, replace(bench.scene(family), **once)))
+    after, before = ((made - unguided).norm() for made in both_ways(bench, feature, family, "noisy", **once))
     assert 0 < before < after
 
 

@@ -1,26 +1,20 @@
 """A real ComfyUI on the CPU, twice: a server that workflows are posted to, and the same code in this process.
 
-COMFYUI_PATH says where it is, and must then hold one; without it the default of comfy-cli is tried, and the tests are
-skipped when nothing is there.
+`find_comfyui` says where it is looked for; the tests are skipped when nothing is there.
 """
 import asyncio
-import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.comfy_server import Server
+from helpers.comfy_server import ROOT, Server, find_comfyui, running
 from helpers.workbench import Workbench
 from helpers.worlds import LatentWorld, PixelWorld
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PACK = "ComfyUI-PPAP"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,52 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
-    """The folder of the ComfyUI under test."""
-    chosen = os.environ.get("COMFYUI_PATH")
-    folder = Path(chosen or Path.home() / "comfy" / "ComfyUI")
-    if (folder / "main.py").is_file():
-        return folder
-    if chosen:
-        pytest.fail(f"COMFYUI_PATH is {chosen}, and there is no ComfyUI: expected a folder with main.py")
-    pytest.skip(f"no ComfyUI at {folder}: set COMFYUI_PATH to run the tests of the nodes")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return find_comfyui()
 
 
 @pytest.fixture(scope="session")
 def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """ComfyUI as users start it, with the pack in its custom_nodes and everything else empty."""
-    folder, port = tmp_path_factory.mktemp("comfyui"), _free_port()
-    for name in ("custom_nodes", "user", "input"):
-        (folder / name).mkdir()
-    (folder / "custom_nodes" / PACK).symlink_to(ROOT)
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen([sys.executable, "main.py", "--cpu", "--base-directory", str(folder), "--port", str(port),
-                                    "--disable-auto-launch", "--preview-method", "auto"],
-                                   cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
-    server = Server(port, folder)
-    try:
-        _wait_for(server, process)
+    with running(comfyui, tmp_path_factory.mktemp("comfyui")) as server:
         yield server
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _wait_for(server: Server, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 90
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            server.get("/system_stats")
-            return
-        except OSError:
-            time.sleep(0.2)
-    process.kill()
-    pytest.fail("ComfyUI did not start:\n" + (server.folder / "log.txt").read_text()[-3000:])
 
 
 class InProcess:

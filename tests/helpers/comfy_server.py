@@ -1,5 +1,9 @@
 """A running ComfyUI, as its web page sees it."""
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -8,6 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACK = "ComfyUI-PPAP"
 
 
 class Server:
@@ -84,3 +93,56 @@ class Server:
 def messages(history: dict, kind: str) -> list[dict]:
     """The messages of a kind in the history of a prompt."""
     return [data for name, data in history["status"]["messages"] if name == kind]
+
+
+def find_comfyui() -> Path:
+    """The folder of the ComfyUI under test: COMFYUI_PATH, which must then hold one, or the default of comfy-cli."""
+    chosen = os.environ.get("COMFYUI_PATH")
+    folder = Path(chosen or Path.home() / "comfy" / "ComfyUI")
+    if (folder / "main.py").is_file():
+        return folder
+    if chosen:
+        pytest.fail(f"COMFYUI_PATH is {chosen}, and there is no ComfyUI: expected a folder with main.py")
+    pytest.skip(f"no ComfyUI at {folder}: set COMFYUI_PATH to run the tests of the nodes")
+
+
+@contextmanager
+def running(comfyui: Path, folder: Path, settings: dict[str, Any] | None = None) -> Iterator[Server]:
+    """ComfyUI as users start it, with the pack in its custom_nodes and everything else empty.
+
+    folder: all that it reads and writes. settings: of its page, by their ids.
+    """
+    for name in ("custom_nodes", "user/default", "input"):
+        (folder / name).mkdir(parents=True)
+    (folder / "custom_nodes" / PACK).symlink_to(ROOT)
+    (folder / "user" / "default" / "comfy.settings.json").write_text(json.dumps(settings or {}))
+    port = _free_port()
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen([sys.executable, "main.py", "--cpu", "--base-directory", str(folder), "--port", str(port),
+                                    "--disable-auto-launch", "--preview-method", "auto"],
+                                   cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
+    server = Server(port, folder)
+    try:
+        _wait_for(server, process)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for(server: Server, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 90
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            server.get("/system_stats")
+            return
+        except OSError:
+            time.sleep(0.2)
+    process.kill()
+    pytest.fail("ComfyUI did not start:\n" + (server.folder / "log.txt").read_text()[-3000:])

@@ -4,12 +4,13 @@
 #   make test-fast   the tests of the core without those that train, sample or measure: under a minute
 #   make test-wide   every quantisation of every model, and every class of models, every image processor of transformers
 #   make test-real   the tests with real pretrained networks: installs one, or takes the folder at PPAP_REAL
+#   make test-frontend  open and run the workflows on ComfyUI's page in a browser: needs chromium, installs playwright
 #   make test-versions  the tests of networks and experts with older releases of transformers and peft
 #   make lint        ruff and mypy
 #   make comfyui     start ComfyUI with this pack in it
 #   make bench       the short table of the benchmark
 #   make pictures    run every workflow at its full settings in ComfyUI, and make the pictures in docs of them
-#   make help-pages  write the inputs and outputs of the nodes into their help pages (needs a ComfyUI)
+#   make help-pages  write the inputs and outputs of the nodes into their help pages, and their translations (needs a ComfyUI)
 #   make sweep       ask every class of ComfyUI's models, and write their answers into docs/compatibility.md
 #   make symbols     list what the pack uses of ComfyUI in tools/comfy_symbols.json, and say what of it this ComfyUI lacks
 #   make archive     build the archive that the registry publishes, and print its size
@@ -27,7 +28,7 @@ VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
 VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
 	distill saved_work)
 
-.PHONY: demo test test-fast test-wide test-real test-versions lint comfyui bench pictures help-pages sweep symbols archive
+.PHONY: demo test test-fast test-wide test-real test-frontend test-versions lint comfyui bench pictures help-pages sweep symbols archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -47,6 +48,10 @@ test-wide: .venv/ready .venv/comfyui
 test-real: .venv/ready .venv/comfyui
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
 	$(PYTEST) -m real
+
+test-frontend: .venv/ready .venv/comfyui
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[frontend]"
+	$(BIN)/python -m pytest tests/frontend -m frontend
 
 test-versions: $(VERSIONS:%=.venv/versions/%)
 	@for place in $^; do echo "With $${place##*/}"; PYTHONPATH=$$place $(PYTEST) $(VERSION_TESTS) || exit 1; done
@@ -70,6 +75,7 @@ pictures: .venv/ready .venv/comfyui
 
 help-pages: .venv/ready .venv/comfyui
 	$(BIN)/python -m tools.help_pages "$(COMFYUI_PATH)"
+	$(BIN)/python -m tools.locales "$(COMFYUI_PATH)"
 
 sweep: .venv/ready .venv/comfyui
 	PPAP_REFRESH_SWEEP=1 $(BIN)/python -m pytest tests/comfy/test_every_class.py -m "wide or not wide"

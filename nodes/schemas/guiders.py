@@ -72,7 +72,8 @@ class PPAPDownloadGuider(io.ComfyNode):
                                     tooltip="Owner and name of the network, as at the top of its page, such as: "
                                             "timm/resnet18.a1_in1k. Empty: the suggestion is downloaded."),
                     io.Combo.Input("suggestion", options=["none", *SUGGESTED], default="none", optional=True,
-                                   tooltip=f"A network to begin with, where repo_id is empty. Neutral: none.\n{SUGGESTIONS}")],
+                                   tooltip="A network to begin with, where repo_id is empty. Neutral: none.\n"
+                                           f"{SUGGESTIONS}")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod

@@ -2,11 +2,11 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .nodes.bridge import paths
-from .nodes.schemas import autoguidance, experts, guidance, guiders, priors, reports, targets, tinyworld
+from .nodes.schemas import autoguidance, experts, guidance, guiders, priors, reports, steer, targets, tinyworld
 
 WEB_DIRECTORY = "./web"
-NODES: list[type[io.ComfyNode]] = [*tinyworld.NODES, *guiders.NODES, *targets.NODES, *guidance.NODES, *experts.NODES,
-                                   *autoguidance.NODES, *priors.NODES, *reports.NODES]
+NODES: list[type[io.ComfyNode]] = [*steer.NODES, *tinyworld.NODES, *guiders.NODES, *targets.NODES, *guidance.NODES,
+                                   *experts.NODES, *autoguidance.NODES, *priors.NODES, *reports.NODES]
 
 paths.register_folders()
 

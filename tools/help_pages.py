@@ -7,6 +7,7 @@ A page is `# title`, the description as one paragraph, prose written by hand, `#
 import asyncio
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,26 @@ PAGES = ROOT / "web" / "docs"
 
 def page(schema: Any, old: str = "") -> str:
     """The help page of a node (a ComfyUI `io.Schema`), with the prose of the old page."""
-    inputs = [_item(f"**{slot.id}**{' (optional)' if slot.optional else ''}", slot.tooltip) for slot in schema.inputs or ()]
+    inputs = [_item(f"**{name}**{' (optional)' if optional else ''}", tooltip) for name, tooltip, optional in _slots(schema)]
     outputs = [_item(f"**{slot.display_name or slot.get_io_type()}**", slot.tooltip) for slot in schema.outputs or ()]
     parts = [f"# {schema.display_name}", schema.description, prose(old)]
     parts += ["## Inputs\n\n" + "\n".join(inputs)] if inputs else []
     parts += ["## Outputs\n\n" + "\n".join(outputs)] if outputs else []
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _slots(schema: Any) -> Iterator[tuple[str, str, bool]]:
+    """Name, tooltip and whether it is optional, of each input; those that follow a choice come last, once, as in versions of
+    ComfyUI that show them side by side."""
+    followers: dict[str, str] = {}
+    for slot in schema.inputs or ():
+        if "." not in slot.id:
+            yield slot.id, slot.tooltip, slot.optional
+        else:
+            followers[slot.id] = slot.tooltip
+        for option in getattr(slot, "options", None) or ():
+            followers |= {f"{slot.id}.{part.id}": part.tooltip for part in getattr(option, "inputs", ())}
+    yield from ((name, tooltip, False) for name, tooltip in followers.items())
 
 
 def _item(name: str, tooltip: str) -> str:

@@ -12,7 +12,8 @@ from ...ppap_core.guiders.targets import (
 )
 from ...ppap_core.guiders.tasks import TASKS
 from ...ppap_core.viz.colors import palette
-from ..bridge import autograd, guider_cache, paths, tensors
+from ..bridge import autograd, paths, tensors
+from ..bridge.targets import aim_at_image
 from .inputs import also_found_as
 from .io_types import GuiderType
 
@@ -88,10 +89,7 @@ class PPAPAimAtImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, image, image_is):
-        picture = tensors.image_from_comfy(image).to(guider_cache.load_to_device(guider))
-        with autograd.outside_inference_mode():
-            target = (image_target if image_is == PICTURE else map_target)(guider, picture)
-        return io.NodeOutput(guider.aim(target))
+        return io.NodeOutput(aim_at_image(guider, image, image_target if image_is == PICTURE else map_target))
 
 
 class PPAPAimAtMask(io.ComfyNode):

@@ -20,11 +20,16 @@ BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "latent": ("Without guidance", "Steered towards stars"),
                     "latent_experts": ("Without guidance", "By the experts"),
                     "lora_autoguidance": ("The good LoRA alone", "With autoguidance, same seed"),
+                    "masks": ("Without", "Warm, cold, a star"),
                     "prior": ("As they are", "Made symmetric"),
                     "quickstart": ("Without guidance", "Steered towards stars"),
                     "regions": ("Without guidance", "A disk, low and to the left"),
                     "rules": ("Without guidance", "With the three rules"),
+                    "seamless": ("ControlNet alone, two by two", "Both, two by two"),
                     "segmentation": ("Without guidance", "Same regions as the reference"),
+                    "series": ("Without", "The series"),
+                    "steer": ("Without", "With these colours"),
+                    "strengths": ("Off", "Strong"),
                     "with_controlnet": ("ControlNet alone", "Both")}
 
 

@@ -7,6 +7,7 @@ from statistics import correlation, mean
 
 import pytest
 from helpers.comfy_server import Server, messages
+from helpers.dynamic import expanded
 from helpers.graphs import (
     MODEL,
     VAE,
@@ -44,11 +45,9 @@ def test_every_node_is_registered_with_a_help_page(server: Server):
     assert {name for name in info if name.startswith("PPAP")} == NODES
     for name in NODES:
         assert info[name]["description"], name
-        for each in (spec for group in ("required", "optional") for spec in info[name]["input"].get(group, {}).items()):
-            kind, settings = each[1]
-            options = settings.get("options", kind)
-            has_neutral = kind == "FLOAT" or "own" in options
-            assert not has_neutral or "Neutral" in settings["tooltip"], f"{name}.{each[0]} names no neutral value"
+        for slot, (kind, settings), _ in expanded(info[name]["input"], info[name]["input_order"]):
+            has_neutral = kind == "FLOAT" or "own" in settings.get("options", kind)
+            assert not has_neutral or "Neutral" in settings["tooltip"], f"{name}.{slot} names no neutral value"
             assert settings["tooltip"]
 
 
@@ -109,8 +108,10 @@ def test_a_shipped_workflow_runs_and_shows_pictures(server: Server, name: str):
 def test_workflows_normalize_terms_and_fix_their_seeds(server: Server):
     info = server.get("/object_info")
     for name in WORKFLOW_NAMES:
-        terms = [each["inputs"] for each in workflow(name, info).values() if each["class_type"] == "PPAPGuidanceTerm"]
-        assert name == "autoguidance" or terms, name
+        graph = workflow(name, info)
+        terms = [each["inputs"] for each in graph.values() if each["class_type"] == "PPAPGuidanceTerm"]
+        steered = [each for each in graph.values() if each["class_type"] == "PPAPSteer"]  # which does so by itself
+        assert name == "autoguidance" or terms or steered, name
         assert all(term["strength"] == "balanced" and 0.1 <= term["weight"] <= 1 for term in terms), name
         values = [value for each in page_of(name)["nodes"] for value in each.get("widgets_values") or []]
         assert "fixed" in values and "randomize" not in values, f"the seeds of {name} stay the same in all its samplers"

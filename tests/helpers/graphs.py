@@ -2,6 +2,8 @@
 import json
 from pathlib import Path
 
+from .dynamic import CHOICE, following
+
 WORKFLOWS = Path(__file__).parents[2] / "workflows"
 WORKFLOW_NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 WORLD = {"1": {"class_type": "PPAPTinyWorld", "inputs": {"batch_size": 2}}}
@@ -69,13 +71,16 @@ def posted(page: dict, info: dict) -> dict:
 
 
 def _api(node: dict, origin: dict, info: dict) -> dict:
-    specs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    specs = [*info["input"].get("required", {}).items(), *info["input"].get("optional", {}).items()]
     values, inputs = iter(node.get("widgets_values", [])), {}
-    for name, (kind, *options) in specs.items():
-        if isinstance(kind, list) or kind in WIDGETS:
+    while specs:
+        name, (kind, *options) = specs.pop(0)
+        if isinstance(kind, list) or kind in (*WIDGETS, CHOICE):
             options_of = options[0] if options else {}
             inputs[name] = next(values, options_of.get("default"))  # a file may be older than the last inputs of a node
             if options_of.get("control_after_generate") or name in ("seed", "noise_seed"):
                 next(values, None)  # what the page does with a seed after each run
+        if kind == CHOICE:  # the widgets of the chosen option follow its own
+            specs[:0] = following(name, options[0]["options"], inputs[name])
     inputs |= {slot["name"]: origin[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
     return {"class_type": node["type"], "inputs": inputs}

@@ -2,6 +2,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from .dynamic import expanded
+
 EQUAL = ("type", "optional", "default", "step", "round", "multiline", "control_after_generate")
 
 
@@ -12,8 +14,7 @@ def schemas_of(registered: dict[str, Any]) -> dict[str, dict]:
 
 
 def _schema(info: dict, sampler: Any) -> dict:
-    inputs = [_input(name, info["input"][group][name], group == "optional", sampler)
-              for group in ("required", "optional") for name in info["input_order"].get(group, [])]
+    inputs = [_input(name, spec, optional, sampler) for name, spec, optional in expanded(info["input"], info["input_order"])]
     return {"inputs": inputs, "outputs": list(info["output"]), "output_node": info["output_node"]}
 
 

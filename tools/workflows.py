@@ -1,0 +1,234 @@
+"""Draw the workflows that tell one story each, on the bundled models; the older ones were drawn by hand.
+
+    python -m tools.workflows PATH_TO_COMFYUI [name ...]
+"""
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .help_pages import registered
+from .pages import Out, Page
+
+ROOT = Path(__file__).parents[1]
+WARM, COLD = "#e63946, #ffb703:2, #fb8500", "#1d3557:2, #457b9d, #a8dadc"
+OWN_MODEL = """## With your own model
+Open ComfyUI's own template of it (*Browse Templates*) and put the node that steers on the MODEL wire, last before the \
+sampler. Prompts, LoRA, size and sampler stay. Steps and cfg of these templates:
+
+| model | steps, cfg | mind |
+|---|---|---|
+| SDXL | 25, 8 | |
+| FLUX.2 Klein | 4, 1; base 20, 5 | before its CFGGuider |
+| Krea 2 Turbo | 8, 1 | |
+| Anima | 30, 4 | |
+| Z-Image | 25, 4; turbo 8, 1 | after ModelSamplingAuraFlow |
+
+A turbo model leaves few steps to steer in: begin with *strong*. No VAE is needed for the colours of these models' \
+latents; connect it for fine detail. Classes, depth and regions: **Download Guider** fetches a network, in place of \
+those of tinyworld/, which know the tiny world only."""
+
+
+def _world(page: Page, count: int = 4) -> tuple[Out, Out, Out, Out]:
+    """The stock loaders: the model, its empty prompt, empty latents and the VAE."""
+    page.group("1  Stock loaders")
+    model = page.add("UNETLoader", "The tiny flow model", unet_name="tinyworld_flow.safetensors")
+    vae = page.add("VAELoader", vae_name="tinyworld_vae.safetensors")
+    nothing = page.add("PPAPClassConditioning", "Class Conditioning: anything", classes="")
+    latent = page.add("EmptySD3LatentImage", width=128, height=128, batch_size=count)
+    return Out(model), Out(nothing), Out(latent), Out(vae)
+
+
+def _sample(page: Page, title: str, model: Out, world: tuple, seed: int, shown: str = "PreviewImage") -> tuple[Out, Out]:
+    """Nodes that sample, decode and show; the latents and the images."""
+    _, nothing, latent, vae = world
+    sampled = page.add("KSampler", f"KSampler: {title.lower()}", model=model, positive=nothing, negative=nothing,
+                       latent_image=latent, seed=seed, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple")
+    images = page.add("VAEDecode", samples=Out(sampled), vae=vae)
+    page.add(shown, title, images=Out(images), **({"filename_prefix": "ppap"} if shown == "SaveImage" else {}))
+    return Out(sampled), Out(images)
+
+
+def _report(page: Page, number: int, model: Out, latent: Out) -> None:
+    page.group(f"{number}  What steering did")
+    report = Out(page.add("PPAPGuidanceReport", model=model, latent=latent))
+    page.add("PPAPReadGuidance", report=report)
+    page.column()
+    plot = page.add("PPAPPlotGuidance", report=report)
+    page.add("PreviewImage", "What steering did", images=Out(plot))
+
+
+def steer(page: Page) -> None:
+    page.note("Read me", """## First steps
+**Steer** is one node between your model and the sampler. Here it asks for the colours of a palette. Press **Run**: \
+the same seeds without and with it.
+
+Then choose something else in `towards`: brightness, symmetry, seamless tiling, the layout of an image, a class. Its \
+inputs follow the choice. `strength` says how much; `factor` 0 turns it off.
+
+Several Steer nodes in a row steer together. All of this needs no network, no download and no training, but for a class, \
+a text and depth, which a network sees.""", (0, 0))
+    page.note("With your own model", OWN_MODEL, (-440, 0))
+    world = _world(page)
+    page.group("2  Steer")
+    model = Out(page.add("PPAPSteer", model=world[0], towards="colours of a palette",
+                         **{"towards.palette": "#1d3557:5, #ffd166"}))
+    page.group("3  The same seed without and with it")
+    _sample(page, "Without", world[0], world, 8)
+    page.column()
+    latent, _ = _sample(page, "With these colours", model, world, 8, "SaveImage")
+    _report(page, 4, model, latent)
+
+
+def series(page: Page) -> None:
+    page.note("Read me", """## One palette across a series
+Each image of a series has its own seed and subject; all shall share the colours of the first.
+
+1. The first image is made without steering. Put **Load Image** in its place to take the colours of a photo, a painting \
+or a brand.
+2. **Steer** asks each image of the series for *colours of an image*: the same colours in the same shares, wherever they \
+are.
+3. Change the seed or the prompt: the palette stays.""", (0, 0))
+    page.note("With your own model", OWN_MODEL, (-440, 0))
+    world = _world(page, 6)
+    page.group("2  The image that gives the colours")
+    one = Out(page.add("EmptySD3LatentImage", "Empty latent: one", width=128, height=128, batch_size=1))
+    _, colors = _sample(page, "The first image", world[0], (world[0], world[1], one, world[3]), 21)
+    page.group("3  Its colours for all")
+    model = Out(page.add("PPAPSteer", "Steer: these colours", model=world[0], towards="colours of an image",
+                         strength="strong", **{"towards.image": colors}))
+    page.group("4  The series without and with them")
+    _sample(page, "Without", world[0], world, 5)
+    page.column()
+    latent, _ = _sample(page, "The series", model, world, 5, "SaveImage")
+    _report(page, 5, model, latent)
+
+
+def seamless(page: Page) -> None:
+    page.note("Read me", """## A seamless texture with a ControlNet beside it
+The **ControlNet** places: it asks for the depth of a reference. **Steer** asks for what no ControlNet can: that the image \
+continues across its border when laid beside itself, and for the colours of a palette.
+
+Each works on its own side: the ControlNet changes the conditioning, Steer the model. The order does not matter.
+
+The last pictures show an image four times, two by two: look for the seams.""", (0, 0))
+    page.note("With your own model", OWN_MODEL, (-440, 0))
+    model, nothing, latent, vae = world = _world(page)
+    network = Out(page.add("ControlNetLoader", control_net_name="tinyworld_depth.safetensors"))
+    page.group("2  A reference, and its depth")
+    one = Out(page.add("EmptySD3LatentImage", "Empty latent: the reference", width=128, height=128, batch_size=1))
+    _, reference = _sample(page, "The reference", model, (model, nothing, one, vae), 4)
+    page.column()
+    guider = Out(page.add("PPAPLoadGuider", "Load Guider: a depth network", guider_name="tinyworld/depth"))
+    depth = Out(page.add("PPAPLookThrough", "Its depth", guider=guider, image=reference))
+    control = page.add("ControlNetApplyAdvanced", positive=nothing, negative=nothing, control_net=network, image=depth,
+                       vae=vae)
+    page.group("3  Seamless, in these colours")
+    tiling = Out(page.add("PPAPSteer", "Steer: seamless tiling", model=model, towards="seamless tiling", strength="strong"))
+    steered = Out(page.add("PPAPSteer", "Steer: colours of a palette", model=tiling, towards="colours of a palette",
+                           **{"towards.palette": "#264653:3, #2a9d8f:2, #e9c46a"}))
+    page.group("4  The same seed with the ControlNet alone, and with both")
+    controlled = (model, Out(control), latent, vae)
+    _, plain = _sample(page, "ControlNet alone", model, controlled, 11)
+    page.column()
+    sampled, images = _sample(page, "Both", steered, controlled, 11, "SaveImage")
+    page.group("5  Each laid beside itself")
+    for title, picture in (("ControlNet alone, two by two", plain), ("Both, two by two", images)):
+        page.column()
+        beside = Out(page.add("ImageStitch", "Beside itself", image1=picture, image2=picture, direction="right"))
+        tiled = Out(page.add("ImageStitch", "Below itself", image1=beside, image2=beside, direction="down"))
+        page.add("PreviewImage", title, images=tiled)
+    _report(page, 6, steered, sampled)
+
+
+def masks(page: Page) -> None:
+    page.note("Read me", """## Several guiders, each with a mask
+Each **Steer** acts where its mask is white: warm colours on the left, cold ones on the right. Another one, without a \
+mask, asks for a class.
+
+The masks are made by nodes here; paint yours with **Load Image** and its mask editor. A feathered border hides where two \
+masks meet.
+
+The longer road does the same: **Guidance Term** has a mask too, and chains.""", (0, 0))
+    page.note("With your own model", OWN_MODEL, (-440, 0))
+    world = _world(page)
+    page.group("2  Two halves")
+    zeros = Out(page.add("SolidMask", "Nothing", value=0.0, width=128, height=128))
+    half = Out(page.add("SolidMask", "Half as wide", value=1.0, width=64, height=128))
+    left = Out(page.add("MaskComposite", "The left half", destination=zeros, source=half, x=0, y=0, operation="add"))
+    right = Out(page.add("InvertMask", "The right half", mask=left))
+    page.group("3  A palette for each")
+    warm = Out(page.add("PPAPSteer", "Steer: warm on the left", model=world[0], mask=left, towards="colours of a palette",
+                        **{"towards.palette": WARM}))
+    cold = Out(page.add("PPAPSteer", "Steer: cold on the right", model=warm, mask=right, towards="colours of a palette",
+                        **{"towards.palette": COLD}))
+    page.group("4  A class, by the longer road")
+    guider = Out(page.add("PPAPLoadGuider", "Load Guider: a classifier", guider_name="tinyworld/class"))
+    aimed = Out(page.add("PPAPAimAtClass", guider=guider, classes="star"))
+    term = Out(page.add("PPAPGuidanceTerm", guider=aimed))
+    model = Out(page.add("PPAPApplyGuidance", model=cold, terms=term))
+    page.group("5  The same seed without and with all three")
+    _sample(page, "Without", world[0], world, 8)
+    page.column()
+    latent, _ = _sample(page, "Warm, cold, a star", model, world, 8, "SaveImage")
+    _report(page, 6, model, latent)
+
+
+def strengths(page: Page) -> None:
+    page.note("Read me", """## How strong?
+One seed at every strength of **Steer**, to compare: off, soft, medium, strong, and a number of your own.
+
+`factor` multiplies the strength: 0 is off, bit for bit. A balanced weight means nearly the same for every guider and \
+every model: soft is 0.3, medium 0.7, strong 1 of what a new **Guidance Term** would take.
+
+Change `towards` in all of them to compare something else. Too strong looks burnt out, flat or noisy: go one step \
+back.""", (0, 0))
+    page.note("With your own model", OWN_MODEL, (-440, 0))
+    world = _world(page)
+    page.group("2  The same seed at each strength")
+    for title, strength, factor in (("Off", "soft", 0.0), ("Soft", "soft", 1.0), ("Medium", "medium", 1.0),
+                                    ("Strong", "strong", 1.0), ("Too strong", "strong", 3.0)):
+        page.column()
+        model = Out(page.add("PPAPSteer", f"Steer: {title.lower()}", model=world[0], strength=strength, factor=factor,
+                             towards="colours of a palette", **{"towards.palette": "#1d3557:5, #ffd166"}))
+        latent, _ = _sample(page, title, model, world, 8)
+        if title == "Medium":
+            medium = model, latent
+    _report(page, 3, *medium)
+
+
+STORIES: dict[str, Callable[[Page], None]] = {"steer": steer, "series": series, "seamless": seamless, "masks": masks,
+                                           "strengths": strengths}
+
+
+def object_info(comfyui: Path) -> dict[str, dict]:
+    """What /object_info would tell, of ComfyUI's own nodes and this pack's."""
+    ours = registered(comfyui)
+    import nodes
+
+    asyncio.run(nodes.init_builtin_extra_nodes())
+    infos = {name: kind.GET_NODE_INFO_V1() if hasattr(kind, "GET_NODE_INFO_V1") else _old_info(kind)
+             for name, kind in {**nodes.NODE_CLASS_MAPPINGS, **ours}.items()}
+    return infos
+
+
+def _old_info(kind: type) -> dict:
+    output = kind.RETURN_TYPES  # type: ignore[attr-defined]
+    return {"input": kind.INPUT_TYPES(), "output": output,  # type: ignore[attr-defined]
+            "output_name": getattr(kind, "RETURN_NAMES", output)}
+
+
+def main() -> None:
+    comfyui, names = Path(sys.argv[1]).resolve(), sys.argv[2:] or list(STORIES)
+    info = object_info(comfyui)
+    for name in names:
+        page = Page(info)
+        STORIES[name](page)
+        (ROOT / "workflows" / f"{name}.json").write_text(json.dumps(page.to_workflow(name), indent=1) + "\n",
+                                                        encoding="utf-8")
+        print(f"drew workflows/{name}.json")
+
+
+if __name__ == "__main__":
+    main()

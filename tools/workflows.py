@@ -1,4 +1,4 @@
-"""Draw the workflows that tell one story each, on the bundled models; the older ones were drawn by hand.
+"""Draw the workflows that tell one story each, on the bundled models, and put the note on other models into all.
 
     python -m tools.workflows PATH_TO_COMFYUI [name ...]
 """
@@ -12,7 +12,7 @@ from .help_pages import registered
 from .pages import Out, Page
 
 ROOT = Path(__file__).parents[1]
-WARM, COLD = "#e63946, #ffb703:2, #fb8500", "#1d3557:2, #457b9d, #a8dadc"
+OWN_TITLE = "With your own model"
 OWN_MODEL = """## With your own model
 Open ComfyUI's own template of it (*Browse Templates*) and put the node that steers on the MODEL wire, last before the \
 sampler. Prompts, LoRA, size and sampler stay. Steps and cfg of these templates:
@@ -69,7 +69,6 @@ inputs follow the choice. `strength` says how much; `factor` 0 turns it off.
 
 Several Steer nodes in a row steer together. All of this needs no network, no download and no training, but for a class, \
 a text and depth, which a network sees.""", (0, 0))
-    page.note("With your own model", OWN_MODEL, (-440, 0))
     world = _world(page)
     page.group("2  Steer")
     model = Out(page.add("PPAPSteer", model=world[0], towards="colours of a palette",
@@ -90,7 +89,6 @@ or a brand.
 2. **Steer** asks each image of the series for *colours of an image*: the same colours in the same shares, wherever they \
 are.
 3. Change the seed or the prompt: the palette stays.""", (0, 0))
-    page.note("With your own model", OWN_MODEL, (-440, 0))
     world = _world(page, 6)
     page.group("2  The image that gives the colours")
     one = Out(page.add("EmptySD3LatentImage", "Empty latent: one", width=128, height=128, batch_size=1))
@@ -113,7 +111,6 @@ continues across its border when laid beside itself, and for the colours of a pa
 Each works on its own side: the ControlNet changes the conditioning, Steer the model. The order does not matter.
 
 The last pictures show an image four times, two by two: look for the seams.""", (0, 0))
-    page.note("With your own model", OWN_MODEL, (-440, 0))
     model, nothing, latent, vae = world = _world(page)
     network = Out(page.add("ControlNetLoader", control_net_name="tinyworld_depth.safetensors"))
     page.group("2  A reference, and its depth")
@@ -125,9 +122,9 @@ The last pictures show an image four times, two by two: look for the seams.""", 
     control = page.add("ControlNetApplyAdvanced", positive=nothing, negative=nothing, control_net=network, image=depth,
                        vae=vae)
     page.group("3  Seamless, in these colours")
-    tiling = Out(page.add("PPAPSteer", "Steer: seamless tiling", model=model, towards="seamless tiling", strength="strong"))
-    steered = Out(page.add("PPAPSteer", "Steer: colours of a palette", model=tiling, towards="colours of a palette",
-                           **{"towards.palette": "#264653:3, #2a9d8f:2, #e9c46a"}))
+    colors = Out(page.add("PPAPSteer", "Steer: colours of a palette", model=model, towards="colours of a palette",
+                          strength="soft", **{"towards.palette": "#264653:3, #e9c46a"}))
+    steered = Out(page.add("PPAPSteer", "Steer: seamless tiling", model=colors, towards="seamless tiling", strength="strong"))
     page.group("4  The same seed with the ControlNet alone, and with both")
     controlled = (model, Out(control), latent, vae)
     _, plain = _sample(page, "ControlNet alone", model, controlled, 11)
@@ -144,35 +141,36 @@ The last pictures show an image four times, two by two: look for the seams.""", 
 
 def masks(page: Page) -> None:
     page.note("Read me", """## Several guiders, each with a mask
-Each **Steer** acts where its mask is white: warm colours on the left, cold ones on the right. Another one, without a \
-mask, asks for a class.
+Light falls from the left: one guider asks for a bright image where its mask is white, another one for a dark image where \
+the other mask is. A third one, without a mask, asks for a star. **Guidance Term** joins each with the ones before it.
 
-The masks are made by nodes here; paint yours with **Load Image** and its mask editor. A feathered border hides where two \
-masks meet.
+The masks are made by nodes here; paint yours with **Load Image** and its mask editor. Soft borders hide where two masks \
+meet.
 
-The longer road does the same: **Guidance Term** has a mask too, and chains.""", (0, 0))
-    page.note("With your own model", OWN_MODEL, (-440, 0))
+**Steer** has a mask too: two of them in a row do the same with less to set.""", (0, 0))
     world = _world(page)
-    page.group("2  Two halves")
-    zeros = Out(page.add("SolidMask", "Nothing", value=0.0, width=128, height=128))
-    half = Out(page.add("SolidMask", "Half as wide", value=1.0, width=64, height=128))
-    left = Out(page.add("MaskComposite", "The left half", destination=zeros, source=half, x=0, y=0, operation="add"))
-    right = Out(page.add("InvertMask", "The right half", mask=left))
-    page.group("3  A palette for each")
-    warm = Out(page.add("PPAPSteer", "Steer: warm on the left", model=world[0], mask=left, towards="colours of a palette",
-                        **{"towards.palette": WARM}))
-    cold = Out(page.add("PPAPSteer", "Steer: cold on the right", model=warm, mask=right, towards="colours of a palette",
-                        **{"towards.palette": COLD}))
-    page.group("4  A class, by the longer road")
+    page.group("2  Two masks")
+    everything = Out(page.add("SolidMask", "Everything", value=1.0, width=128, height=128))
+    left = Out(page.add("FeatherMask", "Left, fading to the right", mask=everything, right=128))
+    right = Out(page.add("InvertMask", "Right, fading to the left", mask=left))
+    page.group("3  Bright here, dark there")
+    rule = Out(page.add("PPAPRule", rule="brightness"))
+    bright = Out(page.add("PPAPAimAtNumber", "Aim at Number: bright", guider=rule, number=0.9))
+    dark = Out(page.add("PPAPAimAtNumber", "Aim at Number: dark", guider=rule, number=0.05))
+    page.group("4  A star")
     guider = Out(page.add("PPAPLoadGuider", "Load Guider: a classifier", guider_name="tinyworld/class"))
-    aimed = Out(page.add("PPAPAimAtClass", guider=guider, classes="star"))
-    term = Out(page.add("PPAPGuidanceTerm", guider=aimed))
-    model = Out(page.add("PPAPApplyGuidance", model=cold, terms=term))
-    page.group("5  The same seed without and with all three")
+    star = Out(page.add("PPAPAimAtClass", guider=guider, classes="star"))
+    page.group("5  Three terms")
+    first = Out(page.add("PPAPGuidanceTerm", "Guidance Term: bright on the left", guider=bright, mask=left))
+    second = Out(page.add("PPAPGuidanceTerm", "Guidance Term: dark on the right", guider=dark, mask=right, terms=first))
+    page.column()
+    third = Out(page.add("PPAPGuidanceTerm", "Guidance Term: a star", guider=star, terms=second))
+    model = Out(page.add("PPAPApplyGuidance", model=world[0], terms=third))
+    page.group("6  The same seed without and with all three")
     _sample(page, "Without", world[0], world, 8)
     page.column()
-    latent, _ = _sample(page, "Warm, cold, a star", model, world, 8, "SaveImage")
-    _report(page, 6, model, latent)
+    latent, _ = _sample(page, "A star, lit from the left", model, world, 8, "SaveImage")
+    _report(page, 7, model, latent)
 
 
 def strengths(page: Page) -> None:
@@ -184,7 +182,6 @@ every model: soft is 0.3, medium 0.7, strong 1 of what a new **Guidance Term** w
 
 Change `towards` in all of them to compare something else. Too strong looks burnt out, flat or noisy: go one step \
 back.""", (0, 0))
-    page.note("With your own model", OWN_MODEL, (-440, 0))
     world = _world(page)
     page.group("2  The same seed at each strength")
     for title, strength, factor in (("Off", "soft", 0.0), ("Soft", "soft", 1.0), ("Medium", "medium", 1.0),
@@ -202,15 +199,25 @@ STORIES: dict[str, Callable[[Page], None]] = {"steer": steer, "series": series, 
                                            "strengths": strengths}
 
 
+def with_own_model(page: dict) -> dict:
+    """A page with the note on other models, the same on each, to the left of everything."""
+    page["nodes"] = [node for node in page["nodes"] if node.get("title") != OWN_TITLE]
+    number = max(node["id"] for node in page["nodes"]) + 1
+    page["nodes"].append({"id": number, "type": "MarkdownNote", "pos": [-460, 0], "size": [420, 560], "flags": {},
+                          "order": len(page["nodes"]), "mode": 0, "inputs": [], "outputs": [], "title": OWN_TITLE,
+                          "properties": {}, "widgets_values": [OWN_MODEL]})
+    page["last_node_id"] = number
+    return page
+
+
 def object_info(comfyui: Path) -> dict[str, dict]:
     """What /object_info would tell, of ComfyUI's own nodes and this pack's."""
     ours = registered(comfyui)
     import nodes
 
     asyncio.run(nodes.init_builtin_extra_nodes())
-    infos = {name: kind.GET_NODE_INFO_V1() if hasattr(kind, "GET_NODE_INFO_V1") else _old_info(kind)
-             for name, kind in {**nodes.NODE_CLASS_MAPPINGS, **ours}.items()}
-    return infos
+    return {name: kind.GET_NODE_INFO_V1() if hasattr(kind, "GET_NODE_INFO_V1") else _old_info(kind)
+            for name, kind in {**nodes.NODE_CLASS_MAPPINGS, **ours}.items()}
 
 
 def _old_info(kind: type) -> dict:
@@ -219,15 +226,23 @@ def _old_info(kind: type) -> dict:
             "output_name": getattr(kind, "RETURN_NAMES", output)}
 
 
+def write(file: Path, page: dict) -> None:
+    text = json.dumps(page, indent=1) + "\n"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+        print(f"wrote {file.relative_to(ROOT)}")
+
+
 def main() -> None:
     comfyui, names = Path(sys.argv[1]).resolve(), sys.argv[2:] or list(STORIES)
-    info = object_info(comfyui)
+    info, pages = object_info(comfyui), {file.stem: file for file in (ROOT / "workflows").glob("*.json")}
+    drawn = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in pages.items()}
     for name in names:
         page = Page(info)
         STORIES[name](page)
-        (ROOT / "workflows" / f"{name}.json").write_text(json.dumps(page.to_workflow(name), indent=1) + "\n",
-                                                        encoding="utf-8")
-        print(f"drew workflows/{name}.json")
+        drawn[name] = page.to_workflow(name)
+    for name, content in sorted(drawn.items()):
+        write(ROOT / "workflows" / f"{name}.json", with_own_model(content))
 
 
 if __name__ == "__main__":

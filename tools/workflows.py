@@ -111,7 +111,7 @@ continues across its border when laid beside itself, and for the colours of a pa
 Each works on its own side: the ControlNet changes the conditioning, Steer the model. The order does not matter.
 
 The last pictures show an image four times, two by two: look for the seams.""", (0, 0))
-    model, nothing, latent, vae = world = _world(page)
+    model, nothing, latent, vae = _world(page)
     network = Out(page.add("ControlNetLoader", control_net_name="tinyworld_depth.safetensors"))
     page.group("2  A reference, and its depth")
     one = Out(page.add("EmptySD3LatentImage", "Empty latent: the reference", width=128, height=128, batch_size=1))
@@ -124,7 +124,8 @@ The last pictures show an image four times, two by two: look for the seams.""", 
     page.group("3  Seamless, in these colours")
     colors = Out(page.add("PPAPSteer", "Steer: colours of a palette", model=model, towards="colours of a palette",
                           strength="soft", **{"towards.palette": "#264653:3, #e9c46a"}))
-    steered = Out(page.add("PPAPSteer", "Steer: seamless tiling", model=colors, towards="seamless tiling", strength="strong"))
+    steered = Out(page.add("PPAPSteer", "Steer: seamless tiling", model=colors, strength="strong",
+                           towards="seamless tiling"))
     page.group("4  The same seed with the ControlNet alone, and with both")
     controlled = (model, Out(control), latent, vae)
     _, plain = _sample(page, "ControlNet alone", model, controlled, 11)

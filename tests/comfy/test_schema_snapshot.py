@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers.node_schemas import lost, schemas_of
 
+LISTS_OF_FILES = ("guider_name", "file_name", "_network", "classifier")
 SNAPSHOT = Path(__file__).parents[1] / "fixtures" / "node_schemas.json"
 
 
@@ -34,7 +35,7 @@ def _with_old_options(schema: dict, old: dict | None) -> dict:
     """Lists of files keep what every install has: what other tests put into the folders is no part of a node."""
     before = {each["name"]: each.get("options") for each in old["inputs"]} if old else {}
     for each in schema["inputs"]:
-        if each["name"] in ("guider_name", "file_name") and before.get(each["name"]) is not None:
+        if each["name"].endswith(LISTS_OF_FILES) and before.get(each["name"]) is not None:
             each["options"] = before[each["name"]]
     return schema
 

@@ -83,10 +83,7 @@ class SubStep(ChangedStep):
     parts: int = 1  # 1: the core's guidance
 
     def shifted(self, prediction: Prediction, weight: float, sigma: float) -> Tensor:
-        for _ in range(self.parts):
-            delta = self.shift(prediction, weight=self.term.weight / self.parts)
-            prediction = replace(prediction, denoised=prediction.denoised + delta)
-        return prediction.denoised
+        return prediction.denoised + self.shift(prediction, substeps=self.parts)
 
 
 @dataclass(frozen=True)

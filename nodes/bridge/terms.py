@@ -29,13 +29,15 @@ class GuidanceTerm:
     mask: Tensor | None = None                    # MASK (B|1, H, W) in [0, 1]; None: everywhere
     normalized: bool = True                       # whether only the direction of the gradient counts; else its size too
     backprop_through_model: bool = False          # whether the gradient in the prediction goes back through the model
+    substeps: int = 1                             # parts of each shift; neutral: 1
 
     def fingerprint_fields(self) -> dict:
         """Return the fields under the names by which saved work of version 0.1.0 is recognised."""
         schedule = self.schedule
         return {"guider": self.guider, "weight": self.weight, "start": schedule.start, "end": schedule.end,
                 "factor_at_start": schedule.factor_at_start, "factor_at_end": schedule.factor_at_end, "mask": self.mask,
-                "balanced": self.normalized, "through": self.backprop_through_model}
+                "balanced": self.normalized, "through": self.backprop_through_model,
+                **({"substeps": self.substeps} if self.substeps > 1 else {})}
 
 
 def fingerprint_terms(terms: Sequence[GuidanceTerm]) -> str:
@@ -50,7 +52,7 @@ def to_core_term(model: Patcher, term: GuidanceTerm, shape: tuple[int, ...], dec
     """
     mask = None if term.mask is None else latents.mask_for(term.mask, shape)
     return Term(replace(term.guider, decode=decode), term.weight, term.schedule.in_sigmas(model), mask, term.normalized,
-                term.backprop_through_model)
+                term.backprop_through_model, term.substeps)
 
 
 def on_grid(term: Term, shape: tuple[int, ...]) -> Term:

@@ -58,15 +58,20 @@ class PPAPGuidanceTerm(io.ComfyNode):
                                    tooltip="How a guider that looks at the prediction moves the image. in the prediction: "
                                            "cheap. through the model: takes into account how the model itself can change "
                                            "the image, which works far better, takes two to three times as long and needs "
-                                           "much memory. Makes no difference for a guider of the noisy view.")],
+                                           "much memory. Makes no difference for a guider of the noisy view."),
+                    io.Int.Input("substeps", default=1, min=1, max=64, optional=True,
+                                 tooltip="For 4 to 8 steps, as turbo models take: the guider looks and moves the image this "
+                                         "many times in each step, by an equal part of the weight, while the model is asked "
+                                         "once. Try 4. Neutral: 1.", **folded())],
             outputs=[TermsType.Output(display_name="terms", tooltip="The terms that came in, then this one.")])
 
     @classmethod
     def execute(cls, guider, weight, start_percent, end_percent, factor_at_start, factor_at_end, view, mask=None, terms=(),
-                strength=BALANCED, gradient=IN_PREDICTION):
+                strength=BALANCED, gradient=IN_PREDICTION, substeps=1):
         schedule = PercentSchedule(start_percent, end_percent, factor_at_start, factor_at_end)
         term = GuidanceTerm(with_view(guider, view), weight, schedule,
-                            None if mask is None else mask_from_comfy(mask), strength == BALANCED, gradient == THROUGH_MODEL)
+                            None if mask is None else mask_from_comfy(mask), strength == BALANCED, gradient == THROUGH_MODEL,
+                            substeps)
         return io.NodeOutput((*terms, term))
 
 

@@ -53,6 +53,9 @@ def guidance_shift(terms: Sequence[Term], prediction: Prediction,
         -sigma^2 w dE(D(x))/dx    for a guider of the denoised view, with backprop_through_model
         -r w g                    for a normalized term: g is the direction of its gradient, with rms 1 inside the mask
 
+    and with n sub-steps the sum of n such shifts of weight w / n, each with the gradient at the prediction that the ones
+    before it led to: without another pass of the denoiser, whose vjp is called once for each.
+
     Works under torch.inference_mode(), as long as the guiders' weights were made outside it.
     ValueError for several noise levels, for a mask of another size and where a vjp is missing.
     """
@@ -62,11 +65,24 @@ def guidance_shift(terms: Sequence[Term], prediction: Prediction,
         weight = term.weight_at(sigma)
         if weight == 0:
             continue
-        result = term_gradient(term, prediction, settings, index)
-        delta = -weight * _step_size(term, sigma, settings.sigma_data) * result.gradient
-        records.append(TermRecord(index, sigma, result.energy, rms(delta), result.unguided, result.fallback))
+        results, delta = _term_shift(term, weight, prediction, settings, index)
+        unguided, fallback = max(result.unguided for result in results), results[-1].fallback
+        records.append(TermRecord(index, sigma, results[0].energy, rms(delta), unguided, fallback))
         deltas.append(delta)
     return Guidance(_limit_rms(sum(deltas[1:], deltas[0]), settings.max_rms), records) if deltas else None
+
+
+def _term_shift(term: Term, weight: float, prediction: Prediction, settings: GuidanceSettings,
+                index: int) -> tuple[list[TermGradient], Tensor]:
+    """What a term saw of the prediction, for each part of its shift, and the whole shift."""
+    factor = -weight / term.parts * _step_size(term, float(prediction.sigma[0]), settings.sigma_data)
+    results = [term_gradient(term, prediction, settings, index)]
+    delta = factor * results[0].gradient
+    for _ in range(term.parts - 1):
+        moved = replace(prediction, denoised=prediction.denoised + delta)
+        results.append(term_gradient(term, moved, settings, index))
+        delta = delta + factor * results[-1].gradient
+    return results, delta
 
 
 def term_gradient(term: Term, prediction: Prediction, settings: GuidanceSettings, index: int = 0) -> TermGradient:

@@ -23,11 +23,21 @@ class Term:
     mask: Tensor | None = None            # (B|1, 1, H, W) in [0, 1] on the grid of x; None: the whole image
     normalized: bool = False              # True: the shift has rms weight * posterior_std; False: weight scales the gradient
     backprop_through_model: bool = False  # whether the gradient goes back through the denoiser to x; noisy view: no effect
+    substeps: int = 1                     # parts of a shift, each begun where the last led; 1: none; noisy view: no effect
+
+    def __post_init__(self):
+        if self.substeps < 1:
+            raise ValueError(f"a shift has at least one part, got {self.substeps} sub-steps: give 1 for none")
 
     @property
     def needs_vjp(self) -> bool:
         """Whether the denoiser must be differentiated; the gradient of a guider of the noisy view is in x already."""
         return self.backprop_through_model and self.guider.view == "denoised"
+
+    @property
+    def parts(self) -> int:
+        """Number of parts of a shift; that of a guider of the noisy view is one, because its x does not move."""
+        return self.substeps if self.guider.view == "denoised" else 1
 
     def weight_at(self, sigma: float) -> float:
         """Weight at a noise level; 0 when the network need not run."""

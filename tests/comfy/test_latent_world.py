@@ -111,6 +111,28 @@ def test_guidance_lowers_the_energy_of_latents(world: LatentWorld, kind: str, vi
     assert guided.isfinite().all() and not torch.equal(plain, guided)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "lcm", "euler_ancestral"])
+@pytest.mark.parametrize("gradient", ["in the prediction", "through the model"])
+def test_four_steps_are_guided_in_parts(world: LatentWorld, sampler: str, gradient: str):
+    """As turbo models are sampled; one sub-step changes no bit."""
+    sampling = {"steps": 4, "sampler_name": sampler}
+    whole, same, parts = (world.guided("flow", sampling=sampling, gradient=gradient, weight=0.7, **changes)
+                          for changes in ({}, {"substeps": 1}, {"substeps": 4}))
+    assert torch.equal(whole, same)
+    plain, before, after = (world.energy("flow", samples).mean()
+                            for samples in (world.sample(world.model("flow"), **sampling), whole, parts))
+    assert after < min(before, plain - 0.1), (plain, before, after)
+
+
+def test_sub_steps_tell_one_sampling_from_another(world: LatentWorld):
+    fingerprint = world.comfy.pack.nodes.bridge.terms.fingerprint_terms
+    settings = {"guider": world.guider, "weight": 0.7, "start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0,
+                "factor_at_end": 1.0, "view": "own"}
+    plain, same, parts = (fingerprint(world.comfy("PPAPGuidanceTerm", **settings, **changes)[0])
+                          for changes in ({}, {"substeps": 1}, {"substeps": 4}))
+    assert plain == same != parts
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_guider_looks_through_the_vae(world: LatentWorld, kind: str, caplog):
     plain, guided = world.sample(world.model(kind)), world.guided(kind, vae=world.vae)

@@ -290,6 +290,7 @@ def test_no_term_is_no_guidance():
     {"mask": torch.ones(1, 1, H, W)},
     {"mask": torch.ones(B, 1, H, W)},
     {"schedule": Schedule(ramp=Ramp(NoiseInterval(0.1, 10.0), 1.0, 1.0))},
+    {"substeps": 1},
 ])
 def test_a_neutral_setting_changes_no_bit(view, settings):
     x, sigma, denoised = situation()
@@ -303,6 +304,49 @@ def test_a_limit_above_the_size_of_the_shift_changes_no_bit():
     terms = [Term(small_guider(), 2.0)]
     assert torch.equal(guide(terms, x, sigma, denoised, max_rms=100.0).delta,
                        guide(terms, x, sigma, denoised).delta)
+
+
+# Sub-steps
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_sub_steps_start_where_the_last_one_led(normalized):
+    x, sigma, denoised = situation()
+    term, point = Term(small_guider(), 0.9, normalized=normalized, substeps=3), denoised
+    for _ in range(3):
+        point = point + guide([replace(term, weight=0.3, substeps=1)], x, sigma, point).delta
+    found = guide([term], x, sigma, denoised)
+    torch.testing.assert_close(found.delta, point - denoised)
+    assert torch.equal(found.records[0].energy, term.guider.energy(denoised, sigma))
+    assert not torch.allclose(found.delta, guide([replace(term, substeps=1)], x, sigma, denoised).delta, rtol=0.01)
+
+
+def test_sub_steps_ask_the_model_once_and_its_vjp_each_time():
+    x, sigma, _ = situation()
+    predicted = predict(wavy, x, sigma, with_vjp=True)
+    pulled = []
+    def vjp(gradient):
+        pulled.append(gradient)
+        return predicted.vjp(gradient)
+    term = Term(small_guider(), 0.5, normalized=True, backprop_through_model=True, substeps=4)
+    assert guide([term], x, sigma, predicted.denoised, vjp).delta.isfinite().all()
+    assert len(pulled) == 4 and not torch.equal(pulled[0], pulled[3])
+
+
+def test_the_noisy_view_has_no_sub_steps():
+    """Its state does not move within a step."""
+    asked, guider = [], small_guider(view="noisy")
+    def net(image, sigma):
+        asked.append(1)
+        return guider.net(image, sigma)
+    x, sigma, denoised = situation()
+    terms = [Term(replace(guider, net=net), 0.7, substeps=count) for count in (1, 5)]
+    one, five = (guide([term], x, sigma, denoised).delta for term in terms)
+    assert torch.equal(one, five) and len(asked) == 2
+
+
+def test_a_shift_of_no_part_is_refused():
+    with says(ValueError, "0 sub-steps", "1 for none"):
+        Term(small_guider(), substeps=0)
 
 
 # Combining

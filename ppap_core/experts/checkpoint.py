@@ -28,7 +28,7 @@ def save_bank(path: Path | str, bank: ExpertBank, guider: Guider) -> None:
         tensors |= with_prefix(f"expert_{index}", bank.weights(index))
     if bank.space:
         tensors |= {"space.factors": bank.space.factors, "space.bias": bank.space.bias}
-    save_tensors(path, tensors, _requirements(guider) | {
+    save_tensors(path, tensors, requirements(guider, KIND) | {
         "fingerprint": bank.fingerprint, "guider": guider.name, "space": bank.space_name,
         "shuffle": bank.space.shuffle if bank.space else 1, "view": bank.view, "edges": list(bank.schedule.edges),
         "rank": bank.lora.rank, "alpha": bank.lora.alpha, "targets": list(bank.lora.targets), "recipe": bank.training_info,
@@ -42,10 +42,7 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     """
     file, (tensors, header) = Path(path).name, load_tensors(path)
     base = base_network(guider)
-    for key, expected in _requirements(guider).items():
-        if header.get(key) != expected:
-            raise _unfit(file, key, header, expected)
-    weights = _match_weights(file, header, base)
+    weights = match_network(file, header, guider, KIND)
     try:
         layers = match_layers(map(str, header["targets"]), weights)
         schedule = ExpertSchedule(tuple(map(float, header["edges"])))
@@ -60,8 +57,18 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
     return bank
 
 
+def match_network(file: str, header: dict, guider: Guider, kind: str) -> Names:
+    """Pair the weights of the network that a file belongs to with those of a plain guider's.
+
+    header: of the file. kind: that it should have. ValueError, naming both values, if it belongs to something else.
+    """
+    for key, expected in requirements(guider, kind).items():
+        if header.get(key) != expected:
+            raise _unfit(file, key, header, expected)
+    return _match_weights(file, header, base_network(guider))
+
+
 def _match_weights(file: str, header: dict, base: nn.Module) -> Names:
-    """Pair the weights of a file's network with those of one that is here. ValueError if it is another network."""
     found = match_former_names(str(header.get("fingerprint")), base)
     if found is None and isinstance(header.get("weights"), dict):
         found = match_weights(header["weights"], weight_digests(base.state_dict()))
@@ -82,9 +89,9 @@ def rename_adapters(weights: dict[str, Tensor], names: Names) -> dict[str, Tenso
     return {f"{names.get(layer, layer)}{mark}{rest}": weights[name] for name, (layer, mark, rest) in layers.items()}
 
 
-def _requirements(guider: Guider) -> dict:
+def requirements(guider: Guider, kind: str) -> dict:
     """Entries that must agree between a file and a guider: any other value would silently make the experts useless."""
-    return {"kind": KIND, "format": FORMAT, "noise": NOISE, "task": guider.task,
+    return {"kind": kind, "format": FORMAT, "noise": NOISE, "task": guider.task,
             "preprocess": guider.preprocess.to_dict()}
 
 

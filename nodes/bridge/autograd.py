@@ -2,7 +2,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import comfy.controlnet
@@ -15,8 +15,10 @@ from ...ppap_core.io.storage import is_wrapper, rewrapped, storages
 from .memory import FULL_PRECISION, log, replace_tensors
 from .shared_weights import make_injections_differentiable
 
+Result = TypeVar("Result")
 NOT_DIFFERENTIABLE_HINTS = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
-DYNAMIC_VRAM_ADVICE = "start ComfyUI with --disable-dynamic-vram, or choose 'in the prediction' as gradient"
+NO_GRADIENT_ADVICE = "choose 'in the prediction' as gradient, and no readout"
+DYNAMIC_VRAM_ADVICE = f"start ComfyUI with --disable-dynamic-vram, or {NO_GRADIENT_ADVICE}"
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def differentiable_networks() -> Iterator[None]:
             raise
         raise ValueError("gradients do not pass through this model, or through something that is applied to it "
                          f"({str(error).splitlines()[0]}): it cannot be trained, and elsewhere "
-                         "choose 'in the prediction' as gradient") from error
+                         f"{NO_GRADIENT_ADVICE}") from error
     finally:
         management.in_training, management.NUM_STREAMS = before, streams
 
@@ -190,13 +192,25 @@ class GradientPass:
     """
 
     def __init__(self, *networks: torch.nn.Module):
-        self.networks, self.saves_on_cpu = networks, False
+        self.networks, self.saves_on_cpu, self.is_open = networks, False, False
         if count := sum(has_fast_products(layer) for net in networks for layer in net.modules()):
             log.info("%d quantised layers multiply in the type of their inputs where gradients go through them, more slowly",
                      count)
 
-    def run(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Call `step`, which runs the network and may be called a second time, and return its result."""
+    def run(self, step: Callable[[], Result]) -> Result:
+        """Call `step`, which runs the network and may be called a second time, and return its result.
+
+        Within a step of the same pass it is just called.
+        """
+        if self.is_open:
+            return step()
+        try:
+            self.is_open = True
+            return self._run(step)
+        finally:
+            self.is_open = False
+
+    def _run(self, step: Callable[[], Result]) -> Result:
         if not self.saves_on_cpu:
             try:
                 with differentiable_networks(), QuantizedLayers(self.networks), mutation_allowed():

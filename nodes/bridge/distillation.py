@@ -12,10 +12,12 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...ppap_core.experts.adapters import LoraSpec
-from ...ppap_core.experts.bank import ExpertBank, base_network
-from ...ppap_core.experts.checkpoint import save_bank
+from ...ppap_core.experts.bank import ExpertBank, base_network, with_experts
+from ...ppap_core.experts.checkpoint import load_bank, save_bank
 from ...ppap_core.experts.distill import DistillConfig, distill
 from ...ppap_core.experts.knowledge import describe_knowledge, measure_knowledge, remember
+from ...ppap_core.experts.readout import ReadoutNetwork, with_readout
+from ...ppap_core.experts.readout_file import is_readout_file, load_readout, save_readout
 from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder, held_out_count
 from ...ppap_core.experts.states import state_folder
 from ...ppap_core.guiders.guider import Guider
@@ -150,7 +152,7 @@ def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: Di
 
     What the experts know by then is kept in the bank, and the plain network is used where none is needed.
     """
-    report = _DistillationReport(bank.schedule, config.steps)
+    report = DistillationReport(bank.schedule, config.steps)
     folder = state_folder(guider, bank, partial(_folder_of, samples, guider, bank, config))
     load_to_train([module_of(guider), bank])
     with outside_inference_mode():
@@ -167,7 +169,7 @@ def _folder_of(samples: Samples, guider: Guider, bank: ExpertBank, config: Disti
     return paths.output_folder("ppap_distillation", digest(identity))
 
 
-class _DistillationReport:
+class DistillationReport:
     """The progress of a distillation, with the losses by interval."""
 
     def __init__(self, schedule: ExpertSchedule, steps: int):
@@ -189,12 +191,23 @@ def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: Vie
 
 
 def save_experts(guider: Guider, name: str) -> Path:
-    """Save a guider's experts under a name, and return the file. ValueError for a guider without experts."""
-    if not isinstance(guider.net, ExpertBank):
-        raise ValueError(f"{guider.name} has no experts to save: connect the guider that comes out of Distill Experts")
+    """Save a guider's experts or readout under a name, and return the file. ValueError for a guider without either."""
     file = paths.new_expert_file(name)
-    save_bank(file, guider.net, guider)
+    if isinstance(guider.net, ReadoutNetwork):
+        save_readout(file, guider.net, guider)
+    elif isinstance(guider.net, ExpertBank):
+        save_bank(file, guider.net, guider)
+    else:
+        raise ValueError(f"{guider.name} has no experts to save: connect the guider that comes out of Distill Experts")
     return file
+
+
+def load_experts(guider: Guider, file: Path) -> Guider:
+    """Return a plain guider with the experts or the readout in a file."""
+    with outside_inference_mode():
+        if is_readout_file(file):
+            return with_readout(guider, load_readout(file, guider))
+        return with_experts(guider, load_bank(file, guider))
 
 
 def describe_saved(guider: Guider, file: Path) -> str:
@@ -204,5 +217,7 @@ def describe_saved(guider: Guider, file: Path) -> str:
 
 
 def describe_experts(guider: Guider) -> str:
-    """Return what a guider's experts know, in words; "" where that was not measured, as in files of earlier versions."""
+    """Return what a guider's experts know or its readout reads, in words; "" where that is not known, as in old files."""
+    if isinstance(guider.net, ReadoutNetwork):
+        return guider.net.describe()
     return describe_knowledge(guider.net) if isinstance(guider.net, ExpertBank) else ""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ppap_core.experts.bank import ExpertBank
+from ...ppap_core.experts.readout import ReadoutNetwork
 from ...ppap_core.io.function_fingerprint import closed_over, function_fingerprint
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.io.storage import is_wrapper, named_tensors
@@ -112,6 +113,8 @@ def fingerprint_network(net: Any) -> str | None:
     if isinstance(net, ExpertBank):  # its state also says which expert is active, which must not count
         experts = [net.weights(index) for index in range(len(net.schedule))]
         return fingerprint_weights([net.fingerprint, net.schedule.edges, experts])
+    if isinstance(net, ReadoutNetwork):
+        return fingerprint_weights([net.fingerprint, net.schedule.edges, net.spec, named_tensors(net.heads)])
     return fingerprint_weights(named_tensors(net)) if isinstance(net, torch.nn.Module) else None
 
 

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from nodes import common_ksampler  # type: ignore[attr-defined]  # of ComfyUI; mypy finds this pack's own
 
+from ...ppap_core.experts.readout import reads_features
 from ...ppap_core.guidance.gradients import Prediction, energy_at
 from ...ppap_core.guidance.precision import RunState
 from ...ppap_core.guidance.scrutiny import blurring, is_fooled, may_be_fooled, share_taken_back
-from ...ppap_core.guidance.shift import GuidanceSettings, guidance_shift
+from ...ppap_core.guidance.shift import Guidance, GuidanceSettings, guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, any_needs_vjp
 from ...ppap_core.io.function_fingerprint import hashed_as
 from ...ppap_core.viz.summary import Note
 from . import latents, noise_levels
 from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
+from .features import InnerFeatures
 from .fingerprint import fingerprint_vae
 from .foreign import Memory
 from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach
@@ -32,6 +34,7 @@ from .sampler import SamplerSettings
 from .terms import (
     GuidanceTerm,
     active_guiders,
+    connected,
     decoders_for,
     decoders_of_frames,
     fingerprint_terms,
@@ -58,7 +61,10 @@ class SamplingRun:
 
     def terms_at(self, sigma: float) -> list[Term]:
         """In pure noise the prediction hardly depends on it, and a gradient through the model would be rounding."""
-        return self.terms if sigma <= PURE_NOISE else [replace(term, backprop_through_model=False) for term in self.terms]
+        if sigma <= PURE_NOISE:
+            return self.terms
+        return [replace(term, backprop_through_model=False, weight=0.0 if reads_features(term.guider) else term.weight)
+                for term in self.terms]
 
 
 class GuidedModel(Feature):
@@ -73,13 +79,15 @@ class GuidedModel(Feature):
         self.terms, self.max_rms, self.vae = tuple(terms), max_rms, vae
         self.decoders, self.networks = decoders_for(terms, model, vae)
         self.backprop_through_model = any(term.backprop_through_model and term.weight for term in terms)
+        self.differentiates_model = self.backprop_through_model or any(
+            reads_features(term.guider) and term.weight for term in terms)
         self.runs: RunStack[SamplingRun] = RunStack()
         self.finished: dict[str, FinishedRun] = {}  # by the digest of the samples
 
     def attach(self, model: Patcher) -> Patcher:
         """Clone a MODEL with this guidance on it; samplers and other patches work as before."""
-        guided = for_gradients(model) if self.backprop_through_model else model.clone()
-        memory = GradientMemory(active_guiders(self.terms, self.decoders), self.backprop_through_model, GUIDANCE)
+        guided = for_gradients(model) if self.differentiates_model else model.clone()
+        memory = GradientMemory(active_guiders(self.terms, self.decoders), self.differentiates_model, GUIDANCE)
         wrappers: dict[str, Hook] = {WrappersMP.OUTER_SAMPLE: self.on_outer_sample,
                                      WrappersMP.PREPARE_SAMPLING: memory.reserve, WrappersMP.SAMPLER_SAMPLE: self.on_sample}
         if self.backprop_through_model:
@@ -105,8 +113,9 @@ class GuidedModel(Feature):
     def on_sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Make what ComfyUI has loaded differentiable."""
         materialize_on(self.networks, sigmas.device)
-        if self.backprop_through_model:
+        if self.differentiates_model:
             make_differentiable(guider)
+            self.runs.current.gradient_pass = GradientPass(*networks_of(guider))
         samples = executor(guider, sigmas, *args, **kwargs)
         self.runs.current.notes = scrutinize(self.runs.current)  # here, because the networks are still loaded
         return samples
@@ -115,9 +124,8 @@ class GuidedModel(Feature):
         """Predict with gradients where a term needs them at this noise level."""
         net, run = executor.class_obj.inner_model, self.runs.current
         sigma = noise_levels.ve_level(net.model_sampling, float(timestep[0]))
-        if not any_needs_vjp(run.terms_at(sigma), sigma):
+        if run.gradient_pass is None or not any_needs_vjp(run.terms_at(sigma), sigma):
             return executor(x, timestep, *args, **kwargs)
-        run.gradient_pass = run.gradient_pass or GradientPass(*networks_of(executor.class_obj))
         memory = run.memory = run.memory or Memory(net.diffusion_model, executor.class_obj.model_options)
         before = memory.save()
         with outside_inference_mode():
@@ -155,14 +163,32 @@ def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
     images, predicted = latents.frames_as_images(x), latents.frames_as_images(denoised.detach())
     prediction = Prediction(images, sigma.repeat_interleave(len(images) // len(x)), predicted, partial(_vjp, args))
     settings = GuidanceSettings(run.sigma_data, max_rms or float("inf"), run.compute, run.state)
-    terms = [on_grid(term, images.shape) for term in run.terms_at(float(sigma[0]))]
-    guidance = guidance_shift(terms, prediction, settings)
+    guidance = _shift(args, run, prediction, settings)
     if guidance is None:
         return denoised
     run.records += guidance.records
     seen = replace(prediction, vjp=None)
     run.last_seen |= {record.term: seen for record in guidance.records}
     return denoised + latents.images_as_frames(guidance.delta, denoised)
+
+
+def _shift(args: dict, run: SamplingRun, prediction: Prediction, settings: GuidanceSettings) -> Guidance | None:
+    """The shift by the terms of a run, in a pass for gradients where a readout reads features of the model."""
+    sigma = float(prediction.sigma[0])
+    terms = [on_grid(term, prediction.x.shape) for term in run.terms_at(sigma)]
+    if run.gradient_pass is None or not any(reads_features(term.guider) and term.weight_at(sigma) for term in terms):
+        return guidance_shift(terms, prediction, settings)
+    run.memory = run.memory or Memory(args["model"].diffusion_model, args["model_options"])
+    inner = InnerFeatures(args["model"], args["model_options"], args["cond"])
+    features = partial(run.memory.apart, partial(_read_whole_batch, inner, len(prediction.x)))
+    terms = [connected(term, features) if reads_features(term.guider) else term for term in terms]
+    return run.gradient_pass.run(partial(guidance_shift, terms, prediction, settings))
+
+
+def _read_whole_batch(inner: InnerFeatures, size: int, place: str, x: Tensor, sigma: Tensor) -> Tensor:
+    if len(x) < size:  # its part of the conditioning is not known; all of the batch may still fit beside main memory
+        raise torch.OutOfMemoryError("the features of a batch are read at once")
+    return inner.read(place, x, sigma)
 
 
 def scrutinize(run: SamplingRun) -> list[Note]:

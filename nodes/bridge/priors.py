@@ -24,7 +24,15 @@ from .memory import GradientMemory, materialize_on, patcher_of
 from .progress import Progress
 from .sampler import new_cfg_guider, run_inside_sampler
 from .tensors import mask_from_comfy
-from .terms import GuidanceTerm, active_guiders, decoders_for, fingerprint_terms, require_one_frame, to_core_term
+from .terms import (
+    GuidanceTerm,
+    active_guiders,
+    decoders_for,
+    fingerprint_terms,
+    refuse_readouts,
+    require_one_frame,
+    to_core_term,
+)
 
 
 @dataclass
@@ -47,6 +55,7 @@ class PriorSearch:
 
     def __post_init__(self) -> None:
         latents.require_supported(self.model)
+        refuse_readouts(self.terms)
         self.decoders, self.networks = decoders_for(self.terms, self.model, self.vae)
         self.start = {**latents.without_sizes(self.latent), "samples": latents.resize_empty_latent(self.model, self.latent)}
         self.images = self.model.model.process_latent_in(self.start["samples"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ppap_core.experts.bank import ExpertBank
+from ...ppap_core.experts.readout import ReadoutNetwork
 from ...ppap_core.guidance.terms import TermRecord
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.viz.summary import Note, guidance_warnings, summarize_guidance
@@ -67,7 +68,7 @@ def report_of(model: Patcher, latent: dict) -> Report:
             records += [record._replace(term=record.term + len(names)) for record in run.records]
             sigmas |= run.sigmas
             notes += [(term + len(names), note) for term, note in run.notes]
-            remarks += [(index, text) for index, term in enumerate(guided.terms, len(names)) if (text := _left_out(term))]
+            remarks += [(index, text) for index, term in enumerate(guided.terms, len(names)) if (text := _remark(term))]
             names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(guided.terms, 1)]
     if not names:
         raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "
@@ -75,5 +76,7 @@ def report_of(model: Patcher, latent: dict) -> Report:
     return Report(tuple(names), tuple(records), len(sigmas), tuple(notes), tuple(remarks))
 
 
-def _left_out(term: GuidanceTerm) -> str:
+def _remark(term: GuidanceTerm) -> str:
+    if isinstance(term.guider.net, ReadoutNetwork):
+        return term.guider.net.describe()
     return term.guider.net.describe_left_out() if isinstance(term.guider.net, ExpertBank) else ""

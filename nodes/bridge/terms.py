@@ -1,6 +1,7 @@
 """Terms of guidance in the units of ComfyUI, and how their guiders see what a MODEL diffuses."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import comfy.sd
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ...ppap_core.experts.bank import ExpertBank
+from ...ppap_core.experts.readout import ReadoutNetwork, reading, reads_features, require_whole_image
 from ...ppap_core.guidance.terms import Term
 from ...ppap_core.guiders.guider import Decode, Guider
 from ...ppap_core.guiders.latents import View
 from ...ppap_core.io.hashing import digest
 from . import latents
+from .features import layer_at
 from .fingerprint import fingerprint_network
 from .latents import Patcher
 from .memory import module_of
@@ -62,9 +65,19 @@ def on_grid(term: Term, shape: tuple[int, ...]) -> Term:
     return replace(term, mask=latents.mask_for(term.mask[:, 0], shape))
 
 
+def connected(term: Term, features: Callable[[str, Tensor, Tensor], Tensor]) -> Term:
+    """Return the term of a readout that reads from a model. features: (name of a module, x, sigma) -> its features."""
+    readout = term.guider.net
+    assert isinstance(readout, ReadoutNetwork)
+    return replace(term, guider=reading(term.guider, partial(features, readout.spec.place)))
+
+
 def require_same_space(guider: Guider, model: Patcher) -> None:
-    """ValueError if a guider's experts read other latents than a model diffuses."""
+    """ValueError if a guider's experts read other latents than a model diffuses, or its readout features it has not."""
     kind = latents.space_name(model)
+    if isinstance(guider.net, ReadoutNetwork):
+        layer_at(model.model.diffusion_model, guider.net.spec.place)
+        require_whole_image(guider)
     if isinstance(guider.net, ExpertBank) and guider.net.space_name != kind:
         raise ValueError(f"the experts of {guider.name} were distilled for {guider.net.space_name} models, but this model's "
                          f"kind is {kind}: use experts that were distilled for a model of this kind, or the plain guider")
@@ -77,6 +90,9 @@ def with_view(guider: Guider, view: View | Literal["own"]) -> Guider:
     if isinstance(guider.net, ExpertBank):
         raise ValueError(f"the experts of {guider.name} were distilled for the {guider.view} view, not the {view} one: "
                          "choose 'own', or distil experts for that view")
+    if isinstance(guider.net, ReadoutNetwork):
+        raise ValueError(f"the readout of {guider.name} reads the model's features at the noisy image, and has no other "
+                         "view: choose 'own'")
     return replace(guider, view=view)
 
 
@@ -91,7 +107,7 @@ def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
     vae_decoder = None
     if vae is not None and any(_uses_vae(term.guider, model) for term in terms):
         vae_decoder = latents.Decoder(vae, model)
-    networks = {id(net): net for net in map(module_of, (term.guider for term in terms))}
+    networks = {id(net): net for net in (_judging(term.guider) for term in terms)}
     decoders = [_decoder_of(term.guider, model, vae, vae_decoder) for term in terms]
     return decoders, [*networks.values(), *([vae_decoder] if vae_decoder else [])]
 
@@ -113,9 +129,17 @@ def require_one_frame(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode |
         if isinstance(term.guider.net, ExpertBank):
             raise ValueError(f"the experts of {term.guider.name} know single images, but this latent has {frames} frames: "
                              "use the plain guider, which judges frame by frame, or a latent of one frame")
+        if reads_features(term.guider):
+            raise ValueError(f"the readout of {term.guider.name} knows single images, but this latent has {frames} frames: "
+                             "use the plain guider, which judges frame by frame, or a latent of one frame")
         if isinstance(decode, latents.Decoder):
             raise ValueError(f"the VAE shows a guider one image at a time, but this latent has {frames} frames: disconnect "
                              "it, and the guiders will look at the colours of every frame, or use a latent of one frame")
+
+
+def _judging(guider: Guider) -> torch.nn.Module:
+    """The network that runs while a model is sampled; of a readout its heads alone."""
+    return guider.net.heads if isinstance(guider.net, ReadoutNetwork) else module_of(guider)
 
 
 def _uses_vae(guider: Guider, model: Patcher) -> bool:
@@ -123,11 +147,20 @@ def _uses_vae(guider: Guider, model: Patcher) -> bool:
 
 
 def _decoder_of(guider: Guider, model: Patcher, vae: comfy.sd.VAE | None, vae_decoder: Decode | None) -> Decode | None:
-    if guider.decode or latents.is_pixel(model):
+    if guider.decode or latents.is_pixel(model) or reads_features(guider):
         return guider.decode
     return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.latent_space(model, vae).colors
 
 
 def active_guiders(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:
-    """Return the guiders whose weight is not 0, with their decoders."""
-    return [replace(term.guider, decode=decode) for term, decode in zip(terms, decoders, strict=True) if term.weight]
+    """Return the guiders of images whose weight is not 0, with their decoders."""
+    return [replace(term.guider, decode=decode) for term, decode in zip(terms, decoders, strict=True)
+            if term.weight and not reads_features(term.guider)]
+
+
+def refuse_readouts(terms: Sequence[GuidanceTerm]) -> None:
+    """ValueError if a term's guider reads features of a model that is sampled, where none is."""
+    for term in terms:
+        if reads_features(term.guider):
+            raise ValueError(f"the readout of {term.guider.name} reads features of a model while that is sampled, and here "
+                             "images are searched for: use the plain guider, or experts")

@@ -161,10 +161,15 @@ def reading(guider: Guider, features: Features) -> Guider:
     """
     if not isinstance(guider.net, ReadoutNetwork):
         raise ValueError(f"{guider.name} has no readout: expected a guider from with_readout")
+    require_whole_image(guider)
+    return replace(guider, net=_Reading(guider.net, features), preprocess=_Unchanged((0, 0)), decode=None, view="noisy")
+
+
+def require_whole_image(guider: Guider) -> None:
+    """ValueError for a readout with cut-outs."""
     if guider.cutouts:
         raise ValueError(f"{guider.name} reads features of the whole image, and has none of its parts: use it without "
                          "cut-outs")
-    return replace(guider, net=_Reading(guider.net, features), preprocess=_Unchanged((0, 0)), decode=None, view="noisy")
 
 
 def with_readout(guider: Guider, readout: ReadoutNetwork) -> Guider:

@@ -1,0 +1,166 @@
+"""Inner features of a MODEL's network, in the core's convention: where they are, and the passes that end there."""
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import comfy.model_base
+import comfy.samplers
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from . import latents, noise_levels
+from .shared_weights import uncompiled
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+UNREAD = ("area", "control")  # parts of a conditioning that features are read without
+COARSEST = 64  # places of a latent along one side that a place of a map may stand for
+
+
+class _ReachedError(BaseException):
+    """Ends a pass at the features; no `except Exception` of another pack may take it for a failure."""
+
+    def __init__(self, features: Tensor):
+        super().__init__()
+        self.features = features
+
+
+class InnerFeatures:
+    """Inner features of a sampling's model under its positive conditioning.
+
+    The first positive conditioning that acts at the noise level counts, for the whole picture and without ControlNets.
+    model: as samplers have it. options: its model_options. positive: of the sampling, prepared by ComfyUI.
+    """
+
+    def __init__(self, model: comfy.model_base.BaseModel, options: dict, positive: Sequence[Mapping] | None):
+        self.model, self.options = model, options
+        self.positive = [{key: value for key, value in cond.items() if key not in UNREAD} for cond in positive or ()]
+
+    def read(self, place: str, x: Tensor, sigma: Tensor) -> Tensor:
+        """Run the model as far as one of its modules, and return the features there: (B, D, h, w) or (B, N, D).
+
+        ValueError if the network has no such module, or does not ask it.
+        """
+        with _hooked([layer_at(self.model.diffusion_model, place)], partial(_end, _sizes(x))):
+            for options in (self.options, without_wrappers(self.options)):  # a cache may answer in the module's place
+                for cond in self.positive:
+                    try:
+                        self.run(cond, options, x, sigma)
+                    except _ReachedError as reached:
+                        return reached.features
+        raise ValueError(f"the features at {place} were not computed at sigma {float(sigma[0]):.4g}: expected a positive "
+                         "conditioning there, and nothing on the model that answers in its place, as a cache does")
+
+    def run(self, cond: Mapping, options: dict, x: Tensor, sigma: Tensor) -> None:
+        """Run the model on noisy states in the core's convention, with one conditioning."""
+        state, level = noise_levels.from_ve(self.model.model_sampling, x, sigma)
+        state = latents.with_axes(state, self.model.latent_format.latent_dimensions)
+        with uncompiled():  # compiled layers call no hooks that came later
+            comfy.samplers.calc_cond_batch(self.model, [[dict(cond)]], state, level, options)
+
+    def find(self, x: Tensor, sigma: Tensor, as_map: bool) -> tuple[str, Tensor]:
+        """Run the whole model once; return the name of the module at about its middle, and an example of its features.
+
+        as_map: whether only features that are a map will do. ValueError where there are none.
+        """
+        layers = blocks_of(self.model.diffusion_model)
+        found: dict[nn.Module, Tensor] = {}
+        with _hooked(layers.values(), partial(_keep, found, _sizes(x))):
+            self.run(self.positive[0], self.options, x, sigma)
+        return middle({name: found[layer] for layer, name in zip(layers.values(), layers, strict=True) if layer in found},
+                      as_map)
+
+
+def layer_at(net: nn.Module, place: str) -> nn.Module:
+    """Return a module of a network by its name. ValueError if it has none of that name."""
+    try:
+        return net.get_submodule(place)
+    except AttributeError as error:
+        raise ValueError(f"this readout reads features at {place}, which this model does not have: use it with the model "
+                         "that it was distilled on, or distil another one for this model") from error
+
+
+def without_wrappers(options: dict) -> dict:
+    """Model options without the functions that other packs wrap around the network."""
+    transformer = options.get("transformer_options", {})
+    wrappers = {kind: by_key for kind, by_key in transformer.get("wrappers", {}).items()
+                if kind != WrappersMP.DIFFUSION_MODEL}
+    return {**options, "transformer_options": {**transformer, "wrappers": wrappers}}
+
+
+def blocks_of(net: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name that are made of others and stand in a list or a sequence: the blocks of any network, and more."""
+    parents = {name: parent for name, parent in net.named_modules() if isinstance(parent, CONTAINERS)}
+    return {f"{name}.{child}" if name else child: layer for name, parent in parents.items()
+            for child, layer in parent.named_children() if any(True for _ in layer.children())}
+
+
+def middle(found: Mapping[str, Tensor], as_map: bool) -> tuple[str, Tensor]:
+    """Return the module in the middle of those that the coarsest features of the picture pass through.
+
+    found: features by the names of modules, in the order of the network. In a U-Net the coarsest are at its
+    bottom; in a transformer all are alike, tokens of the picture alone or with those of the text.
+    """
+    blocks = {name: features for name, features in found.items()
+              if not any(name.startswith(f"{other}.") for other in found if other != name)}
+    maps = [features.shape[2:].numel() for features in blocks.values() if features.ndim == 4]
+    fewest = min(maps, default=max((features.shape[1] for features in blocks.values()), default=0))
+    coarsest = [name for name, features in blocks.items() if features.ndim == 4 and features.shape[2:].numel() == fewest
+                or features.ndim == 3 and not as_map and features.shape[1] >= fewest]
+    if not coarsest:
+        raise ValueError("no inner features that could be read were found in this model" +
+                         (": its blocks have tokens, and no maps" if as_map and blocks else "") +
+                         "; use experts, which look at its predictions")
+    name = coarsest[len(coarsest) // 2]
+    return name, blocks[name]
+
+
+def in_places(output: Any, shape: tuple[int, int, int]) -> Tensor | None:
+    """Features among the output of a module: a map (B, D, h, w) if there is one, else the most tokens (B, N, D).
+
+    shape: (B, H, W) of what is diffused. None for an output without either.
+    """
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    tensors = [part for part in parts
+               if isinstance(part, Tensor) and part.is_floating_point() and part.ndim > 2 and len(part) == shape[0]]
+    grids = [tuple(math.ceil(side / size) for side in shape[1:]) for size in range(1, COARSEST + 1)]
+    maps = [found for part in tensors if (found := _as_map(part, grids)) is not None]
+    tokens = sorted((part for part in tensors if part.ndim == 3), key=lambda part: part.shape[1])
+    return next(iter([*maps, *reversed(tokens)]), None)
+
+
+def _as_map(part: Tensor, grids: Sequence[tuple[int, ...]]) -> Tensor | None:
+    if part.ndim == 5 and 1 in part.shape[1:3]:  # a time axis of length one, before or behind the channels
+        part = part.squeeze(2 if part.shape[2] == 1 else 1)
+    if part.ndim == 4:
+        return part if part.shape[2:] in grids else part.movedim(3, 1) if part.shape[1:3] in grids else None
+    sizes = [grid for grid in grids if part.ndim == 3 and math.prod(grid) == part.shape[1]]
+    return part.mT.unflatten(2, sizes[0]) if sizes else None
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return len(x), x.shape[-2], x.shape[-1]
+
+
+def _end(shape: tuple[int, int, int], layer: nn.Module, inputs: Any, output: Any) -> None:
+    features = in_places(output, shape)
+    if features is not None:
+        raise _ReachedError(features)
+
+
+def _keep(found: dict[nn.Module, Tensor], shape: tuple[int, int, int], layer: nn.Module, inputs: Any, output: Any) -> None:
+    features = in_places(output, shape)
+    if features is not None:
+        found[layer] = features.detach().clone()
+
+
+@contextmanager
+def _hooked(layers: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Context manager: call hook(module, inputs, output) behind each of these modules."""
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

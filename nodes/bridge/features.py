@@ -16,6 +16,7 @@ from .shared_weights import uncompiled
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 UNREAD = ("area", "control")  # parts of a conditioning that features are read without
 COARSEST = 64  # places of a latent along one side that a place of a map may stand for
+PATCHES = (1, 2, 16, 32)  # and a token, in transformers of latents and of pixels; fewer sizes mistake fewer texts for maps
 
 
 class _ReachedError(BaseException):
@@ -104,10 +105,10 @@ def middle(found: Mapping[str, Tensor], as_map: bool) -> tuple[str, Tensor]:
     """
     blocks = {name: features for name, features in found.items()
               if not any(name.startswith(f"{other}.") for other in found if other != name)}
-    maps = [features.shape[2:].numel() for features in blocks.values() if features.ndim == 4]
-    fewest = min(maps, default=max((features.shape[1] for features in blocks.values()), default=0))
-    coarsest = [name for name, features in blocks.items() if features.ndim == 4 and features.shape[2:].numel() == fewest
-                or features.ndim == 3 and not as_map and features.shape[1] >= fewest]
+    maps = [_places(features) for features in blocks.values() if features.ndim == 4]
+    fewest = min(maps, default=max(map(_places, blocks.values()), default=0))
+    coarsest = [name for name, features in blocks.items() if features.ndim == 4 and _places(features) == fewest
+                or features.ndim == 3 and not as_map and _places(features) >= fewest]
     if not coarsest:
         raise ValueError("no inner features that could be read were found in this model" +
                          (": its blocks have tokens, and no maps" if as_map and blocks else "") +
@@ -117,26 +118,38 @@ def middle(found: Mapping[str, Tensor], as_map: bool) -> tuple[str, Tensor]:
 
 
 def in_places(output: Any, shape: tuple[int, int, int]) -> Tensor | None:
-    """Features among the output of a module: a map (B, D, h, w) if there is one, else the most tokens (B, N, D).
+    """Features among the output of a module: the finest map (B, D, h, w) if there is one, else the most tokens (B, N, D).
 
     shape: (B, H, W) of what is diffused. None for an output without either.
     """
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
     tensors = [part for part in parts
                if isinstance(part, Tensor) and part.is_floating_point() and part.ndim > 2 and len(part) == shape[0]]
-    grids = [tuple(math.ceil(side / size) for side in shape[1:]) for size in range(1, COARSEST + 1)]
-    maps = [found for part in tensors if (found := _as_map(part, grids)) is not None]
-    tokens = sorted((part for part in tensors if part.ndim == 3), key=lambda part: part.shape[1])
-    return next(iter([*maps, *reversed(tokens)]), None)
+    maps = [found for part in tensors if (found := _as_map(part, shape[1:])) is not None]
+    tokens = [part for part in tensors if part.ndim == 3]
+    return max(maps, key=_places, default=max(tokens, key=_places, default=None))
 
 
-def _as_map(part: Tensor, grids: Sequence[tuple[int, ...]]) -> Tensor | None:
+def _places(features: Tensor) -> int:
+    """Number of places of a map (B, D, h, w), or of tokens (B, N, D)."""
+    return features.shape[2:].numel() if features.ndim == 4 else features.shape[1]
+
+
+def _as_map(part: Tensor, sides: tuple[int, int]) -> Tensor | None:
+    if part.ndim == 3:
+        size = next((size for size in _grids(sides, PATCHES) if min(size) > 1 and math.prod(size) == part.shape[1]), None)
+        return part.mT.unflatten(2, size) if size else None
     if part.ndim == 5 and 1 in part.shape[1:3]:  # a time axis of length one, before or behind the channels
         part = part.squeeze(2 if part.shape[2] == 1 else 1)
-    if part.ndim == 4:
-        return part if part.shape[2:] in grids else part.movedim(3, 1) if part.shape[1:3] in grids else None
-    sizes = [grid for grid in grids if part.ndim == 3 and math.prod(grid) == part.shape[1]]
-    return part.mT.unflatten(2, sizes[0]) if sizes else None
+    grids = _grids(sides, range(1, COARSEST + 1))
+    if part.ndim != 4:
+        return None
+    return part if part.shape[2:] in grids else part.movedim(3, 1) if part.shape[1:3] in grids else None
+
+
+def _grids(sides: tuple[int, int], sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Heights and widths of maps whose places stand for squares of these sizes."""
+    return [(math.ceil(sides[0] / size), math.ceil(sides[1] / size)) for size in sizes]
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

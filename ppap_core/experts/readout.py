@@ -57,13 +57,15 @@ class ReadoutHead(nn.Module):
         self.output, self.dense = spec.output, spec.dense
         self.register_buffer("mean", torch.zeros(spec.channels))
         self.register_buffer("std", torch.ones(spec.channels))
-        self.body = nn.Sequential(nn.GroupNorm(gcd(8, spec.channels), spec.channels), nn.SiLU(),
-                                  nn.Conv2d(spec.channels, WIDTH, 3, padding=1), nn.SiLU())
+        self.norm = nn.GroupNorm(gcd(8, spec.channels), spec.channels)
+        self.conv = nn.Conv2d(spec.channels, WIDTH, 3, padding=1)
         count = UPSCALE**2 * spec.output[0] if spec.dense else torch.Size(spec.output).numel()
         self.out: nn.Module = nn.Conv2d(WIDTH, count, 1) if spec.dense else nn.Linear(WIDTH, count)
 
     def forward(self, features: Tensor) -> Tensor:
-        h = self.body((features - self.mean[:, None, None]) / self.std[:, None, None])
+        h = (features.flatten(2) - self.mean[:, None]) / self.std[:, None]
+        h = self.norm(h).unflatten(2, features.shape[2:])  # flat: torch crashes in its gradient for maps with channels last
+        h = F.silu(self.conv(F.silu(h)))
         if self.dense:
             return F.pixel_shuffle(self.out(h), UPSCALE)
         return self.out(h.mean((2, 3))).unflatten(1, self.output)

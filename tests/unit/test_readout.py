@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ppap_core.experts.distill import DistillConfig
 from ppap_core.experts.readout import (
+    ReadoutHead,
     ReadoutNetwork,
     ReadoutSpec,
     new_readout,
@@ -159,6 +160,15 @@ def test_wide_channels_are_tamed(store: SampleStore):
     x = images()
     features = inner(x, level(0.5, x))
     assert torch.allclose(plain.read(features, level(0.5, x)), scaled.read(scale * features, level(0.5, x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2)])
+def test_a_head_learns_from_maps_with_channels_last(size: tuple[int, int]):
+    """Tokens that were made a map have such strides, of which torch's own norm of maps crashes in the gradient."""
+    head = ReadoutHead(ReadoutSpec("a", 64, (8,)))
+    tokens = randn(4, size[0] * size[1], 64).requires_grad_(True)
+    head(tokens.mT.unflatten(2, size)).sum().backward()
+    assert tokens.grad.isfinite().all() and head.norm.weight.grad.any()
 
 
 def test_an_interval_without_steps_is_refused_before_training(store: SampleStore):

@@ -20,6 +20,9 @@ from .experts.adapters import LoraSpec
 from .experts.bank import ExpertBank, base_network, with_experts
 from .experts.checkpoint import load_bank, save_bank
 from .experts.distill import DistillConfig, distill, teacher_distance
+from .experts.readout import ReadoutNetwork, new_readout, reading, with_readout
+from .experts.readout_distill import FeatureSamples, distill_readout
+from .experts.readout_file import load_readout, save_readout
 from .experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from .guidance.autoguidance import Autoguidance, autoguided
 from .guidance.gradients import Prediction
@@ -52,12 +55,13 @@ from .training.loop import RunOptions
 __version__ = "0.2.0"
 
 __all__ = [
-    "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "Guidance",
-    "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "Moments", "NoiseInterval", "Prediction",
-    "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "RunOptions", "SampleStore", "Schedule", "Task", "Term",
-    "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided", "base_network", "class_target",
-    "distill", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider",
-    "map_target", "mask_target", "number_target", "optimize_images", "rule_guider", "sample_euler", "sample_heun",
-    "sample_renewing", "sample_training_free", "save_bank", "teacher_distance", "to_vp", "visualize", "with_cutouts",
-    "with_experts",
+    "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "FeatureSamples",
+    "Guidance", "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "Moments", "NoiseInterval",
+    "Prediction", "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "ReadoutNetwork", "RunOptions", "SampleStore",
+    "Schedule", "Task", "Term", "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided",
+    "base_network", "class_target", "distill", "distill_readout", "flow_to_ve", "guidance_shift", "guided", "image_target",
+    "karras_sigmas", "load_bank", "load_guider", "load_readout", "map_target", "mask_target", "new_readout",
+    "number_target", "optimize_images", "reading", "rule_guider", "sample_euler", "sample_heun", "sample_renewing",
+    "sample_training_free", "save_bank", "save_readout", "teacher_distance", "to_vp", "visualize", "with_cutouts",
+    "with_experts", "with_readout",
 ]

@@ -1,7 +1,7 @@
 """ComfyUI-PPAP: any off-the-shelf network steers any diffusion model."""
 from comfy_api.latest import ComfyExtension, io
 
-from .nodes.bridge import paths
+from .nodes.bridge import paths, progress
 from .nodes.schemas import autoguidance, experts, guidance, guiders, priors, reports, steer, targets, tinyworld
 
 WEB_DIRECTORY = "./web"
@@ -9,6 +9,8 @@ NODES: list[type[io.ComfyNode]] = [*steer.NODES, *tinyworld.NODES, *guiders.NODE
                                    *experts.NODES, *autoguidance.NODES, *priors.NODES, *reports.NODES]
 
 paths.register_folders()
+for node in NODES:
+    node.execute = classmethod(progress.errors_on_node()(node.execute.__func__))
 
 
 class PPAP(ComfyExtension):

@@ -29,6 +29,7 @@ from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach
 from .latents import Patcher
 from .memory import GradientMemory, compute_type, materialize_on, patcher_of
 from .noise_levels import PURE_NOISE
+from .progress import errors_on_node
 from .reports import FinishedRun, Report, report_of, samples_keys
 from .sampler import SamplerSettings
 from .terms import (
@@ -97,7 +98,7 @@ class GuidedModel(Feature):
 
     def on_outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run one sampling, and keep what it did if it ends well."""
-        with self.runs.running(self.new_run(executor.class_obj.model_patcher, noise)) as run:
+        with errors_on_node(), self.runs.running(self.new_run(executor.class_obj.model_patcher, noise)) as run:
             samples = executor(noise, *args, **kwargs)
         records = [record._replace(energy=record.energy.cpu(), rms=record.rms.cpu()) for record in run.records]
         self.finished |= dict.fromkeys(samples_keys(samples), FinishedRun(records, run.sigmas, run.notes))

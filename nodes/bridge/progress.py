@@ -1,7 +1,8 @@
-"""The progress bar, previews and text of a node."""
+"""The progress bar, previews, text and errors of a node."""
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -57,13 +58,39 @@ def show_text(node: Any, text: str) -> dict[str, list[str]]:
     return {"text": [text]}
 
 
+failed: set[str] = set()  # nodes that show an error
+
+
+@contextmanager
+def errors_on_node() -> Iterator[None]:
+    """Show what this pack refuses on the node that is running, too: the page says only that a node failed.
+
+    A later success takes the sentence away.
+    """
+    node_id = _running_node()
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if node_id:
+            failed.add(node_id)
+        _send_text(str(error), node_id)
+        raise
+    if node_id in failed:
+        failed.discard(node_id)
+        _send_text(" ", node_id)  # the page leaves a text as it is where the new one is empty
+
+
 def show_note(text: str) -> dict[str, list[str]] | None:
     """Show a text in the node that is running, of which no schema need know; "" shows nothing."""
     if not text:
         return None
-    context = get_executing_context()
-    _send_text(text, context.node_id if context else None)
+    _send_text(text, _running_node())
     return {"text": [text]}
+
+
+def _running_node() -> str | None:
+    context = get_executing_context()
+    return context.node_id if context else None
 
 
 def _send_text(text: str, node_id: str | None) -> None:

@@ -34,6 +34,11 @@ class GuidanceTerm:
     backprop_through_model: bool = False          # whether the gradient in the prediction goes back through the model
     substeps: int = 1                             # parts of each shift; neutral: 1
 
+    def __post_init__(self) -> None:
+        if self.weight and self.guider.target is None:
+            raise ValueError(f"the guider {self.guider.name} has no target: put an Aim node that fits it between the two "
+                             f"(it judges {self.guider.task})")
+
     def fingerprint_fields(self) -> dict:
         """Return the fields under the names by which saved work of version 0.1.0 is recognised."""
         schedule = self.schedule

@@ -253,6 +253,18 @@ def test_an_unknown_class_stops_the_graph_with_one_sentence(server: Server):
     assert sentence == "tinyworld/guider_class has no class 'sta': expected a number below 8 or a name such as star"
 
 
+def test_a_refusal_is_said_on_its_node_until_it_is_mended(server: Server):
+    graph = GUIDED | {"3": node("PPAPAimAtClass", guider=["2", 0], classes="lighthouse")}
+    mended = GUIDED | {"3": node("PPAPAimAtClass", guider=["2", 0], classes="moon")}
+    with server.listen() as until:
+        server.queue(graph)
+        told = [data for kind, data in until("execution_error") if kind == "preview"]
+        server.queue(mended)
+        told += [data for kind, data in until("execution_success") if kind == "preview" and data[:4] == b"\0\0\0\3"]
+    assert [data[8:9] for data in told] == [b"3", b"3"]
+    assert b"has no class 'lighthouse'" in told[0] and told[1].endswith(b"3 ")
+
+
 def test_samples_of_other_settings_are_not_mixed(server: Server):
     graph = distilling("recipe", steps=1)
     server.run(graph)

@@ -16,6 +16,7 @@ from .graphs import QUICK
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+PATIENCE = 600  # seconds for what is queued: the browser draws beside it on the same processors
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 READY = "() => window.app?.extensionManager && window.app.graph && document.querySelector('#graph-canvas')"
 DROP = """([name, text]) => {
@@ -31,6 +32,7 @@ SET_WIDGETS = """(values) => app.graph.nodes.forEach(node => node.widgets?.forEa
 }))"""
 RED = """() => app.graph.nodes.filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))
     .map(node => node.type)"""
+TEXT_ON = "id => app.graph.getNodeById(id).widgets?.find(each => each.name == '$$node-text-preview')?.value"
 HAS_ALL = "ids => app.graph.nodes.length == ids.length && ids.every(id => app.graph.getNodeById(id))"
 
 
@@ -92,18 +94,23 @@ class FrontEnd:
         """Press the Run button; the history of what was queued, when it is finished."""
         answer = self.press_run()
         assert "prompt_id" in answer, answer
-        return self.server.wait(answer["prompt_id"])
+        return self.server.wait(answer["prompt_id"], PATIENCE)
 
     def error(self) -> tuple[str, str]:
         """Press the Run button; the message of the error that follows, and the panel that its button opens."""
         self.press_run()
         overlay = self.page.get_by_test_id("error-overlay")
-        overlay.wait_for()
+        overlay.wait_for(timeout=PATIENCE * 1000)
         message = overlay.inner_text()
         self.page.get_by_test_id("error-overlay-see-errors").click()
         panel = self.page.get_by_test_id("properties-panel")
         panel.wait_for()
+        self.page.wait_for_timeout(1500)  # the panel fetches its report
         return message, panel.inner_text()
+
+    def text_on(self, node: str) -> str:
+        """The text that a node shows below its widgets."""
+        return self.page.evaluate(TEXT_ON, node) or ""
 
     @contextmanager
     def search(self) -> Iterator["Search"]:

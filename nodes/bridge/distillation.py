@@ -29,6 +29,7 @@ from . import latents, noise_levels, paths
 from .autograd import outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae
 from .foreign import Memory
+from .frames import choose_frames, frames_to_keep, take_frames
 from .hooks import SAMPLES, Feature
 from .latents import Patcher
 from .memory import load_to_train, module_of
@@ -50,21 +51,21 @@ class SampleGenerator(Feature):
     """Samples images with a MODEL, and records the steps that lead to them.
 
     latent: an empty LATENT, whose batch is sampled at once. vae: decodes the samples; None for pixels. settings: of every
-    image but its seed, since image i has seed + i; they are new images, whatever `denoise` says.
+    image but its seed, since image i has seed + i; they are new images, whatever `denoise` says. Of videos, `kept` frames
+    each become images, and have the seed of the first of them.
     ValueError for a model that experts cannot be distilled for.
     """
 
     done: int  # images in the store
     progress: Progress
+    chosen: Tensor  # frames of the videos that are being sampled, (B, kept)
 
     def __init__(self, model: Patcher, vae: comfy.sd.VAE | None, latent: dict, settings: SamplerSettings):
         self.model, self.vae, self.settings = model, vae, settings
         self.space = space_to_distil(model, vae)
         empty = latents.resize_empty_latent(model, latent)
-        if (frames := latents.frame_count(empty)) > 1:
-            raise ValueError(f"this latent has {frames} frames, and experts learn from single images so far: connect one of "
-                             "a single frame, or use the plain guider, which judges frame by frame")
-        self.shape = tuple(empty.shape)
+        self.shape, self.frames = tuple(empty.shape), latents.frame_count(empty)
+        self.kept = frames_to_keep(self.frames)
         self.recorder, self.recording_model = TrajectoryRecorder(), model.clone()
         self.recording_model.set_model_sampler_post_cfg_function(self.post_cfg)
         self.recording_model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, SAMPLES, self.on_sample)
@@ -87,9 +88,10 @@ class SampleGenerator(Feature):
     def manifest(self) -> dict:
         """Return what the images are made from, as JSON values."""
         settings = self.settings
+        of_videos = {"frames": self.kept} if self.frames > 1 else {}
         return {**fingerprint_model(self.model, settings.positive, settings.negative), "vae": fingerprint_vae(self.vae),
                 "shape": list(self.shape), "cfg": settings.cfg, "steps": settings.steps, "sampler": settings.sampler_name,
-                "scheduler": settings.scheduler, "seed": settings.seed}
+                "scheduler": settings.scheduler, "seed": settings.seed, **of_videos}
 
     def on_sample(self, executor: Any, cfg_guider: Any, sigmas: Tensor, extra_args: dict, *args: Any,
                   **kwargs: Any) -> Tensor:
@@ -101,26 +103,33 @@ class SampleGenerator(Feature):
         """Record one step, and leave the prediction as it is."""
         x, sigma = noise_levels.to_ve(args["model"].model_sampling, args["input"], args["sigma"])
         if sigma.isfinite().all():
-            self.recorder.record(latents.frames_as_images(x), sigma, latents.frames_as_images(args["denoised"]))
+            frames, denoised = (take_frames(part, self.chosen) for part in (x, args["denoised"]))
+            self.recorder.record(frames, sigma.repeat_interleave(self.kept), denoised)
         return args["denoised"]
 
     def generate(self, seeds: list[int]) -> tuple[Tensor, Trajectories]:
         """Return the images of some seeds, (B, 3, H, W) in [-1, 1], and the steps that led to them."""
-        batches = [self._sample(seeds[i:i + self.shape[0]]) for i in range(0, len(seeds), self.shape[0])]
-        samples, trajectories = zip(*batches, strict=True)
-        images = torch.cat([self._decode(part) for part in samples])
+        batch = self.shape[0] * self.kept
+        batches = [self._sample(seeds[i:i + batch]) for i in range(0, len(seeds), batch)]
+        samples, frames, trajectories = zip(*batches, strict=True)
+        images = torch.cat([self._decode(*part) for part in zip(samples, frames, strict=True)])
         return images, Trajectories(*map(torch.cat, zip(*trajectories, strict=True)))
 
-    def _decode(self, samples: Tensor) -> Tensor:
-        return samples if self.vae is None else image_from_comfy(latents.decode_images(self.vae, samples))
+    def _decode(self, samples: Tensor, chosen: Tensor) -> Tensor:
+        if self.vae is None:
+            return take_frames(samples, chosen)
+        return image_from_comfy(latents.decode_frames(self.vae, samples, chosen))
 
-    def _sample(self, seeds: list[int]) -> tuple[Tensor, Trajectories]:
-        settings, noise = self.settings, seeded_noise(seeds, self.shape[1:])
+    def _sample(self, seeds: list[int]) -> tuple[Tensor, Tensor, Trajectories]:
+        """Sample the images of some seeds; returns what was sampled, the frames of it that are images, and the steps."""
+        first_seeds = seeds[::self.kept]
+        self.chosen = choose_frames(first_seeds, self.frames, self.kept)
+        settings, noise = self.settings, seeded_noise(first_seeds, self.shape[1:])
         samples = comfy.sample.sample(self.recording_model, noise, settings.steps, settings.cfg, settings.sampler_name,
                                       settings.scheduler, settings.positive, settings.negative, torch.zeros_like(noise),
                                       seed=seeds[0], disable_pbar=True, callback=partial(self._on_step, len(seeds)))
         self.done += len(seeds)
-        return samples, self.recorder.trajectories(seeds)
+        return samples, self.chosen, self.recorder.trajectories(seeds)
 
     def _on_step(self, batch: int, step: int, denoised: Tensor, *unused: Any) -> None:
         self.progress(self.done * self.settings.steps + (step + 1) * batch, latents.preview(self.model, denoised[:1]))

@@ -42,6 +42,7 @@ from .terms import (
     on_grid,
     require_one_frame,
     to_core_term,
+    watch_frames,
 )
 
 
@@ -105,8 +106,9 @@ class GuidedModel(Feature):
         return samples
 
     def new_run(self, model: Patcher, noise: Tensor) -> SamplingRun:
-        decoders = decoders_of_frames(self.decoders, model, self.vae, noise)
-        require_one_frame(self.terms, decoders, noise)
+        frames = latents.frame_count(noise)
+        require_one_frame(self.terms, frames)
+        decoders = decoders_of_frames(self.decoders, frames)
         shape = latents.frames_as_images(noise).shape
         terms = [to_core_term(model, term, shape, decode) for term, decode in zip(self.terms, decoders, strict=True)]
         return SamplingRun(terms, latents.sigma_data_of(model), compute_type(model))
@@ -163,6 +165,7 @@ def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
     run.sigmas.add(float(sigma[0]))
     images, predicted = latents.frames_as_images(x), latents.frames_as_images(denoised.detach())
     prediction = Prediction(images, sigma.repeat_interleave(len(images) // len(x)), predicted, partial(_vjp, args))
+    watch_frames(run.terms, predicted, latents.frame_count(denoised))
     settings = GuidanceSettings(run.sigma_data, max_rms or float("inf"), run.compute, run.state)
     guidance = _shift(args, run, prediction, settings)
     if guidance is None:

@@ -14,6 +14,7 @@ from ...ppap_core.guiders.latents import PIXELS, LatentSpace
 from ...ppap_core.guiders.resize import resize
 from ...ppap_core.noise import PIXEL_SIGMA_DATA
 from ...ppap_core.rng import seeded_noise
+from .frames import FrameDecoder, shown_at, take_frames
 from .memory import private_copy
 
 Patcher: TypeAlias = comfy.model_patcher.ModelPatcher
@@ -121,7 +122,7 @@ def knows_colors(model: Patcher) -> bool:
 class Decoder(torch.nn.Module):
     """A private copy of a VAE that gradients can pass: (latent (B, C, h, w), sigma) -> image (B, 3, H, W) in [-1, 1].
 
-    A VAE of videos decodes one frame. ValueError for a VAE of sound.
+    A VAE of videos decodes one frame; see `of_frames` for more. ValueError for a VAE of sound.
     """
 
     net: Any
@@ -138,10 +139,18 @@ class Decoder(torch.nn.Module):
         self.decodes_to_unit = vae.process_output(torch.zeros(1)).item() == 0  # others map 0 to 0.5
 
     def forward(self, latent: Tensor, sigma: Tensor) -> Tensor:
+        return first_frame(self.decode(latent))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return the images (B, 3, H, W) of latents (B, C, h, w), or the videos (B, 3, T', H, W) of (B, C, T, h, w)."""
         weight = next(self.net.parameters())
         latent = self.latent_format.process_out(with_axes(latent, self.latent_format.latent_dimensions))
-        image = first_frame(self.net.decode(with_axes(latent, self.axes).to(weight.dtype))).float()[:, :3]
+        image = self.net.decode(with_axes(latent, self.axes).to(weight.dtype)).float()[:, :3]
         return 2 * image - 1 if self.decodes_to_unit else image
+
+    def of_frames(self, count: int) -> "Decoder | FrameDecoder":
+        """Return what shows a guider each frame of videos of so many frames; a VAE of images decodes each alone."""
+        return self if count == 1 or self.axes == 2 else FrameDecoder(self)
 
 
 def _cloned(latent_format: Any) -> Any:
@@ -155,6 +164,14 @@ def decode_images(vae: comfy.sd.VAE, samples: Tensor) -> Tensor:
     """Return the images (B, H, W, 3) in [0, 1] that a VAE makes of images, or of videos of one frame."""
     image = vae.decode(with_axes(samples, vae.latent_dim))
     return image[:, 0] if image.ndim == 5 else image
+
+
+def decode_frames(vae: comfy.sd.VAE, samples: Tensor, chosen: Tensor) -> Tensor:
+    """Return the images (B K, H, W, 3) in [0, 1] of chosen frames (B, K) of videos; images are decoded as they are."""
+    if (count := frame_count(samples)) == 1 or vae.latent_dim == 2:
+        return decode_images(vae, take_frames(samples, chosen))
+    videos = vae.decode(samples)
+    return take_frames(videos.movedim(-1, 1), shown_at(chosen, count, videos.shape[1])).movedim(1, -1)
 
 
 def mask_for(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

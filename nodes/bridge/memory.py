@@ -2,7 +2,7 @@
 import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.controlnet
@@ -163,7 +163,7 @@ class GradientMemory(Feature):
                 *args: Any, **kwargs: Any) -> tuple:
         """Wrap ComfyUI's prepare_sampling: load the models beside the reservation, and return the conditioning as it was."""
         limit = MAX_GRADIENT_SHARE * comfy.model_management.get_total_memory(model.load_device)
-        size = self._guider_bytes(_as_images(tuple(noise_shape)), compute_type(model), limit)
+        size = self._guider_bytes(tuple(noise_shape), compute_type(model), limit)
         size += self.through_model * MODEL_GRADIENT_FACTOR * limit
         below = [cond["control"].size for cond in conds.get(self.key, [])]  # reserved by a guidance below this one
         reserved = {self.key: [{"control": MemoryReservation(max([size, *below]))}]}
@@ -182,8 +182,11 @@ def _as_images(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0] * shape[2], shape[1], *shape[3:]) if len(shape) == 5 else shape
 
 
-def _bytes_of(guider: Guider, shape: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
+def _bytes_of(guider: Guider, sampled: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
     """Bytes for the gradient of a whole batch, or of as much of it as the limit allows, but at least of one image."""
+    shape, frames = _as_images(sampled), sampled[2] if len(sampled) == 5 else 1
+    if hasattr(guider.decode, "of_frames"):
+        guider = replace(guider, decode=guider.decode.of_frames(frames))
     try:
         whole = _bytes_of_images(guider, shape[0], shape, compute)
         return whole if whole <= limit else max(limit, _bytes_of_images(guider, 1, shape, compute))

@@ -28,9 +28,9 @@ from .terms import (
     GuidanceTerm,
     active_guiders,
     decoders_for,
+    decoders_of_frames,
     fingerprint_terms,
     refuse_readouts,
-    require_one_frame,
     to_core_term,
 )
 
@@ -56,10 +56,10 @@ class PriorSearch:
     def __post_init__(self) -> None:
         latents.require_supported(self.model)
         refuse_readouts(self.terms)
-        self.decoders, self.networks = decoders_for(self.terms, self.model, self.vae)
+        decoders, self.networks = decoders_for(self.terms, self.model, self.vae)
         self.start = {**latents.without_sizes(self.latent), "samples": latents.resize_empty_latent(self.model, self.latent)}
         self.images = self.model.model.process_latent_in(self.start["samples"])
-        require_one_frame(self.terms, self.decoders, self.images)
+        self.decoders = decoders_of_frames(decoders, latents.frame_count(self.images))
         self.progress = Progress(self.config.steps)
 
     def run(self) -> tuple[dict, Losses]:

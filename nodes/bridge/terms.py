@@ -17,6 +17,7 @@ from ...ppap_core.io.hashing import digest
 from . import latents
 from .features import layer_at
 from .fingerprint import fingerprint_network
+from .frames import FrameDecoder
 from .latents import Patcher
 from .memory import module_of
 from .noise_levels import PercentSchedule
@@ -117,29 +118,24 @@ def decoders_for(terms: Sequence[GuidanceTerm], model: Patcher,
     return decoders, [*networks.values(), *([vae_decoder] if vae_decoder else [])]
 
 
-def decoders_of_frames(decoders: Sequence[Decode | None], model: Patcher, vae: comfy.sd.VAE | None,
-                       x: Tensor) -> list[Decode | None]:
-    """Return the decoders for what is sampled: frames of latents whose colours only a VAE shows are not decoded by it."""
-    if latents.frame_count(x) == 1 or latents.knows_colors(model) or vae is None:
-        return list(decoders)
-    colors = latents.latent_space(model, vae).colors
-    return [colors if isinstance(decode, latents.Decoder) else decode for decode in decoders]
+def decoders_of_frames(decoders: Sequence[Decode | None], count: int) -> list[Decode | None]:
+    """Return the decoders for videos of so many frames, of which each is judged as an image; 1: for images."""
+    return [decode.of_frames(count) if isinstance(decode, latents.Decoder) else decode for decode in decoders]
 
 
-def require_one_frame(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None], x: Tensor) -> None:
-    """ValueError if experts or a decoded image would judge videos of several frames."""
-    if (frames := latents.frame_count(x)) == 1:
-        return
-    for term, decode in zip(terms, decoders, strict=True):
-        if isinstance(term.guider.net, ExpertBank):
-            raise ValueError(f"the experts of {term.guider.name} know single images, but this latent has {frames} frames: "
+def watch_frames(terms: Sequence[Term], frames: Tensor, count: int) -> None:
+    """Let the decoders of terms know whole videos, (B count, C, h, w), before they decode each frame."""
+    for term in terms:
+        if isinstance(term.guider.decode, FrameDecoder):
+            term.guider.decode.watch(frames, count)
+
+
+def require_one_frame(terms: Sequence[GuidanceTerm], count: int) -> None:
+    """ValueError if readouts would judge videos of several frames, of which the model's features are those of all."""
+    for term in terms:
+        if count > 1 and reads_features(term.guider):
+            raise ValueError(f"the readout of {term.guider.name} knows single images, but this latent has {count} frames: "
                              "use the plain guider, which judges frame by frame, or a latent of one frame")
-        if reads_features(term.guider):
-            raise ValueError(f"the readout of {term.guider.name} knows single images, but this latent has {frames} frames: "
-                             "use the plain guider, which judges frame by frame, or a latent of one frame")
-        if isinstance(decode, latents.Decoder):
-            raise ValueError(f"the VAE shows a guider one image at a time, but this latent has {frames} frames: disconnect "
-                             "it, and the guiders will look at the colours of every frame, or use a latent of one frame")
 
 
 def _judging(guider: Guider) -> torch.nn.Module:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def energy_gradient(guider: Guider, point: Tensor, sigma: Tensor,
 
 
 def slice_guider(guider: Guider, part: slice, batch_size: int) -> Guider:
-    """The guider for a part of a batch: targets and prompts that differ between images are sliced.
+    """The guider for a part of a batch: targets and prompts that differ between images are sliced, and so is a decoder.
 
     batch_size: number of images of the whole batch. ValueError for a target or prompt of another number of images.
     """
@@ -90,11 +91,17 @@ def slice_guider(guider: Guider, part: slice, batch_size: int) -> Guider:
         if value is not None and len(value) not in (1, batch_size):
             raise ValueError(f"the {name} of {guider.name} is for {len(value)} images but {batch_size} are sampled: give "
                              f"one {name} for all, or one for each")
-    return replace(guider, target=_slice(guider.target, part), prompt=_slice(guider.prompt, part))
+    return replace(guider, target=_slice(guider.target, part), prompt=_slice(guider.prompt, part),
+                   decode=slice_decoder(guider.decode, part))
 
 
 def _slice(value: Tensor | None, part: slice) -> Tensor | None:
     return value if value is None or len(value) == 1 else value[part]
+
+
+def slice_decoder(decode: Any, part: slice) -> Any:
+    """A decoder for a part of a batch, if it is one that knows the others of the batch; others stay as they are."""
+    return decode.sliced(part) if hasattr(decode, "sliced") else decode
 
 
 def _gradient_if_it_fits(guider: Guider, point: Tensor, sigma: Tensor,

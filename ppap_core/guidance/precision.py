@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guiders.guider import Guider, has_network
-from .gradients import HALF, energy_gradient, is_finite
+from .gradients import HALF, energy_gradient, is_finite, slice_decoder
 from .moments import Moments, MomentState
 
 log = logging.getLogger(__name__)
@@ -149,6 +149,10 @@ class FullPrecision:
     """A network whose weights of half precision are read as float32 in each call; the weights themselves stay."""
 
     net: Callable[..., Tensor]
+
+    def sliced(self, part: slice) -> "FullPrecision":
+        """The decoder for a part of a batch."""
+        return FullPrecision(slice_decoder(self.net, part))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         assert isinstance(self.net, nn.Module)

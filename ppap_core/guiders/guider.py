@@ -12,7 +12,10 @@ from .preprocess import CHANNELS, PADDINGS, Preprocess
 from .tasks import TASKS, resize_map
 
 Decode = Callable[[Tensor, Tensor], Tensor]
-"""(latent (B, C, h, w), sigma (B,)) -> image (B, 3, H, W) in [-1, 1]; computes in a type of its own, outside of autocast"""
+"""(latent (B, C, h, w), sigma (B,)) -> image (B, 3, H, W) in [-1, 1]; computes in a type of its own, outside of autocast
+
+One that knows the other latents of a batch, as of a video, has a method `sliced(part)`: the decoder for a slice of them.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Latents with a time axis of length one are images: samples, experts, the VAE, priors and trainings take them as such."""
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from helpers import says
+from helpers import randn, says
 from helpers.model_families import small_vae, small_video_vae
 from helpers.workbench import (
     THROUGH,
@@ -18,7 +18,7 @@ from helpers.workbench import (
     train_lora,
     with_lora_at,
 )
-from helpers.worlds import HEIGHT, WIDTH, LatentWorld
+from helpers.worlds import HEIGHT, WIDTH, FilmWorld, LatentWorld
 from torch import Tensor
 
 FAMILIES = ("Qwen-Image", "Cosmos-Predict2", "Wan 2.1")
@@ -28,32 +28,6 @@ FAMILIES = ("Qwen-Image", "Cosmos-Predict2", "Wan 2.1")
 def scene(bench: Workbench, request: pytest.FixtureRequest) -> Scene:
     """A model of frames with a latent of one frame, 12 by 20."""
     return replace(bench.scene(request.param), latent={"samples": torch.zeros(2, 16, 1, 12, 20)})
-
-
-class TwinWorld(LatentWorld):
-    """The latent tiny world whose flow model and its latents have a time axis of length one."""
-
-    SHAPE: ClassVar = (16, 1, HEIGHT, WIDTH)
-
-    def __init__(self, comfy: Callable[..., tuple]):
-        super().__init__(comfy)
-        import comfy.latent_formats as formats
-
-        frames = type("SD3", (formats.SD3,), {"latent_dimensions": 3})
-        flow = super().model("flow").clone()
-        flow.add_object_patch("latent_format", frames())
-        flow.set_model_unet_function_wrapper(without_time)
-        self.models = (flow, *self.models[1:])
-
-    def sample(self, model: Any, **changes: Any) -> Tensor:
-        return super().sample(model, **{"latent_image": {"samples": torch.zeros(3, *self.SHAPE)}, **changes})
-
-    def samples(self, kind: str, name: str) -> Any:
-        return made_by(self, self.model(kind), self.nothing, self.vae, name, torch.zeros(32, *self.SHAPE))
-
-
-def without_time(apply_model: Callable, args: dict) -> Tensor:
-    return apply_model(args["input"][:, :, 0], args["timestep"], **args["c"])[:, :, None]
 
 
 def made_by(world: Any, model: Any, positive: list, vae: Any, name: str, latent: Tensor) -> Any:
@@ -215,42 +189,71 @@ def test_a_guider_steers_one_frame(bench: Workbench, scene: Scene):
     steered(bench, scene)
 
 
-def test_videos_are_refused_where_images_are_needed(bench: Workbench, distilled: Callable):
-    """Experts and the VAE look at single images; plain guiders judge frame by frame."""
-    video = bench.scene("Wan 2.1")
-    with says(ValueError, "3 frames", "single frame"):
-        made(bench, video, small_vae(16), "videos", (3, 4, 8))
-    with says(ValueError, "3 frames", "plain guider"):
-        ksampler(bench, bench.guide(video, guider=distilled("Wan 2.1")))
-    through_vae = bench.patch(video, "PPAPApplyGuidance", terms=bench.terms(), max_rms=0.0, vae=small_vae(16))
-    with says(ValueError, "3 frames", "the colours of every frame"):
-        ksampler(bench, through_vae)
-    with says(ValueError, "3 frames", "plain guider"):
-        search(bench, video.conditioned(), bench.terms(guider=distilled("Wan 2.1")), steps=1)
-
-
 @pytest.fixture(scope="module")
-def worlds(comfy: Callable[..., tuple]) -> tuple[LatentWorld, TwinWorld]:
-    return LatentWorld(comfy), TwinWorld(comfy)
+def worlds(comfy: Callable[..., tuple]) -> tuple[LatentWorld, FilmWorld]:
+    return LatentWorld(comfy), FilmWorld(comfy)
 
 
-def test_a_twin_with_time_gives_the_same_samples(worlds: tuple[LatentWorld, TwinWorld]):
+def test_a_twin_with_time_gives_the_same_samples(worlds: tuple[LatentWorld, FilmWorld]):
     of_images, of_frames = (world.samples("flow", name).store for world, name in zip(worlds, ("flow", "twin"), strict=True))
     for one, other in ((of_images.denoised, of_frames.denoised), (of_images.noisy_vp, of_frames.noisy_vp),
                        (of_images.images, of_frames.images)):
         assert torch.equal(one, other)
 
 
+def test_a_twin_with_time_teaches_the_same_experts(worlds: tuple[LatentWorld, FilmWorld]):
+    of_images, of_frames = (world.experts("flow", "denoised", world.samples("flow", name)).net
+                            for world, name in zip(worlds, ("flow", "twin"), strict=True))
+    for index in range(2):
+        one, other = of_images.weights(index), of_frames.weights(index)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def autoguided_twin(world: LatentWorld, latent: dict) -> Tensor:
+    scene = Scene(world.model("flow"), world.star, world.nothing, latent, steps=3)
+    [model] = world.comfy("PPAPAutoguidance", model=scene.model, bad_model=with_lora_at(scene, 0.1), weight=2.0,
+                          start_percent=0.0, end_percent=1.0, factor_at_start=1.0, factor_at_end=1.0)
+    return world.sample(model, steps=3)
+
+
+def searched_twin(world: LatentWorld, latent: dict) -> Tensor:
+    inputs = {"model": world.model("flow"), "positive": world.star, "negative": world.nothing, "latent_image": latent}
+    [terms] = world.comfy("PPAPGuidanceTerm", guider=world.guider, weight=0.3, start_percent=0.0, end_percent=1.0,
+                          factor_at_start=1.0, factor_at_end=1.0, view="own")
+    return search(world, inputs, terms, steps=3)
+
+
+def trained_twin(world: LatentWorld, latent: dict) -> Tensor:
+    settings = {"name": f"twin {latent['samples'].ndim}", "steps": 2, "rank": 2, "batch_size": 2, "learning_rate": 1e-2}
+    inputs = {"model": world.model("flow"), "positive": world.star, "latent": latent}
+    return world.sample(world.comfy("PPAPTrainLora", **inputs, **settings, seed=0)[0], steps=3)
+
+
+@pytest.mark.parametrize("use", [autoguided_twin, searched_twin, trained_twin])
+def test_a_twin_with_time_does_all_else_alike(worlds: tuple[LatentWorld, FilmWorld], use: Callable[..., Tensor]):
+    """Autoguidance, priors and Train LoRA of (B, C, 1, h, w) are those of (B, C, h, w), bit for bit."""
+    of_images, of_frames = worlds
+    samples = randn(3, 16, HEIGHT, WIDTH)
+    image, frame = use(of_images, {"samples": samples}), use(of_frames, {"samples": samples[:, :, None]})
+    assert torch.equal(frame[:, :, 0], image) and not torch.equal(image, of_images.sample(of_images.model("flow"), steps=3))
+
+
+def test_a_twin_with_time_has_the_same_preview(worlds: tuple[LatentWorld, FilmWorld]):
+    latents, x = worlds[0].comfy.pack.nodes.bridge.latents, randn(2, 16, HEIGHT, WIDTH)
+    image, frame = (latents.preview(world.model("flow"), x) for world, x in zip(worlds, (x, x[:, :, None]), strict=True))
+    assert torch.equal(image, frame)
+
+
 @pytest.mark.parametrize("term", [{}, {"view": "noisy"}, THROUGH, {"strength": "raw"},
                                   {"mask": torch.ones(1, 8, 8).tril()}],
                          ids=["in the prediction", "noisy", "through the model", "raw", "mask"])
 @pytest.mark.parametrize("how", ["experts", "colours", "VAE"])
-def test_a_twin_with_time_is_guided_alike(worlds: tuple[LatentWorld, TwinWorld], how: str, term: dict):
+def test_a_twin_with_time_is_guided_alike(worlds: tuple[LatentWorld, FilmWorld], how: str, term: dict):
     """Guidance of (B, C, 1, h, w) is that of (B, C, h, w), bit for bit."""
     of_images, of_frames = worlds
     view = term.get("view", "denoised")
     guider = of_images.experts("flow", view) if how == "experts" else None
     settings = {"guider": guider, "vae": of_images.vae if how == "VAE" else None, **term}
     image, frame = (world.guided("flow", **settings) for world in worlds)
-    assert frame.shape == (3, *TwinWorld.SHAPE) and torch.equal(frame[:, :, 0], image)
+    assert frame.shape == (3, 16, 1, HEIGHT, WIDTH) and torch.equal(frame[:, :, 0], image)
     assert not torch.equal(image, of_images.sample(of_images.model("flow")))

@@ -107,12 +107,43 @@ class LatentWorld:
             images = self.seen(kind, samples)
             return (guider or self.guider).energy(images, torch.zeros(len(images)))
 
-    def samples(self, kind: str, name: str) -> Any:
-        return self.comfy("PPAPGenerateSamples", name=name, count=64, steps=3, cfg=1.0, sampler_name="euler",
-                          scheduler="simple", seed=0, model=self.model(kind), positive=self.nothing, vae=self.vae,
-                          latent_image={"samples": torch.zeros(32, 16, HEIGHT, WIDTH)})[0]
+    def samples(self, kind: str, name: str, **changes: Any) -> Any:
+        settings = {"name": name, "count": 64, "steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
+                    "seed": 0, "model": self.model(kind), "positive": self.nothing, "vae": self.vae,
+                    "latent_image": {"samples": torch.zeros(32, 16, HEIGHT, WIDTH)}, **changes}
+        return self.comfy("PPAPGenerateSamples", **settings)[0]
 
-    def experts(self, kind: str, view: str) -> Any:
-        return self.comfy("PPAPDistilExperts", samples=self.samples(kind, kind), guider=self.guider, view=view, experts=2,
-                          sigma_min=0.0, sigma_max=0.0, steps=2, batch_size=4, learning_rate=1e-2, rank=2, alpha=2.0,
-                          seed=0)[0]
+    def experts(self, kind: str, view: str, samples: Any = None) -> Any:
+        return self.comfy("PPAPDistilExperts", samples=samples or self.samples(kind, kind), guider=self.guider, view=view,
+                          experts=2, sigma_min=0.0, sigma_max=0.0, steps=2, batch_size=4, learning_rate=1e-2, rank=2,
+                          alpha=2.0, seed=0)[0]
+
+
+class FilmWorld(LatentWorld):
+    """The latent tiny world whose flow model has a time axis, and makes each frame of it by itself."""
+
+    def __init__(self, comfy: Callable[..., tuple], frames: int = 1, size: tuple[int, int] = (HEIGHT, WIDTH)):
+        super().__init__(comfy)
+        import comfy.latent_formats as formats
+
+        self.shape = (16, frames, *size)
+        of_frames = type("SD3", (formats.SD3,), {"latent_dimensions": 3})
+        flow = super().model("flow").clone()
+        flow.add_object_patch("latent_format", of_frames())
+        flow.set_model_unet_function_wrapper(frame_by_frame)
+        self.models = (flow, *self.models[1:])
+
+    def sample(self, model: Any, **changes: Any) -> torch.Tensor:
+        return super().sample(model, **{"latent_image": {"samples": torch.zeros(3, *self.shape)}, **changes})
+
+    def samples(self, kind: str, name: str, **changes: Any) -> Any:
+        return super().samples(kind, name, **{"latent_image": {"samples": torch.zeros(32, *self.shape)}, **changes})
+
+
+def frame_by_frame(apply_model: Callable, args: dict) -> torch.Tensor:
+    """Run a model of images (B T, C, h, w) on the frames of videos (B, C, T, h, w)."""
+    frames = args["input"].shape[2]
+    per_frame = {name: value.repeat_interleave(frames, 0) if isinstance(value, torch.Tensor) else value
+                 for name, value in args["c"].items()}
+    images = apply_model(args["input"].movedim(2, 1).flatten(0, 1), args["timestep"].repeat_interleave(frames), **per_frame)
+    return images.unflatten(0, (-1, frames)).movedim(1, 2)

@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ...ppap_core.io.storage import is_wrapper, rewrapped, storages
 from .memory import FULL_PRECISION, log, replace_tensors
@@ -94,7 +95,7 @@ def differentiable_networks() -> Iterator[None]:
     streams = management.NUM_STREAMS
     try:
         management.in_training, management.NUM_STREAMS = True, 0
-        with kernels_in_torch():
+        with kernels_in_torch(), OutputsThatLearn():
             yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in NOT_DIFFERENTIABLE_HINTS):
@@ -122,6 +123,16 @@ def kernels_in_torch() -> Iterator[None]:
         yield
     finally:
         vars(comfy_kitchen).update(fused)
+
+
+class OutputsThatLearn(TorchFunctionMode):
+    """Context manager: operations that write into a tensor by `out=`, which have no gradient, change it in place instead."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if not isinstance(out := kwargs.pop("out", None), torch.Tensor):
+            return func(*args, **kwargs) if out is None else func(*args, **kwargs, out=out)
+        return out.copy_(func(*args, **kwargs))
 
 
 class _Held(WeakKeyDictionary):

@@ -2,6 +2,7 @@
 from copy import copy
 from typing import Any, TypeAlias
 
+import comfy.latent_formats
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.sample
@@ -19,18 +20,30 @@ from .memory import private_copy
 
 Patcher: TypeAlias = comfy.model_patcher.ModelPatcher
 SIZES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # by which an empty LATENT says its size
+OBJECTS = ("hunyuan3d", "trellis", "triposplat")  # what ComfyUI calls networks of 3D objects begins so
 COLOR_SAMPLES, COLOR_SIZE = 4, 16  # latents of noise that a VAE shows the colours of: their number, and their sides
 
 
 def require_supported(model: Patcher) -> None:
     """ValueError for models that cannot be guided."""
     latent, sampling = model.get_model_object("latent_format"), model.get_model_object("model_sampling")
+    if makes := _makes_instead(model):
+        raise ValueError(f"this model makes {makes} (its latents are {type(latent).__name__}), and guiders judge pictures: "
+                         "expected an image or video model")
     if latent.latent_dimensions not in (2, 3) or type(latent).__name__.endswith("AV"):  # packed with sound
         raise ValueError(f"this model's latents are {type(latent).__name__}, which are not or not only pictures: expected "
                          "an image or video model")
     if not adds_noise(sampling):
         raise ValueError(f"this model's sampling is {type(sampling).__bases__[-1].__name__}, which adds no noise to "
                          "pictures: expected a noise-predicting, velocity-predicting, EDM or flow model")
+
+
+def _makes_instead(model: Patcher) -> str:
+    """Name what a model makes instead of pictures, by what ComfyUI found in its file; "" for all others."""
+    settings = getattr(getattr(model.model, "model_config", None), "unet_config", {})
+    if "audio_model" in settings:
+        return "sound"
+    return "3D objects" if str(settings.get("image_model")).startswith(OBJECTS) else ""
 
 
 def adds_noise(sampling: Any) -> bool:
@@ -94,6 +107,9 @@ def latent_space(model: Patcher, vae: comfy.sd.VAE | None = None) -> LatentSpace
 def space_seen_by(vae: comfy.sd.VAE | None, model: Patcher) -> LatentSpace:
     """Return the latents of a model with the linear colours that best agree with what its VAE makes of noise."""
     latent = model.get_model_object("latent_format")
+    if vae is None and type(latent) is comfy.latent_formats.LatentFormat:
+        raise ValueError("this model names no latents, as networks that look at pictures and make none (SAM 3 and Depth "
+                         "Anything, say): expected an image or video model, or one with its VAE connected")
     if vae is None:
         raise ValueError(f"ComfyUI does not know the colours of this model's latents, {type(latent).__name__}: connect the "
                          "model's VAE where it guides, which shows them, or use another model")

@@ -11,8 +11,8 @@ from ...ppap_core.guidance.terms import TermRecord
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.viz.summary import Note, guidance_warnings, summarize_guidance
 from .hooks import GUIDANCE, features_of
-from .latents import Patcher
-from .terms import GuidanceTerm
+from .latents import Patcher, frame_count
+from .terms import GuidanceTerm, describe_seen
 
 SAMPLED_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the LATENTs that samplers may make of what was sampled
 
@@ -68,7 +68,10 @@ def report_of(model: Patcher, latent: dict) -> Report:
             records += [record._replace(term=record.term + len(names)) for record in run.records]
             sigmas |= run.sigmas
             notes += [(term + len(names), note) for term, note in run.notes]
-            remarks += [(index, text) for index, term in enumerate(guided.terms, len(names)) if (text := _remark(term))]
+            frames = frame_count(latent["samples"])
+            for index, (term, decode) in enumerate(zip(guided.terms, guided.decoders, strict=True), len(names)):
+                said = (_remark(term), describe_seen(term, decode, model, frames))
+                remarks += [(index, text) for text in said if text]
             names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(guided.terms, 1)]
     if not names:
         raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "

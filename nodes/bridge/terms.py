@@ -20,7 +20,7 @@ from .fingerprint import fingerprint_network
 from .frames import FrameDecoder
 from .latents import Patcher
 from .memory import module_of
-from .noise_levels import PercentSchedule
+from .noise_levels import PercentSchedule, starts_from_picture
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,20 @@ def require_one_frame(terms: Sequence[GuidanceTerm], count: int) -> None:
 def _judging(guider: Guider) -> torch.nn.Module:
     """The network that runs while a model is sampled; of a readout its heads alone."""
     return guider.net.heads if isinstance(guider.net, ReadoutNetwork) else module_of(guider)
+
+
+def describe_seen(term: GuidanceTerm, decode: Decode | None, model: Patcher, count: int) -> str:
+    """Return what is worth knowing of how a term's guider sees what a MODEL diffuses, of so many frames; "" for most."""
+    said = []
+    if isinstance(decode, latents.Decoder):
+        said += ["the VAE showed it each frame behind the one before it"] if decode.of_frames(count) is not decode else []
+    elif not (latents.knows_colors(model) or term.guider.decode or reads_features(term.guider)):
+        said.append("it saw colours that were read off the VAE, because ComfyUI does not know those of these latents")
+    if starts_from_picture(model.get_model_object("model_sampling")):
+        said.append("this model is given a picture instead of noise, " + (
+            "and of that the noisy view sees next to nothing: use the denoised view" if term.guider.view == "noisy" else
+            "and what it makes of that is guided, with the gradient in the prediction"))
+    return "; ".join(said)
 
 
 def _uses_vae(guider: Guider, model: Patcher) -> bool:

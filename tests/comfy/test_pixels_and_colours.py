@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import randn, says
 from helpers.every_class import build, names
-from helpers.model_families import small_vae, without_network
+from helpers.every_class import without_network as of_class
+from helpers.model_families import small_vae, small_video_vae, without_network
 from helpers.workbench import THROUGH, Scene, Workbench, ksampler, steered
 
 
@@ -97,6 +98,54 @@ def colourless(scene: Scene) -> Any:
     latent = type(kind.__name__, (kind,), {})()
     latent.latent_rgb_factors = None
     return latent
+
+
+# Words
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("ACEStep", ["makes sound", "ACEAudio"]), ("StableAudio", ["makes sound", "StableAudio1"]),
+    ("Hunyuan3Dv2", ["makes 3D objects"]), ("Trellis2", ["makes 3D objects"]), ("TripoSplat", ["makes 3D objects"]),
+    ("SAM3", ["look at pictures and make none"]), ("DepthAnything3", ["look at pictures and make none"]),
+    ("RT_DETR_v4", ["look at pictures and make none"])])
+def test_what_makes_no_pictures_is_told_what_it_makes(bench: Workbench, name: str, words: list[str]):
+    if name not in names():
+        pytest.skip(f"this ComfyUI has no {name}")
+    with says(ValueError, *words, "expected an image or video model"):
+        bench.guide(Scene(of_class(name), [], [], {}))
+
+
+def reported(bench: Workbench, guided: Scene) -> str:
+    """What Guidance Summary says of a sampling."""
+    [report] = bench.comfy("PPAPGuidanceReport", model=guided.model, latent={"samples": ksampler(bench, guided)})
+    return bench.comfy("PPAPReadGuidance", report=report)[0]
+
+
+@pytest.mark.parametrize(("view", "words"), [("denoised", "what it makes of that is guided"),
+                                             ("noisy", "sees next to nothing: use the denoised view")])
+def test_the_report_says_what_a_model_of_pictures_is_given(bench: Workbench, view: str, words: str):
+    if "LotusD" not in names():
+        pytest.skip("this ComfyUI has no LotusD")
+    with torch.inference_mode():
+        scene = Scene(*build("LotusD"), steps=1)
+    text = reported(bench, bench.guide(scene, view=view))
+    assert "given a picture instead of noise" in text and words in text
+    assert "given a picture" not in reported(bench, bench.guide(bench.scene("SD 1.5"), view=view))
+
+
+def test_the_report_says_where_colours_come_from(bench: Workbench):
+    scene = replace(bench.scene("SD 3"), model=bench.scene("SD 3").model.clone())
+    scene.model.add_object_patch("latent_format", colourless(scene))
+    for view, said in (("noisy", True), ("denoised", False)):  # the denoised view is decoded by the VAE
+        terms = bench.terms(view=view)
+        text = reported(bench, bench.patch(scene, "PPAPApplyGuidance", terms=terms, max_rms=0.0, vae=small_vae(16)))
+        assert ("read off the VAE" in text) == said
+
+
+def test_the_report_says_how_a_vae_shows_frames(bench: Workbench):
+    for count, said in ((1, False), (2, True)):
+        scene = replace(bench.scene("Wan 2.1"), latent={"samples": torch.zeros(1, 16, count, 4, 6)}, steps=1)
+        guided = bench.patch(scene, "PPAPApplyGuidance", terms=bench.terms(), max_rms=0.0, vae=small_video_vae())
+        assert ("each frame behind the one before it" in reported(bench, guided)) == said
 
 
 # Other inputs of a model

@@ -173,7 +173,8 @@ def without_network(name: str) -> Any:
     import comfy.model_base
     import comfy.supported_models
 
-    config = getattr(comfy.supported_models, name)({"disable_unet_model_creation": True, "hidden_size": 1})
+    kind = getattr(comfy.supported_models, name)
+    config = kind({**kind.unet_config, "disable_unet_model_creation": True, "hidden_size": 1})
     return patcher(comfy.model_base.BaseModel(config, comfy.model_base.ModelType.FLOW))
 
 

@@ -185,8 +185,8 @@ def _as_images(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _bytes_of(guider: Guider, sampled: tuple[int, ...], compute: torch.dtype, limit: float) -> float:
     """Bytes for the gradient of a whole batch, or of as much of it as the limit allows, but at least of one image."""
     shape, frames = _as_images(sampled), sampled[2] if len(sampled) == 5 else 1
-    if hasattr(guider.decode, "of_frames"):
-        guider = replace(guider, decode=guider.decode.of_frames(frames))
+    if of_frames := getattr(guider.decode, "of_frames", None):
+        guider = replace(guider, decode=of_frames(frames))
     try:
         whole = _bytes_of_images(guider, shape[0], shape, compute)
         return whole if whole <= limit else max(limit, _bytes_of_images(guider, 1, shape, compute))

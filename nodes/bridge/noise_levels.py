@@ -21,7 +21,7 @@ def is_flow(sampling: Any) -> bool:
 
 def starts_from_picture(sampling: Any) -> bool:
     """Tell whether a sampling turns one picture into another in a step from its highest noise level, as Lotus does."""
-    return isinstance(sampling, getattr(comfy.model_sampling, "IMG_TO_IMG", ()))
+    return isinstance(sampling, comfy.model_sampling.IMG_TO_IMG)
 
 
 def to_ve(sampling: Any, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,19 @@ def node_defs(schemas: dict[str, Any], translate: Translate) -> dict[str, Any]:
     """Return what nodeDefs.json says of nodes, by their ids. translate: None leaves a text out."""
     return {node: _without_gaps({
         "display_name": translate(schema.display_name), "description": translate(schema.description),
-        "inputs": {slot.id: _slot(slot.id, slot.tooltip, translate) for slot in schema.inputs or ()},
+        "inputs": {name.replace(".", "_"): _slot(name.rpartition(".")[2], tooltip, translate)
+                   for name, tooltip in _inputs(schema)},
         "outputs": {str(place): _slot(slot.display_name, slot.tooltip, translate)
                     for place, slot in enumerate(schema.outputs or ())},
     }) for node, schema in sorted(schemas.items())}
+
+
+def _inputs(schema: Any) -> list[tuple[str, str]]:
+    """The names and tooltips of a node's inputs, last those that follow a choice, each once."""
+    slots = schema.inputs or ()
+    nested = {f"{slot.id}.{inner.id}": inner.tooltip for slot in slots for option in getattr(slot, "options", None) or ()
+              for inner in getattr(option, "inputs", ())}
+    return [*((slot.id, slot.tooltip) for slot in slots), *nested.items()]
 
 
 def _slot(name: str | None, tooltip: str, translate: Translate) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from helpers.graphs import page_of
 
 def place(front: FrontEnd, kind: str) -> None:
     """A node alone on the canvas, selected."""
-    front.page.get_by_role("button", name="Create a new blank workflow").click()
-    front.page.wait_for_function("() => app.graph.nodes.length == 0")
+    front.clear()
     front.page.evaluate("""kind => {
         const node = LiteGraph.createNode(kind);
         node.pos = [300, 300];

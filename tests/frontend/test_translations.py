@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import pytest
 from helpers.frontend import FrontEnd
 from helpers.graphs import page_of
+
 from tools.locales import read_table
 
 SHOWN = {"ja": "ガイダンス項", "zh": "引导项", "ko": "가이던스 항"}  # Guidance Term, in the languages that the page offers

@@ -71,6 +71,11 @@ class FrontEnd:
         self.page.wait_for_function(HAS_ALL, arg=ids)
         self.page.wait_for_timeout(700)  # what is missing is looked for after the nodes are there
 
+    def clear(self) -> None:
+        """Open an empty workflow."""
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        self.page.wait_for_function("() => app.graph.nodes.length == 0")
+
     def hurry(self) -> None:
         """Set few steps in the nodes."""
         self.page.evaluate(SET_WIDGETS, QUICK)
@@ -115,8 +120,7 @@ class FrontEnd:
     @contextmanager
     def search(self) -> Iterator["Search"]:
         """Double-click on the empty canvas and search for nodes."""
-        self.page.get_by_role("button", name="Create a new blank workflow").click()
-        self.page.wait_for_function("() => app.graph.nodes.length == 0")
+        self.clear()
         self.page.mouse.dblclick(500, 560)
         yield Search(self.page)
         self.page.keyboard.press("Escape")

@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from ...ppap_core.io.storage import is_wrapper, rewrapped, storages
 from .memory import FULL_PRECISION, log, replace_tensors
 from .shared_weights import make_injections_differentiable
+from .streaming import StreamedWeights, renew_streamed
 
 Result = TypeVar("Result")
 NOT_DIFFERENTIABLE_HINTS = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
 NO_GRADIENT_ADVICE = "choose 'in the prediction' as gradient, and no readout"
-DYNAMIC_VRAM_ADVICE = f"start ComfyUI with --disable-dynamic-vram, or {NO_GRADIENT_ADVICE}"
 
 
 @contextmanager
@@ -32,14 +32,11 @@ def outside_inference_mode() -> Iterator[None]:
 def for_gradients(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """Clone a MODEL so that gradients can pass through it.
 
-    Dynamic VRAM moves weights in and out while a model is at work, but a gradient needs them later. Such a model is loaded a
-    second time without it, as ComfyUI itself does for weight hooks. ValueError if its loader cannot load it twice.
+    A model under dynamic VRAM is loaded a second time without it, as ComfyUI itself does for weight hooks. If its loader
+    cannot do that, its weights are streamed and held while a gradient needs them, as those of models beside it.
     """
-    if not is_dynamic(model):
+    if not is_dynamic(model) or model.cached_patcher_init is None:
         return model.clone()
-    if model.cached_patcher_init is None:
-        raise ValueError("gradients cannot pass through this model under dynamic VRAM, and its loader cannot load it twice: "
-                         f"{DYNAMIC_VRAM_ADVICE}")
     return model.get_non_dynamic_delegate()
 
 
@@ -52,9 +49,10 @@ def make_differentiable(guider: comfy.samplers.CFGGuider) -> None:
     """Let gradients pass through a model that is loaded for sampling, and through the models and ControlNets beside it.
 
     Loaders make weights in inference mode, which autograd never accepts. guider: ComfyUI's guider of that sampling.
-    ValueError for a model under dynamic VRAM.
     """
-    _hold_weights_in_place((guider.model_patcher, *guider.loaded_models))
+    for patcher in (guider.model_patcher, *guider.loaded_models):
+        if hasattr(patcher, "unpin_all_weights") and not is_dynamic(patcher):
+            patcher.unpin_all_weights()
     replace_tensors(networks_of(guider), lambda tensor: tensor.is_inference() and not is_wrapper(tensor))
     make_injections_differentiable(guider.model_patcher)
 
@@ -64,15 +62,6 @@ def networks_of(guider: comfy.samplers.CFGGuider) -> list[torch.nn.Module]:
     candidates = [guider.inner_model, *(getattr(patcher, "model", None) for patcher in guider.loaded_models)]
     candidates += [value for control in _controls(guider.conds) for value in vars(control).values()]
     return [net for net in candidates if isinstance(net, torch.nn.Module)]
-
-
-def _hold_weights_in_place(loaded: Iterable[comfy.model_patcher.ModelPatcher]) -> None:
-    for patcher in loaded:
-        if is_dynamic(patcher):
-            raise ValueError(f"gradients cannot pass through {type(patcher.model).__name__}, which runs beside the model, "
-                             f"under dynamic VRAM: {DYNAMIC_VRAM_ADVICE}")
-        if hasattr(patcher, "unpin_all_weights"):
-            patcher.unpin_all_weights()
 
 
 def _controls(conds: dict) -> Iterator[comfy.controlnet.ControlBase]:
@@ -222,9 +211,11 @@ class GradientPass:
             self.is_open = False
 
     def _run(self, step: Callable[[], Result]) -> Result:
+        renew_streamed(self.networks)
         if not self.saves_on_cpu:
             try:
-                with differentiable_networks(), QuantizedLayers(self.networks), mutation_allowed():
+                with differentiable_networks(), QuantizedLayers(self.networks), StreamedWeights(self.networks), \
+                        mutation_allowed():
                     return step()
             except torch.OutOfMemoryError:
                 log.info("out of memory with a gradient through the model: continuing with main memory, more slowly")

@@ -15,6 +15,7 @@ from ...ppap_core.guidance.memory import gradient_bytes
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.io.storage import independent_copy, is_wrapper
 from .hooks import Feature
+from .streaming import SOURCES, is_streamed
 
 log = logging.getLogger(__name__)
 BACKWARD_OVERHEAD = 1.5      # memory of a gradient over what autograd keeps: the backward pass needs room of its own
@@ -83,7 +84,8 @@ def replace_tensors(networks: Iterable[torch.nn.Module], chosen: Callable[[torch
                     device: torch.device | None = None) -> None:
     """Exchange chosen parameters and buffers for equal copies in place, which autograd accepts.
 
-    device: of the copies; None: that of each tensor. What layers share stays shared.
+    device: of the copies; None: that of each tensor. What layers share stays shared, and what dynamic VRAM streams to them
+    is left where it waits.
     """
     copies: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False):
@@ -91,7 +93,7 @@ def replace_tensors(networks: Iterable[torch.nn.Module], chosen: Callable[[torch
             owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for tensors in owned:
                 for name, tensor in tensors.items():
-                    if tensor is not None and chosen(tensor):
+                    if tensor is not None and chosen(tensor) and not (name in SOURCES and is_streamed(module)):
                         if id(tensor) not in copies:
                             copies[id(tensor)] = independent_copy(tensor, device)
                         tensors[name] = copies[id(tensor)]

@@ -29,10 +29,11 @@ class FineTune:
         return {**vars(self), "save_every": 50}
 
 
-def initial_updates(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdate]:
+def initial_updates(net: nn.Module, rank: int, seed: int, device: torch.device) -> dict[str, LoraUpdate]:
     """A trainable update for every layer that supports one, by name, as LoRA starts: down random, up zero.
 
-    seed: of the random numbers. ValueError if the network has no such layer.
+    seed: of the random numbers. device: where the network computes; weights may wait elsewhere. ValueError if the network
+    has no such layer.
     """
     updates: dict[str, LoraUpdate] = {}
     for name, layer in named_layers(net).items():
@@ -41,7 +42,7 @@ def initial_updates(net: nn.Module, rank: int, seed: int) -> dict[str, LoraUpdat
             down = torch.empty(rank, *weight.shape[1:])
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=seeded(seed, len(updates)))
             up = torch.zeros(weight.shape[0], rank)
-            updates[name] = LoraUpdate(up.to(weight.device).requires_grad_(), down.to(weight.device).requires_grad_())
+            updates[name] = LoraUpdate(up.to(device).requires_grad_(), down.to(device).requires_grad_())
     if not updates:
         raise ValueError(f"{type(net).__name__} has no Linear or Conv2d layer that could be fine-tuned")
     return updates
@@ -58,7 +59,7 @@ def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune
     ValueError if the network has no layer that could be updated.
     """
     with torch.inference_mode(False):
-        updates = initial_updates(net, config.rank, config.seed)
+        updates = initial_updates(net, config.rank, config.seed, images.device)
         images = images.clone()
         adapters = {name: [update] for name, update in updates.items()}
 

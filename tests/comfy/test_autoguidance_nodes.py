@@ -10,21 +10,23 @@ import torch
 from helpers import same, says
 from helpers.features import FEATURES, MIXING, with_lora
 from helpers.model_families import FAMILIES, lora, small
-from helpers.workbench import EPS, FLOW, VIDEO, Scene, Workbench, autoguided, ksampler, train_lora, with_guider, with_lora_at
+from helpers.workbench import (
+    EPS,
+    FLOW,
+    VIDEO,
+    Scene,
+    Workbench,
+    autoguided,
+    ksampler,
+    sibling,
+    train_lora,
+    with_guider,
+    with_lora_at,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KINDS = [EPS, "SDXL", FLOW, "Flux", VIDEO]
-
-
-def sibling(family: str) -> Any:
-    """A MODEL of the same kind with other weights."""
-    with torch.inference_mode():
-        model = small(family).model
-        generator = torch.Generator().manual_seed(1)
-        for tensor in model.model.diffusion_model.state_dict().values():
-            tensor.add_(0.2 * tensor.abs().mean() * torch.randn(tensor.shape, generator=generator))
-    return model
 
 
 def once(bench: Workbench, scene: Scene, **changes: Any) -> Tensor:

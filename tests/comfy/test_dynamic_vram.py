@@ -2,13 +2,16 @@
 classes, around a native library that only counts."""
 import copy
 import gc
-from types import SimpleNamespace
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import says
+from helpers.features import FEATURES
+from helpers.model_families import small
+from helpers.streaming import stream
+from helpers.workbench import EPS, FLOW, THROUGH, Scene, Workbench, autoguided, ksampler, search, sibling, train_lora
 from helpers.worlds import LatentWorld
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -85,7 +88,6 @@ def test_a_decoder_is_a_private_copy_made_on_demand(comfy, freed: list[int]):
 def test_a_gradient_through_the_model_takes_weights_that_stay(comfy, freed: list[int]):
     world = LatentWorld(comfy)
     plain = world.model("flow")
-    model = dynamic(plain)
     settings = {"guider": world.guider, "weight": 0.3, "start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0,
                 "factor_at_end": 1.0, "view": "own"}
 
@@ -93,22 +95,79 @@ def test_a_gradient_through_the_model_takes_weights_that_stay(comfy, freed: list
         [terms] = comfy("PPAPGuidanceTerm", **settings, gradient=gradient)
         return comfy("PPAPApplyGuidance", model=model, terms=terms, max_rms=0.0)[0]
 
+    wanted = world.sample(guided(plain, "through the model"))
+    model = dynamic(plain)
     cheap, through = (guided(model, gradient) for gradient in ("in the prediction", "through the model"))
     assert cheap.is_dynamic() and cheap.model is model.model
     assert not through.is_dynamic() and through.model is not model.model
     through.load_device = CPU
-    assert torch.equal(world.sample(through), world.sample(guided(plain, "through the model")))
+    assert torch.equal(world.sample(through), wanted)
     model.cached_patcher_init = None
-    with says(ValueError, "dynamic VRAM", "--disable-dynamic-vram", "in the prediction"):
-        guided(model, "through the model")
+    streamed = guided(model, "through the model")
+    assert streamed.is_dynamic() and streamed.model is model.model
 
 
-def test_dynamic_weights_beside_the_model_are_refused(comfy, freed: list[int]):
-    """Gradients through the model need every network that samples with it to keep its weights."""
-    plain = comfy("PPAPTinyLatentWorld", kind="flow")[0]
-    beside = SimpleNamespace(model_patcher=plain, loaded_models=[dynamic(plain)], inner_model=plain.model, conds={})
-    with says(ValueError, "dynamic VRAM", "--disable-dynamic-vram"):
-        comfy.pack.nodes.bridge.autograd.make_differentiable(beside)
+@pytest.mark.parametrize("size", [1, 0], ids=["held in video memory", "in memory of its own"])
+@pytest.mark.parametrize("family", [EPS, FLOW])
+def test_streamed_weights_stay_while_a_gradient_needs_them(bench: Workbench, freed: list[int], monkeypatch, family: str,
+                                                           size: int):
+    """A model whose weights are streamed, and which cannot be loaded twice, is steered as one that holds them."""
+    with torch.inference_mode():
+        scene = Scene(*small(family))
+    plain, wanted = ksampler(bench, scene), ksampler(bench, bench.guide(scene, **THROUGH))
+    memory = stream([scene.model.model.diffusion_model], monkeypatch, size)
+    assert torch.equal(ksampler(bench, scene), plain)
+    assert torch.equal(ksampler(bench, bench.guide(scene, **THROUGH)), wanted)
+    assert torch.equal(ksampler(bench, scene), plain)
+    assert sum(memory.uses) > 0 if size else not any(memory.uses)
+    assert not any(memory.users.values()), "memory is held when it is no longer needed"
+
+
+def test_streamed_weights_that_are_let_go_spoil_a_gradient(bench: Workbench, freed: list[int], monkeypatch):
+    """The test above would fail if nothing held the weights."""
+    with torch.inference_mode():
+        scene = Scene(*small(EPS))
+    stream([scene.model.model.diffusion_model], monkeypatch)
+    monkeypatch.setattr(bench.comfy.pack.nodes.bridge.autograd, "StreamedWeights", lambda networks: nullcontext())
+    latent = ksampler(bench, bench.guide(scene, **THROUGH))
+    assert torch.equal(latent, ksampler(bench, scene)), "a gradient that is no number was not left out"
+
+
+def test_streamed_weights_wait_in_main_memory_if_need_be(bench: Workbench, freed: list[int], monkeypatch):
+    """A gradient that runs out of memory goes on with copies of what it needs, streamed weights among them."""
+    with torch.inference_mode():
+        scene = Scene(*small(FLOW))
+    wanted = ksampler(bench, bench.guide(scene, **THROUGH))
+    stream([scene.model.model.diffusion_model], monkeypatch)
+    monkeypatch.setattr(bench.comfy.pack.nodes.bridge.autograd, "StreamedWeights", out_of_memory)
+    assert torch.equal(ksampler(bench, bench.guide(scene, **THROUGH)), wanted)
+
+
+def out_of_memory(networks: Any) -> None:
+    raise torch.OutOfMemoryError
+
+
+def test_what_runs_beside_the_model_may_be_streamed(bench: Workbench, freed: list[int], monkeypatch):
+    """A ControlNet and a bad model with weights of its own let gradients through."""
+    with torch.inference_mode():
+        scene = Scene(*small(EPS))
+    scene, bad = FEATURES["ControlNet"][0](bench, scene), sibling(EPS)
+    scene = bench.guide(autoguided(bench, scene, bad, 1.5), **THROUGH)
+    wanted = ksampler(bench, scene)
+    stream([scene.positive[0][1]["control"].control_model, bad.model.diffusion_model], monkeypatch)
+    assert torch.equal(ksampler(bench, scene), wanted)
+
+
+def test_a_streamed_model_is_trained_and_searched(bench: Workbench, freed: list[int], monkeypatch):
+    def made(scene: Scene, name: str) -> list[torch.Tensor]:
+        prior = search(bench, scene.conditioned(), bench.terms(**THROUGH), gradient="through the model", steps=2)
+        return [prior, train_lora(bench, scene, name, steps=2)[1]]
+
+    with torch.inference_mode():
+        scene = Scene(*small(FLOW))
+    wanted = made(scene, "held")
+    stream([scene.model.model.diffusion_model], monkeypatch)
+    assert all(map(torch.equal, made(scene, "streamed"), wanted))
 
 
 def test_gradients_switch_off_offload_streams(comfy, monkeypatch):

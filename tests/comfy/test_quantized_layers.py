@@ -24,8 +24,9 @@ def network(model: object) -> torch.nn.Module:
 @torch.inference_mode()
 def test_as_many_layers_learn_as_in_float32(bench: Workbench, family: str, kind: str):
     """Their updates have the shapes that they have in float32."""
-    shapes = [{name: (update.up.shape, update.down.shape) for name, update in initial_updates(network(model), 2, 0).items()}
-              for model in (small(family).model, quantized(family, kind).model)]
+    updates = [initial_updates(network(model), 2, 0, torch.device("cpu"))
+               for model in (small(family).model, quantized(family, kind).model)]
+    shapes = [{name: (update.up.shape, update.down.shape) for name, update in each.items()} for each in updates]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 10
 
 

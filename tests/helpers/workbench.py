@@ -175,6 +175,16 @@ def with_lora_at(scene: Scene, strength: float) -> Any:
     return comfy.sd.load_lora_for_models(scene.model, None, lora(scene.model), strength, 0.0)[0]
 
 
+def sibling(family: str) -> Any:
+    """A MODEL of the same kind with other weights."""
+    with torch.inference_mode():
+        model = small(family).model
+        generator = torch.Generator().manual_seed(1)
+        for tensor in model.model.diffusion_model.state_dict().values():
+            tensor.add_(0.2 * tensor.abs().mean() * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
 def autoguided(bench: Workbench, scene: Scene, bad: Any, weight: float = 2.5, **changes: float) -> Scene:
     """The scene with autoguidance on its model."""
     schedule = {"start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 1.0, "factor_at_end": 1.0} | changes

@@ -134,7 +134,7 @@ def test_the_file_has_the_names_and_shapes_of_a_lora():
 def test_layers_that_cannot_be_changed_are_left_out():
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, groups=4),
                         nn.Linear(5, 6))
-    changes = initial_updates(net, 2, 0)
+    changes = initial_updates(net, 2, 0, torch.device("cpu"))
     assert [*changes] == ["2"]
     with with_adapters(net, {name: [change] for name, change in changes.items()}):
         net(torch.zeros(1, 3, 7, 7))

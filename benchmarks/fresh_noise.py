@@ -17,9 +17,10 @@ def fresh_pairs(store: SampleStore, schedule: ExpertSchedule, index: int, batch:
     view: (noisy state, sigma) -> inputs of the expert, on the device: `to_vp` or a denoiser.
     ValueError for the images of a model of latents, which fresh noise does not fit.
     """
-    if store.noisy_vp.shape[2:] != store.images.shape[1:]:
-        raise ValueError(f"what was diffused has the shape {tuple(store.noisy_vp.shape[2:])} and its images "
-                         f"{tuple(store.images.shape[1:])}: fresh noise is for models of pixels, take the trajectories")
+    diffused, image = tuple(store.shards.row("noisy").shape[1:]), tuple(store.shards.row("images").shape)
+    if diffused != image:
+        raise ValueError(f"what was diffused has the shape {diffused} and its images {image}: fresh noise is for "
+                         "models of pixels, take the trajectories")
     generator = seeded(batch.seed, index, batch.step)
     images = store.random_images(BatchSpec(batch.step, batch.size, batch.seed + index * 2**64))
     images = torch.where(torch.rand(batch.size, 1, 1, 1, generator=generator) < 0.5, images.flip(-1), images)

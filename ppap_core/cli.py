@@ -1,4 +1,4 @@
-"""The command line: ppap demo | bench | toy | costs | inspect."""
+"""The command line: ppap demo | bench | toy | costs | inspect | samples."""
 import argparse
 import importlib
 import json
@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument("--rank", type=int, default=8)
     inspect = commands.add_parser("inspect", help="print the description in a file of this pack")
     inspect.add_argument("file", type=Path)
+    samples = commands.add_parser("samples", help="look after a folder of generated images, such as ppap_samples/<name>")
+    samples.add_argument("action", choices=SAMPLES, help="inspect: print what is there and which files are not whole; "
+                         "verify: read all of it and compare checksums; merge: copy what this folder lacks from others")
+    samples.add_argument("folder", type=Path)
+    samples.add_argument("others", type=Path, nargs="*", help="folders to take images from, for merge")
+    samples.add_argument("--delete", action="store_true", help="delete what verify finds damaged, so that it is made again")
     return parser
 
 
@@ -107,5 +113,39 @@ def _inspect(options: argparse.Namespace) -> None:
     print(f"{len(tensors)} tensors, {numbers:,} numbers")
 
 
+def _samples(options: argparse.Namespace) -> None:
+    SAMPLES[options.action](options)
+
+
+def _inspect_samples(options: argparse.Namespace) -> None:
+    from .experts.upkeep import describe_store, open_store
+
+    store = open_store(options.folder)
+    print(json.dumps(store.manifest, indent=2))
+    print(describe_store(store))
+
+
+def _verify_samples(options: argparse.Namespace) -> None:
+    from .experts.upkeep import open_store, verify_store
+
+    store = open_store(options.folder)
+    damages = list(verify_store(store, options.delete))
+    if damages:
+        raise ValueError(" ".join([*damages, "Deleted: generate samples again to make them anew." if options.delete else
+                                   "Delete them, by --delete, and generate samples again to make them anew."]))
+    print(f"{len(store)} images are whole")
+
+
+def _merge_samples(options: argparse.Namespace) -> None:
+    from .experts.upkeep import merge_stores, open_store
+
+    store = open_store(options.folder)
+    for other in options.others:
+        print(f"{merge_stores(store, open_store(other))} files from {other}")
+    print(f"{len(store)} images")
+
+
+SAMPLES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "inspect": _inspect_samples, "verify": _verify_samples, "merge": _merge_samples}
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "demo": _demo, "bench": _bench, "toy": _toy, "costs": _costs, "inspect": _inspect}
+    "demo": _demo, "bench": _bench, "toy": _toy, "costs": _costs, "inspect": _inspect, "samples": _samples}

@@ -82,7 +82,7 @@ class SampleGenerator(Feature):
         self.done = sum(len(part) for part, _ in wanted)
         self.progress = Progress(sum(images for _, images in wanted) * self.settings.steps)
         for part, images in wanted:
-            part.fill(images, self.generate)
+            part.fill(images, self.generate, on_wait=throw_exception_if_processing_interrupted)
         return Samples(store, self.space)
 
     def manifest(self) -> dict:

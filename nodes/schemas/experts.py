@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import with_experts
 from ...ppap_core.experts.distill import DistillConfig, uses_warm_start
-from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY, from_uint8
+from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY
 from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import distillation, paths, progress, tensors
 from ..bridge.distillation import SampleGenerator
@@ -56,7 +56,7 @@ class PPAPGenerateSamples(io.ComfyNode):
                 vae=None):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative or positive)
         samples = SampleGenerator(model, vae, latent_image, settings).fill(name, count)
-        return io.NodeOutput(samples, tensors.image_to_comfy(from_uint8(samples.store.images[:PREVIEW_COUNT])))
+        return io.NodeOutput(samples, tensors.image_to_comfy(samples.store.images_at(range(PREVIEW_COUNT))))
 
 
 class PPAPDistilExperts(io.ComfyNode):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
 from .bank import ExpertBank, with_experts
-from .samples import HELD_OUT_SHARE, SHARD_SIZE, Pairs, SampleStore, from_uint8, pairs_at, steps_in
+from .samples import HELD_OUT_SHARE, SHARD_SIZE, Pairs, SampleStore, pairs_at, steps_in
 
 BATCH = 16              # images that a network judges at once
 CLEAR, HINTED = 2.0, 1.0  # standard errors by which an agreement is clearly greater, or may be
@@ -69,8 +69,8 @@ def commonest_answer(guider: Guider, store: SampleStore, images: int, device: to
     guider: the plain one. device: of its network.
     """
     total = torch.zeros(())
-    for batch in store.images[:images].split(BATCH):
-        image = from_uint8(batch).to(device)
+    for rows in torch.arange(images).split(BATCH):
+        image = store.images_at(rows).to(device)
         answers = TASKS[guider.task].answer(guider.predict(image, clean(image)))
         total = total.to(answers.device) + answers.float().sum(0, keepdim=True)
     return total / images

@@ -1,4 +1,6 @@
 """A resumable store of generated images and the trajectories that led to them: all that experts learn from."""
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,18 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..io.files import ensure_manifest, load_tensors, save_tensors
+from ..io.files import ensure_manifest
+from ..io.folders import claim
 from ..noise import to_vp
 from ..rng import seeded
 from ..sampling import Denoiser
 from ..schedules import ExpertSchedule
+from .shards import SHARD_SIZE, Shards
 
-SHARD_SIZE = 64           # images in one file: the most that an interruption can lose
 STEPS_PER_TRAJECTORY = 6  # steps kept of each trajectory
 HELD_OUT = "held_out"     # folder inside a store
 HELD_OUT_SEEDS = 2**32    # seeds from the first image to learn from to the first one held out
 HELD_OUT_SHARE = 8        # images to learn from for each one held out
 MOST_HELD_OUT = 512
+WAITING_SECONDS = 0.1     # between two looks at what other processes make
+
+log = logging.getLogger(__name__)
 
 
 class Trajectories(NamedTuple):
@@ -92,7 +98,7 @@ class SampleStore:
     """A folder of generated images: a manifest and shards of images, uint8, with their trajectories in half precision.
 
     Image i depends only on the manifest and on seed + i. Shards are written beside their name and then renamed, so an
-    interrupted fill leaves whole shards only, and the next one resumes after the last of them.
+    interrupted fill leaves whole shards only. Of several processes that fill a store, each makes other shards.
 
     manifest: what the images are made from, as JSON values; "seed" is the first image's (default 0).
     ValueError if the folder holds images of another manifest.
@@ -100,33 +106,55 @@ class SampleStore:
 
     def __init__(self, folder: Path | str, manifest: dict):
         self.folder, self.manifest = Path(folder), ensure_manifest(folder, manifest)
-        self._cache: dict[str, Tensor] = {}
+        self.shards = Shards(self.folder)
 
-    def _shard(self, index: int) -> Path:
-        return self.folder / f"shard_{index:05d}.safetensors"
+    @property
+    def first_seed(self) -> int:
+        """Seed of the first image."""
+        return int(self.manifest.get("seed", 0))
 
     def __len__(self) -> int:
-        shards = 0
-        while self._shard(shards).exists():
-            shards += 1
-        return shards * SHARD_SIZE
+        return len(self.shards)
 
-    def fill(self, count: int, generate: Generate, on_shard: Callable[[int, Tensor], None] | None = None) -> None:
-        """Generate whole shards until the store holds at least `count` images.
+    def fill(self, count: int, generate: Generate, on_shard: Callable[[int, Tensor], None] | None = None,
+             on_wait: Callable[[], None] | None = None) -> None:
+        """Generate whole shards until the store holds at least `count` images, and again those that are damaged.
 
         on_shard(images so far, new images (n, 3, H, W)): called after each shard is saved; may raise to stop.
-        ValueError, and nothing is saved, if a seed has no image or trajectory, or values are not finite.
+        on_wait: called now and then while another process makes the last ones; may raise to stop.
+        A damaged shard is named in the log. ValueError, and nothing is saved, if a seed has no image or trajectory, or
+        values are not finite. OSError in words if images are missing and the folder cannot be written.
         """
-        first_seed = int(self.manifest.get("seed", 0))
-        while (done := len(self)) < count:
-            images, trajectories = generate(list(range(first_seed + done, first_seed + done + SHARD_SIZE)))
+        self.shards.forget()
+        missing = self._find_missing(max(-(-count // SHARD_SIZE), len(self) // SHARD_SIZE))
+        while missing := [index for index in missing if not self._make(index, generate, on_shard)]:
+            if on_wait:
+                on_wait()
+            time.sleep(WAITING_SECONDS)
+
+    def _find_missing(self, shards: int) -> list[int]:
+        damages = {index: damage for index in range(shards) if (damage := self.shards.describe_damage(index))}
+        for index, damage in damages.items():
+            if self.shards.file(index).exists():
+                log.warning("%s It is made again.", damage)
+        return list(damages)
+
+    def _make(self, index: int, generate: Generate, on_shard: Callable[[int, Tensor], None] | None) -> bool:
+        """Make a shard, unless another process does, or has done so; returns whether it is there."""
+        with claim(self.shards.file(index)) as is_ours:
+            if not self.shards.describe_damage(index):
+                self.shards.forget()
+                return True
+            if not is_ours:
+                return False
+            first = self.first_seed + index * SHARD_SIZE
+            images, trajectories = generate(list(range(first, first + SHARD_SIZE)))
             _require_complete(images, trajectories)
-            save_tensors(self._shard(done // SHARD_SIZE), {
-                "images": to_uint8(images), "sigmas": trajectories.sigmas, "noisy": trajectories.noisy_vp,
-                "denoised": trajectories.denoised}, {"first": done})
-            self._cache.clear()
-            if on_shard:
-                on_shard(done + SHARD_SIZE, images)
+            self.shards.write(index, {"images": to_uint8(images), "sigmas": trajectories.sigmas,
+                                      "noisy": trajectories.noisy_vp, "denoised": trajectories.denoised})
+        if on_shard:
+            on_shard(len(self), images)
+        return True
 
     @property
     def held_out(self) -> "SampleStore | None":
@@ -138,46 +166,35 @@ class SampleStore:
 
     def hold_out(self) -> "SampleStore":
         """The store of images of the same kind, from seeds far away, that is kept apart in a folder inside this one."""
-        seed = int(self.manifest.get("seed", 0)) + HELD_OUT_SEEDS
-        return SampleStore(self.folder / HELD_OUT, self.manifest | {"seed": seed})
+        return SampleStore(self.folder / HELD_OUT, self.manifest | {"seed": self.first_seed + HELD_OUT_SEEDS})
 
     @property
     def images(self) -> Tensor:
-        """All images as they are stored, (n, 3, H, W) uint8."""
-        return self._load("images")
+        """All images as they are stored, (n, 3, H, W) uint8; of a large store rather ask for some, by `images_at`."""
+        return self.shards.whole("images")
 
     @property
     def sigmas(self) -> Tensor:
         """Noise levels of the kept steps, (n, K)."""
-        return self._load("sigmas")
+        return self.shards.whole("sigmas")
 
     @property
     def noisy_vp(self) -> Tensor:
-        """Noisy states of the kept steps in VP scaling, (n, K, C, h, w)."""
-        return self._load("noisy")
+        """Noisy states of the kept steps in VP scaling, (n, K, C, h, w); of a large store rather ask by `pairs_at`."""
+        return self.shards.whole("noisy")
 
     @property
     def denoised(self) -> Tensor:
-        """Predictions of the kept steps, (n, K, C, h, w)."""
-        return self._load("denoised")
+        """Predictions of the kept steps, (n, K, C, h, w); of a large store rather ask by `pairs_at`."""
+        return self.shards.whole("denoised")
 
-    def _load(self, key: str) -> Tensor:
-        if key not in self._cache:
-            count = len(self)
-            if count == 0:
-                raise ValueError(f"{self.folder.name} holds no images yet: generate samples first")
-            shards = (load_tensors(self._shard(index))[0] for index in range(count // SHARD_SIZE))
-            try:
-                self._cache[key] = torch.cat([shard[key] for shard in shards])
-            except KeyError:
-                raise ValueError(f"the images of {self.folder.name} came without their trajectories: delete that folder and "
-                                 "generate them again") from None
-        return self._cache[key]
+    def images_at(self, rows: Tensor | Sequence[int]) -> Tensor:
+        """Some images, (n, 3, H, W) in [-1, 1]. rows: their numbers, (n,)."""
+        return from_uint8(self.shards.read("images", torch.as_tensor(rows)))
 
     def random_images(self, batch: BatchSpec) -> Tensor:
         """A random batch of images, (size, 3, H, W) in [-1, 1]: a pure function of `batch`."""
-        chosen = torch.randint(len(self.images), (batch.size,), generator=seeded(batch.seed, batch.step))
-        return from_uint8(self.images[chosen])
+        return self.images_at(torch.randint(self.shards.count(), (batch.size,), generator=seeded(batch.seed, batch.step)))
 
 
 def _require_complete(images: Tensor, trajectories: Trajectories) -> None:
@@ -204,15 +221,19 @@ def trajectory_pairs(store: SampleStore, schedule: ExpertSchedule, index: int, b
 
 def steps_in(store: SampleStore, schedule: ExpertSchedule, index: int) -> Tensor:
     """(image, step) of every kept step in the interval of expert `index`, (n, 2) long."""
+    return store.shards.cached((schedule.edges, index), _find_steps, store.sigmas, schedule, index)
+
+
+def _find_steps(sigmas: Tensor, schedule: ExpertSchedule, index: int) -> Tensor:
     inner = torch.tensor(schedule.edges[1:-1], dtype=torch.float64)
-    return (torch.bucketize(store.sigmas.double(), inner, right=True) == index).nonzero()
+    return (torch.bucketize(sigmas.double(), inner, right=True) == index).nonzero()
 
 
 def pairs_at(store: SampleStore, steps: Tensor, view: str) -> Pairs:
     """The pairs of some (image, step) of a store, (n, 2) long. view: "noisy" or "denoised"."""
     image, step = steps.T
-    inputs = (store.noisy_vp if view == "noisy" else store.denoised)[image, step]
-    return Pairs(from_uint8(store.images[image]), inputs.float(), store.sigmas[image, step])
+    inputs = store.shards.read("noisy" if view == "noisy" else "denoised", image, step)
+    return Pairs(store.images_at(image), inputs.float(), store.sigmas[image, step])
 
 
 def held_out_count(images: int) -> int:

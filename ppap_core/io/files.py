@@ -1,5 +1,6 @@
 """Reading and writing: safetensors with JSON metadata, written beside the name and then renamed."""
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -11,25 +12,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .folders import claim, make_folder, sync_folder
+
 RENAMING_PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds between attempts: virus scanners and indexers let go of a file soon
+CLAIMING_SECONDS = 10.0  # to wait for another process that begins the same folder
+PART = ".part"  # ending of a file that is being written
+
+log = logging.getLogger(__name__)
 
 
 class FileInUseError(PermissionError):
     """A file cannot be replaced because something holds it open, as only Windows forbids."""
 
 
+class DamagedFileError(ValueError):
+    """A file is not whole, or was not written by safetensors."""
+
+
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Write beside the name and rename, so that a reader sees the old file or the new one, whole.
 
+    The new one is on the disk before it takes the name, so that a loss of power leaves one of the two as well.
     Missing folders are made. OSError in words when the disk is full or the folder cannot be written, `FileInUseError` when
     the old file is held open; nothing half-written is left behind.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
+        make_folder(path.parent)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         _rename(part, path)
+        sync_folder(path.parent)
     except FileInUseError:
         raise
     except OSError as error:
@@ -81,9 +97,27 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def read_header(path: Path | str) -> tuple[list[str], dict[str, str]]:
-    """Tensor names and metadata of a safetensors file. FileNotFoundError, or ValueError for one that is cut off."""
+    """Tensor names and metadata of a safetensors file. FileNotFoundError, or DamagedFileError for one that is cut off."""
     with _opened(path) as file:
         return list(file.keys()), file.metadata() or {}
+
+
+def read_shapes(path: Path | str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes of the tensors of a safetensors file by name, and its metadata. Errors are those of `read_header`."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {}
+
+
+def read_rows(path: Path | str, name: str, index: tuple[Tensor, ...]) -> Tensor:
+    """Copy of some places of a tensor in a safetensors file, of which nothing else is read.
+
+    index: positions in each of the leading dimensions, (n,) long each, as for `tensor[index]`.
+    KeyError for a name that the file does not have; other errors are those of `read_header`.
+    """
+    with _opened(path) as file:
+        if name not in file.keys():
+            raise KeyError(name)
+        return file.get_tensor(name)[index]  # the tensor itself lies in the file
 
 
 @contextmanager
@@ -95,8 +129,8 @@ def _opened(path: Path | str) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} cannot be read ({error}): expected a whole safetensors file; copy or make it "
-                         "again.") from error
+        raise DamagedFileError(f"{path.name} cannot be read ({error}): expected a whole safetensors file; copy or make it "
+                               "again.") from error
 
 
 def write_json(path: Path | str, value: object) -> None:
@@ -119,12 +153,12 @@ def read_json(path: Path | str) -> dict:
 def ensure_manifest(folder: Path | str, manifest: dict) -> dict:
     """Reserve a folder for results of one manifest, kept in its manifest.json; returns the manifest as JSON has it.
 
-    ValueError naming what differs when the folder holds results of another one.
+    A manifest that is damaged is written anew where nothing else is in the folder. Of several processes that begin a folder
+    at once, one writes it. ValueError naming what differs when the folder holds results of another one.
     """
     file, expected = Path(folder) / "manifest.json", json.loads(json.dumps(manifest))  # tuples become lists, as on disk
-    if not file.exists():
-        write_json(file, expected)
-        return expected
+    if _is_unclaimed(file):
+        _begin(file, expected)
     saved = read_json(file)
     if saved != expected:
         differences = "; ".join(f"{key} is {saved.get(key)!r}, expected {expected.get(key)!r}"
@@ -132,6 +166,25 @@ def ensure_manifest(folder: Path | str, manifest: dict) -> dict:
         raise ValueError(f"{Path(folder).name} holds results of other settings ({differences}): choose another name, or "
                          "delete that folder")
     return expected
+
+
+def _is_unclaimed(manifest: Path) -> bool:
+    """Whether a folder has no manifest, or one that was damaged before there was anything else."""
+    if not manifest.exists():
+        return True
+    try:
+        read_json(manifest)
+    except ValueError:
+        return all(each.name.startswith(manifest.name) for each in manifest.parent.iterdir())
+    return False
+
+
+def _begin(manifest: Path, value: dict) -> None:
+    with claim(manifest, CLAIMING_SECONDS):
+        if _is_unclaimed(manifest):
+            if manifest.exists():
+                log.warning("%s is damaged, and nothing else is in its folder: it is written anew", manifest)
+            write_json(manifest, value)
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -72,9 +72,9 @@ def optimize(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
         never stopped.
     learning_rate: the first step's, from where it falls to zero along a cosine; an `AdamW` for anything else.
     name: of what is trained, for error messages.
-    A state that cannot be written on the way is told in the log. ValueError for the state of another training, and for a
-    loss, gradient or result that is not finite; the last good state is then kept, and the same training at a lower rate goes
-    on from there.
+    A state that cannot be written on the way, or is damaged, is told in the log. ValueError for the state of another
+    training, and for a loss, gradient or result that is not finite; the last good state is then kept, and the same training
+    at a lower rate goes on from there.
     """
     settings = learning_rate if isinstance(learning_rate, AdamW) else AdamW(partial(cosine, learning_rate, steps))
     with torch.inference_mode(False), torch.enable_grad():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..io.files import (
+    DamagedFileError,
     FileInUseError,
     load_tensors,
     optimizer_tensors,
@@ -47,10 +48,13 @@ class TrainingState:
     def resume(self) -> None:
         """Load the state in the file; without one, the last good state of the same training at a higher rate, which failed.
 
-        ValueError for the state of another training.
+        A damaged file is named in the log, and the training starts anew. ValueError for the state of another training.
         """
         if self.file and self.file.exists():
-            self._load(self.file)
+            try:
+                self._load(self.file)
+            except DamagedFileError as error:
+                log.warning("%s The training starts anew.", error)
         elif self.file:
             failed = next((each for each in _states_beside(self.file) if self._is_slower_than(_header(each))), None)
             if failed:

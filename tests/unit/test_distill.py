@@ -457,12 +457,16 @@ def test_the_state_of_another_start_is_refused(store, tmp_path):
         distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state))
 
 
-def test_a_truncated_state_is_refused(store, tmp_path):
-    guider, state = small_guider(), tmp_path / "state.safetensors"
-    distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), RunOptions(state_file=state))
-    state.write_bytes(state.read_bytes()[:500])
-    with says(ValueError, "state.safetensors", "cannot be read"):
-        distill_expert(guider, make_bank(guider), 1, store, replace(CONFIG, steps=2), RunOptions(state_file=state))
+@pytest.mark.parametrize("size", [0, 500, -1])
+def test_a_truncated_state_is_named_and_made_again(store, tmp_path, caplog, size):
+    guider, config, options = small_guider(), replace(CONFIG, steps=2), RunOptions(state_file=tmp_path / "state.safetensors")
+    losses = distill_expert(guider, make_bank(guider), 1, store, config, options)
+    state = options.state_file
+    whole = state.read_bytes()
+    state.write_bytes(whole[:size])
+    assert distill_expert(guider, make_bank(guider), 1, store, config, options) == losses
+    assert state.read_bytes() == whole
+    assert "state.safetensors cannot be read" in caplog.text and "starts anew" in caplog.text
 
 
 def test_a_full_disk_leaves_the_last_state_whole(store, tmp_path):

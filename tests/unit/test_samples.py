@@ -138,7 +138,9 @@ def test_a_store_knows_its_own_manifest_again(tmp_path, manifest):
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]", "\x00\xff"])
 def test_a_damaged_manifest_is_refused(tmp_path, text):
+    """What the images beside it were made from is not known any more."""
     (tmp_path / "manifest.json").write_bytes(text.encode("latin1"))
+    (tmp_path / "shard_00000.safetensors").touch()
     with says(ValueError, "manifest.json", "JSON"):
         SampleStore(tmp_path, MANIFEST)
 

@@ -3,6 +3,7 @@
 #   make test        all tests; those of the nodes run where a ComfyUI is at hand
 #   make test-fast   the tests of the core without those that train, sample or measure: under a minute
 #   make test-wide   every quantisation of every model, and every class of models, every image processor of transformers
+#   make test-faults kill, fill disks and cut files off while things are made: 220 kills, in minutes
 #   make test-real   the tests with real pretrained networks: installs one, or takes the folder at PPAP_REAL
 #   make test-frontend  open and run the workflows on ComfyUI's page in a browser: needs chromium, installs playwright
 #   make test-versions  the tests of networks and experts with older releases of transformers and peft
@@ -28,7 +29,8 @@ VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
 VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
 	distill saved_work)
 
-.PHONY: demo test test-fast test-wide test-real test-frontend test-versions lint comfyui bench pictures help-pages sweep symbols archive
+.PHONY: demo test test-fast test-wide test-faults test-real test-frontend test-versions lint comfyui bench pictures help-pages sweep \
+	symbols archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -40,10 +42,13 @@ test: .venv/ready .venv/comfyui
 	$(PYTEST)
 
 test-fast: .venv/ready
-	$(PYTEST) tests/unit -m "not slow and not wide"
+	$(PYTEST) tests/unit -m "not slow and not wide and not faults"
 
 test-wide: .venv/ready .venv/comfyui
 	$(PYTEST) -m wide
+
+test-faults: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_faults.py -m faults
 
 test-real: .venv/ready .venv/comfyui
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"

@@ -78,7 +78,8 @@ class Shards:
         ValueError if there are no images, or none with this part; DamagedFileError for a shard that is not whole.
         """
         if self.row(part).nbytes * self.count() <= IN_MEMORY:
-            return self.whole(part)[(images, *steps)]
+            places = images, *steps
+            return self.whole(part)[places]
         return self._read(part, images, *steps)
 
     def whole(self, part: str) -> Tensor:

@@ -11,6 +11,7 @@
 #   make comfyui     start ComfyUI with this pack in it
 #   make bench       the short table of the benchmark
 #   make pictures    run every workflow at its full settings in ComfyUI, and make the pictures in docs of them
+#   make drawings    draw the workflows of one story each and the blueprints again (needs a ComfyUI)
 #   make help-pages  write the inputs and outputs of the nodes into their help pages, and their translations (needs a ComfyUI)
 #   make sweep       ask every class of ComfyUI's models, and write their answers into docs/compatibility.md
 #   make symbols     list what the pack uses of ComfyUI in tools/comfy_symbols.json, and say what of it this ComfyUI lacks
@@ -29,8 +30,8 @@ VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
 VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
 	distill saved_work)
 
-.PHONY: demo test test-fast test-wide test-faults test-real test-frontend test-versions lint comfyui bench pictures help-pages sweep \
-	symbols archive
+.PHONY: demo test test-fast test-wide test-faults test-real test-frontend test-versions lint comfyui bench pictures drawings \
+	help-pages sweep symbols archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -77,6 +78,10 @@ lint: .venv/ready
 
 pictures: .venv/ready .venv/comfyui
 	$(BIN)/python -m pytest tests/comfy/full_workflows.py
+
+drawings: .venv/ready .venv/comfyui
+	$(BIN)/python -m tools.workflows "$(COMFYUI_PATH)"
+	$(BIN)/python -m tools.blueprints "$(COMFYUI_PATH)"
 
 help-pages: .venv/ready .venv/comfyui
 	$(BIN)/python -m tools.help_pages "$(COMFYUI_PATH)"

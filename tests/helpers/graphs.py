@@ -70,6 +70,22 @@ def posted(page: dict, info: dict) -> dict:
     return {str(node["id"]): _api(node, origin, info[node["type"]]) for node in page["nodes"] if node["type"] in info}
 
 
+def inside(blueprint: dict, info: dict, given: dict) -> tuple[dict, list]:
+    """The API graph inside a subgraph blueprint, and where its first output is. given: values or links of its inputs."""
+    [definition] = blueprint["definitions"]["subgraphs"]
+    fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [[link[field] for field in fields] for link in definition["links"]]
+    graph = posted({"nodes": definition["nodes"], "links": links}, info)
+    for each in graph.values():
+        for name, value in list(each["inputs"].items()):
+            if isinstance(value, list):
+                each["inputs"][name] = (given.get(definition["inputs"][value[1]]["name"]) if value[0] == "-10" else
+                                        [f"inside {value[0]}", value[1]])
+        each["inputs"] = {name: value for name, value in each["inputs"].items() if value is not None}
+    [source] = [link[1:3] for link in links if link[3] == -20]
+    return {f"inside {key}": each for key, each in graph.items()}, [f"inside {source[0]}", source[1]]
+
+
 def _api(node: dict, origin: dict, info: dict) -> dict:
     specs = [*info["input"].get("required", {}).items(), *info["input"].get("optional", {}).items()]
     values, inputs = iter(node.get("widgets_values", [])), {}

@@ -11,7 +11,7 @@ from tools.archive import LARGEST, ROOT, build, published_files  # noqa: E402
 if not (ROOT / ".git").exists():
     pytest.skip("the archive is made of what git tracks: run this in a clone", allow_module_level=True)
 SHIPPED = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "nodes", "ppap_core", "workflows",
-           "web", "locales"}
+           "web", "locales", "subgraphs"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def test_it_holds_every_module_that_is_imported(names: set[str]):
 
 
 def test_it_holds_weights_workflows_and_help_pages(names: set[str]):
-    needed = [file for pattern in ("ppap_core/tinyworld/weights/**/*.safetensors", "workflows/*.*", "web/docs/*.md")
+    needed = [file for pattern in ("ppap_core/tinyworld/weights/**/*.safetensors", "workflows/*.*", "subgraphs/*.json",
+                                    "web/docs/*.md")
               for file in ROOT.glob(pattern)]
     assert len(needed) > 50 and not {file.relative_to(ROOT).as_posix() for file in needed} - names
 

@@ -59,6 +59,7 @@ class Page:
     nodes: list[dict] = field(default_factory=list)
     links: list[list] = field(default_factory=list)
     groups: list[dict] = field(default_factory=list)
+    app: dict = field(default_factory=dict)  # what App mode shows of the page
     x: float = 460
     y: float = 0
     width: float = 0
@@ -127,11 +128,17 @@ class Page:
         node["inputs"][index]["link"] = number
         self.links.append([number, source.node, source.slot, node["id"], index, output["type"]])
 
+    def show_in_app(self, widgets: dict[int, list[str]], outputs: list[int]) -> None:
+        """Choose what App mode shows: widgets of nodes, and nodes whose images come out."""
+        self.app = {"linearMode": False, "linearData": {"inputs": [[str(node), name] for node, names in widgets.items()
+                                                                   for name in names],
+                                                        "outputs": [str(node) for node in outputs]}}
+
     def to_workflow(self, name: str) -> dict:
         """The page as a file of its own."""
         return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(self.nodes),
                 "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links, "groups": self.groups,
-                "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [520, 180]}}, "version": 0.4}
+                "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [520, 180]}, **self.app}, "version": 0.4}
 
 
 def _input(slot: Slot) -> dict:

@@ -77,6 +77,7 @@ a text and depth, which a network sees.""", (0, 0))
     _sample(page, "Without", world[0], world, 8)
     page.column()
     latent, _ = _sample(page, "With these colours", model, world, 8, "SaveImage")
+    page.show_in_app({model.node: ["towards", "towards.palette", "strength", "factor"]}, [len(page.nodes)])
     _report(page, 4, model, latent)
 
 

@@ -8,7 +8,8 @@ import ppap_core
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = ("nodes", "ppap_core", "benchmarks", "examples", "tests", "workflows", "subgraphs", "docs", "web", "tools", ".github")
+FOLDERS = ("nodes", "ppap_core", "benchmarks", "examples", "tests", "workflows", "subgraphs", "docs", "web", "tools",
+           ".github")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

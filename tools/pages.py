@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 CHOICE = "COMFY_DYNAMICCOMBO_V3"  # an input that others follow
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", CHOICE}
-PREVIEWS = {"KSampler": 480, "PPAPGuidedKSampler": 550}  # heights with what they show at work
+PREVIEWS = {"KSampler": 480, "PPAPGuidedKSampler": 550,  # heights with what they show at work
+            "PPAPSteer": 480}  # or in versions of ComfyUI that show all inputs
 SIZES = {"PreviewImage": (300, 320), "SaveImage": (300, 320), "MarkdownNote": (400, 420), "PPAPReadGuidance": (400, 200)}
 GAP, TITLE, MARGIN = 60, 30, 20  # pixels between columns, of a title, around the nodes of a group
 

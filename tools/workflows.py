@@ -25,9 +25,10 @@ sampler. Prompts, LoRA, size and sampler stay. Steps and cfg of these templates:
 | Anima | 30, 4 | |
 | Z-Image | 25, 4; turbo 8, 1 | after ModelSamplingAuraFlow |
 
-A turbo model leaves few steps to steer in: begin with *strong*. No VAE is needed for the colours of these models' \
-latents; connect it for fine detail. Classes, depth and regions: **Download Guider** fetches a network, in place of \
-those of tinyworld/, which know the tiny world only."""
+A turbo model leaves few steps to steer in: begin with *strong*; *substeps* of **Guidance Term** are for that too. No VAE \
+is needed for the colours of these models' latents; connect it for fine detail. Classes, depth and regions: choose a \
+network that **Download Guider** fetched, or your own in models/ppap_guiders, in place of those of tinyworld/, which know \
+the tiny world only."""
 
 
 def _world(page: Page, count: int = 4) -> tuple[Out, Out, Out, Out]:

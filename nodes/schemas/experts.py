@@ -64,7 +64,7 @@ class PPAPDistilExperts(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPDistilExperts", display_name="Distill Experts", category=CATEGORY,
-            **also_found_as("Distil Experts", "train experts", "PPAP", "noise-aware classifier", "train a guider",
+            **also_found_as("Distil Experts", "train experts", "PPAP experts", "noise-aware classifier", "train a guider",
                             "knowledge distillation"),
             description="Teaches a network that has only seen clean images to read noisy ones: one small adapter for each "
                         "range of noise, each of which learns to say, while the image is still noise, what the plain "

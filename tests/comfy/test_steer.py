@@ -86,7 +86,7 @@ def test_a_choice_is_the_chain_of_nodes_bit_for_bit(comfy, world: PixelWorld, im
 
 @pytest.mark.parametrize("strength", WEIGHTS)
 def test_the_strengths_are_weights(steer: Any, strength: str):
-    guider = object()
+    guider = steer.guider_of("smoothness", {})
     term = steer.term_of(guider, strength, 0.5, None)
     assert term.weight == 0.5 * WEIGHTS[strength] and term.guider is guider and term.mask is None
 

@@ -74,6 +74,12 @@ def test_each_workflow_has_a_thumbnail_and_a_line_in_the_readme():
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
+def test_a_workflow_says_what_to_do_with_other_models(name: str):
+    [words] = [each["widgets_values"][0] for each in page_of(name)["nodes"] if each.get("title") == "With your own model"]
+    assert [model for model in ("SDXL", "FLUX.2 Klein", "Krea 2", "Anima", "Z-Image", "turbo") if model not in words] == []
+
+
+@pytest.mark.parametrize("name", WORKFLOW_NAMES)
 def test_no_node_of_a_workflow_covers_another(name: str):
     """No node covers another one or the preview that it shows while it works."""
     boxes = {each["id"]: box_of(each) for each in page_of(name)["nodes"]}

@@ -16,6 +16,7 @@ from ...ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ...ppap_core.experts.checkpoint import load_bank, save_bank
 from ...ppap_core.experts.distill import DistillConfig, distill
 from ...ppap_core.experts.knowledge import describe_knowledge, measure_knowledge, remember
+from ...ppap_core.experts.origin import Origin, describe_origin, remember_origin, shared_name
 from ...ppap_core.experts.readout import ReadoutNetwork, with_readout
 from ...ppap_core.experts.readout_file import is_readout_file, load_readout, save_readout
 from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder, held_out_count
@@ -27,7 +28,7 @@ from ...ppap_core.rng import seeded_noise
 from ...ppap_core.schedules import ExpertSchedule
 from . import latents, noise_levels, paths
 from .autograd import outside_inference_mode
-from .fingerprint import fingerprint_model, fingerprint_vae
+from .fingerprint import fingerprint_model, fingerprint_vae, origin_of
 from .foreign import Memory
 from .frames import choose_frames, frames_to_keep, take_frames
 from .hooks import SAMPLES, Feature
@@ -45,6 +46,7 @@ class Samples:
 
     store: SampleStore
     space: LatentSpace | None = None  # of the model's latents; None for pixels
+    origin: Origin | None = None      # the model, for people
 
 
 class SampleGenerator(Feature):
@@ -83,7 +85,7 @@ class SampleGenerator(Feature):
         self.progress = Progress(sum(images for _, images in wanted) * self.settings.steps)
         for part, images in wanted:
             part.fill(images, self.generate, on_wait=throw_exception_if_processing_interrupted)
-        return Samples(store, self.space)
+        return Samples(store, self.space, origin_of(self.model))
 
     def manifest(self) -> dict:
         """Return what the images are made from, as JSON values."""
@@ -167,6 +169,8 @@ def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: Di
     with outside_inference_mode():
         losses = distill(guider, bank, samples.store, config, folder, report.on_step)
         remember(bank, measure_knowledge(guider, bank, samples.store, throw_exception_if_processing_interrupted))
+    if samples.origin:
+        remember_origin(bank, samples.origin)
     return dict(zip(report.losses, losses, strict=True))
 
 
@@ -220,9 +224,18 @@ def load_experts(guider: Guider, file: Path) -> Guider:
 
 
 def describe_saved(guider: Guider, file: Path) -> str:
-    """Return what was saved, which layers of the network the experts leave as they are, and what the experts know."""
-    left_out = guider.net.describe_left_out() if isinstance(guider.net, ExpertBank) else ""
-    return "\n".join(text for text in (f"saved {file.name}", left_out, describe_experts(guider)) if text)
+    """Return what was saved and under which name to share it, which layers the experts leave as they are, and the rest."""
+    texts = [f"saved {file.name}"]
+    if isinstance(guider.net, ExpertBank):
+        name = f"{shared_name(guider)}.safetensors"
+        texts += ["" if file.name == name else f"To share it, call it {name}.", guider.net.describe_left_out()]
+    return "\n".join(text for text in (*texts, describe_loaded(guider)) if text)
+
+
+def describe_loaded(guider: Guider) -> str:
+    """Return which models a guider's experts can guide, on what they were distilled, and what they or its readout know."""
+    origin = describe_origin(guider.net) if isinstance(guider.net, ExpertBank) else ""
+    return "\n".join(text for text in (origin, describe_experts(guider)) if text)
 
 
 def describe_experts(guider: Guider) -> str:

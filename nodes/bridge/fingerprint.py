@@ -1,4 +1,5 @@
 """Fingerprints of a MODEL and its conditioning: they tell what was made with them from what was made with others."""
+from pathlib import PureWindowsPath
 from types import CellType, FunctionType
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ...ppap_core.experts.bank import ExpertBank
+from ...ppap_core.experts.origin import Origin
 from ...ppap_core.experts.readout import ReadoutNetwork
 from ...ppap_core.io.function_fingerprint import closed_over, function_fingerprint
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.io.storage import is_wrapper, named_tensors
 from .foreign import held_by, read
 from .hooks import AUTOGUIDANCE, GUIDANCE, LORA, PRIOR, features_of
-from .latents import Patcher
+from .latents import Patcher, sigma_data_of
+from .noise_levels import sigma_range
 from .shared_weights import injections_of, layers_of, without_layers
 
 VALUES = (str, int, float, bytes)
@@ -32,6 +35,14 @@ def fingerprint_model(model: Patcher, *conditioning: list) -> dict:
                              sampling.sigmas, guidances, *autoguidances, *fingerprint_foreign(model)]),
             "conditioning": digest([[(tensor, {name: hashable_conditioning(value) for name, value in extra.items()})
                                      for tensor, extra in entries] for entries in conditioning])}
+
+
+def origin_of(model: Patcher) -> Origin:
+    """Return what a file of experts says of a model: its kind, and its weights' file where the loader left its name."""
+    loaded_by = getattr(model, "cached_patcher_init", None) or (None, ())  # ComfyUI 0.3 does not keep it
+    paths = [each for each in loaded_by[1] if isinstance(each, str)]
+    return Origin(type(model.model.model_config).__name__, PureWindowsPath(paths[0]).name if paths else "",
+                  sigma_data_of(model), *sigma_range(model))
 
 
 def weights_of(model: Patcher) -> dict:

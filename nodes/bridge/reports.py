@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ...ppap_core.experts.bank import ExpertBank
+from ...ppap_core.experts.origin import describe_transfer
 from ...ppap_core.experts.readout import ReadoutNetwork
 from ...ppap_core.guidance.terms import TermRecord
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.viz.summary import Note, guidance_warnings, summarize_guidance
+from .fingerprint import origin_of
 from .hooks import GUIDANCE, features_of
 from .latents import Patcher, frame_count
 from .terms import GuidanceTerm, describe_seen
@@ -70,7 +72,7 @@ def report_of(model: Patcher, latent: dict) -> Report:
             notes += [(term + len(names), note) for term, note in run.notes]
             frames = frame_count(latent["samples"])
             for index, (term, decode) in enumerate(zip(guided.terms, guided.decoders, strict=True), len(names)):
-                said = (_remark(term), describe_seen(term, decode, model, frames))
+                said = (*_remarks(term, model), describe_seen(term, decode, model, frames))
                 remarks += [(index, text) for text in said if text]
             names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(guided.terms, 1)]
     if not names:
@@ -79,7 +81,9 @@ def report_of(model: Patcher, latent: dict) -> Report:
     return Report(tuple(names), tuple(records), len(sigmas), tuple(notes), tuple(remarks))
 
 
-def _remark(term: GuidanceTerm) -> str:
-    if isinstance(term.guider.net, ReadoutNetwork):
-        return term.guider.net.describe()
-    return term.guider.net.describe_left_out() if isinstance(term.guider.net, ExpertBank) else ""
+def _remarks(term: GuidanceTerm, model: Patcher) -> list[str]:
+    net = term.guider.net
+    if isinstance(net, ReadoutNetwork):
+        return [net.describe()]
+    remarks = [describe_transfer(net, origin_of(model)), net.describe_left_out()] if isinstance(net, ExpertBank) else []
+    return [remark for remark in remarks if remark]

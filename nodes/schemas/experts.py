@@ -190,7 +190,7 @@ class PPAPLoadExperts(io.ComfyNode):
     @classmethod
     def execute(cls, guider, file_name):
         experts = distillation.load_experts(guider, paths.expert_file(file_name))
-        return io.NodeOutput(experts, ui=progress.show_note(distillation.describe_experts(experts)))
+        return io.NodeOutput(experts, ui=progress.show_note(distillation.describe_loaded(experts)))
 
 
 NODES = [PPAPGenerateSamples, PPAPDistilExperts, PPAPDistillReadout, PPAPSaveExperts, PPAPLoadExperts]

@@ -85,5 +85,4 @@ def _remarks(term: GuidanceTerm, model: Patcher) -> list[str]:
     net = term.guider.net
     if isinstance(net, ReadoutNetwork):
         return [net.describe()]
-    remarks = [describe_transfer(net, origin_of(model)), net.describe_left_out()] if isinstance(net, ExpertBank) else []
-    return [remark for remark in remarks if remark]
+    return [describe_transfer(net, origin_of(model)), net.describe_left_out()] if isinstance(net, ExpertBank) else []

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..io.packages import importing
+from ..io.values import shown
 from .adapted_layer import AdaptedLayer, is_linear, mixes_channels, takes_adapter
 
+MAX_EXPERTS = 256
+MAX_SHARE, FREE_NUMBERS = 4, 2**24  # weights of all experts over the network's at most; so many are never too many
 SPARE_SHARE, SPARE_BYTES = 0.25, 16 * 2**20  # memory that merged weights may add to a network's: the larger of the two
 
 
@@ -49,6 +52,28 @@ def left_out(net: nn.Module) -> tuple[str, ...]:
 def _adaptable(net: nn.Module) -> list[str]:
     attention = tuple(f"{name}." for name, module in net.named_modules() if isinstance(module, nn.MultiheadAttention))
     return [name for name, module in net.named_modules() if not name.startswith(attention) and takes_adapter(module)]
+
+
+def require_moderate_size(net: nn.Module, spec: LoraSpec, count: int, beside: int = 0) -> None:
+    """ValueError for more adapters than a network of this size is worth, before memory is taken for them.
+
+    beside: further weights of each expert.
+    """
+    each = beside + sum(spec.rank * (weight.shape[0] + weight[0].numel()) for weight in _weights(net, spec.targets))
+    own = sum(parameter.numel() for parameter in net.parameters())
+    if count > MAX_EXPERTS or count * each > max(MAX_SHARE * own, FREE_NUMBERS):
+        raise ValueError(f"{count} experts of rank {shown(spec.rank)} would have {shown(count * each)} weights, and their "
+                         f"network has {own}: expected at most {MAX_EXPERTS} experts with {MAX_SHARE} times as many in all; "
+                         "choose a lower rank, or fewer experts")
+
+
+def _weights(net: nn.Module, targets: Iterable[str]) -> list[Tensor]:
+    found = [getattr(net.get_submodule(name), "weight", None) for name in targets]
+    weights = [weight for weight in found if isinstance(weight, Tensor) and weight.ndim > 1]
+    if len(weights) < len(found):
+        raise ValueError("some of the layers that are to take an adapter have no matrix: expected linear and convolutional "
+                         "layers")
+    return weights
 
 
 def inject_adapters(net: nn.Module, spec: LoraSpec, count: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guiders.guider import Guider, IgnoreSigma, has_network
-from ..guiders.latents import PIXELS, STEM_LAST, VIEWS, LatentSpace, Stem, View
+from ..guiders.latents import PIXELS, STEM_LAST, VIEWS, LatentSpace, Stem, View, stem_numbers
 from ..io.files import with_prefix
 from ..io.function_fingerprint import hashed_as
 from ..io.hashing import fingerprint_network
@@ -23,6 +23,7 @@ from .adapters import (
     initialize_adapter,
     inject_adapters,
     left_out,
+    require_moderate_size,
 )
 
 
@@ -38,7 +39,8 @@ class ExpertBank(nn.Module):
     view: inputs of the experts, "noisy" states or "denoised" predictions.
     seed: of the adapters' and stems' start, which depends on it and the number of the expert only.
     space: the latents that are decoded for the experts, each by a stem of its own that is trained and saved with its
-    adapter; None for images. ValueError for an unknown view, and for a network with too few layers to adapt.
+    adapter; None for images. ValueError for an unknown view, a network with too few layers to adapt, and experts of many
+        times its size.
     """
 
     def __init__(self, base: nn.Module, schedule: ExpertSchedule, lora: LoraSpec = LoraSpec(),
@@ -50,6 +52,7 @@ class ExpertBank(nn.Module):
         self.training_info: dict = {}  # how the experts were made, for people
         self.schedule, self.view, self.space = schedule, view, space
         self.lora = replace(lora, targets=lora.targets or default_targets(base))
+        require_moderate_size(base, self.lora, len(schedule), stem_numbers(space) if space else 0)
         self.left_out = left_out(base)
         self.net = _share_weights(base)
         self.stems = nn.ModuleList(Stem(space, seeded(seed, index, 1)) for index in range(len(schedule)) if space)

@@ -1,16 +1,19 @@
 """An expert bank as one safetensors file, with everything needed to refuse a wrong match."""
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor, nn
 
 from ..guiders.guider import Guider
-from ..guiders.latents import PIXELS, LatentSpace, View
-from ..io.files import load_tensors, save_tensors, with_prefix, without_prefix
+from ..guiders.latents import PIXELS, LatentSpace
+from ..io.files import save_tensors, with_prefix, without_prefix
 from ..io.hashing import fingerprint_network, weight_digests
+from ..io.values import shown
 from ..schedules import ExpertSchedule
 from .adapters import LoraSpec
 from .bank import ExpertBank, base_network
+from .header import COMMON, FIELDS, check_experts, check_fields, read_expert_file
 from .identity import Names, libraries, match_former_names, match_layers, match_weights
 
 FORMAT = 1
@@ -40,21 +43,33 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
 
     FileNotFoundError without the file; ValueError if it is damaged or, naming both values, belongs to something else.
     """
-    file, (tensors, header) = Path(path).name, load_tensors(path)
+    file, (tensors, header) = Path(path).name, read_expert_file(path)
     base = base_network(guider)
     weights = match_network(file, header, guider, KIND)
+    with damaged(file):
+        check_fields(header, FIELDS)
+        if len(header["targets"]) > len(weights):
+            raise ValueError(f"it names {len(header['targets'])} layers, and the network has {len(weights)} weights")
+        layers = match_layers(header["targets"], weights)
+        schedule, space = ExpertSchedule(tuple(map(float, header["edges"]))), _space(tensors, header)
+        check_experts(tensors, len(schedule))
+        lora = LoraSpec(header["rank"], float(header["alpha"]), tuple(layers.values()))
+        bank = ExpertBank(base, schedule, lora, header["view"], space=space)
+        for index in range(len(schedule)):
+            bank.load(index, rename_adapters(without_prefix(f"expert_{index}", tensors), layers))
+            if not all(bool(weight.isfinite().all()) for weight in bank.weights(index).values()):
+                raise ValueError(f"expert {index} has weights that are no numbers")
+    bank.training_info = header.get("recipe", {})
+    return bank
+
+
+@contextmanager
+def damaged(file: str) -> Iterator[None]:
+    """Context manager: errors of a file's description name the file, and say what to do."""
     try:
-        layers = match_layers(map(str, header["targets"]), weights)
-        schedule = ExpertSchedule(tuple(map(float, header["edges"])))
-        lora = LoraSpec(int(header["rank"]), float(header["alpha"]), tuple(layers.values()))
-        view, space = cast(View, str(header["view"])), _space(tensors, header)  # ExpertBank refuses an unknown view
+        yield
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the description in {file} is damaged ({error}): copy or distil it again") from error
-    bank = ExpertBank(base, schedule, lora, view, space=space)
-    bank.training_info = header.get("recipe", {})
-    for index in range(len(schedule)):
-        bank.load(index, rename_adapters(without_prefix(f"expert_{index}", tensors), layers))
-    return bank
 
 
 def match_network(file: str, header: dict, guider: Guider, kind: str) -> Names:
@@ -65,6 +80,8 @@ def match_network(file: str, header: dict, guider: Guider, kind: str) -> Names:
     for key, expected in requirements(guider, kind).items():
         if header.get(key) != expected:
             raise _unfit(file, key, header, expected)
+    with damaged(file):
+        check_fields(header, COMMON)
     return _match_weights(file, header, base_network(guider))
 
 
@@ -79,8 +96,8 @@ def _match_weights(file: str, header: dict, base: nn.Module) -> Names:
 
 
 def _unfit(file: str, key: str, header: dict, expected: object, release: str = "") -> ValueError:
-    return ValueError(f"{file} does not fit: its {key} is {header.get(key)!r}{release}, expected {expected!r}; load the "
-                      "guider that these experts were distilled for, or distil new ones")
+    return ValueError(f"{file} does not fit: its {key} is {shown(header.get(key))}{release}, expected {expected!r}; load "
+                      "the guider that these experts were distilled for, or distil new ones")
 
 
 def rename_adapters(weights: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
@@ -96,11 +113,10 @@ def requirements(guider: Guider, kind: str) -> dict:
 
 
 def _space(tensors: dict[str, Tensor], header: dict) -> LatentSpace | None:
-    name = str(header["space"])
-    if name == PIXELS:
+    if header["space"] == PIXELS:
         return None
     factors, bias = (tensors[f"space.{part}"].clone() for part in ("factors", "bias"))  # else the file stays open
-    shuffle = int(header["shuffle"])
-    if factors.shape[1:] != (3,) or bias.shape != (3,) or not 1 <= shuffle <= 8:
-        raise ValueError(f"the colours of its latents have the shapes {tuple(factors.shape)} and {tuple(bias.shape)}")
-    return LatentSpace(name, factors, bias, shuffle)
+    if factors.shape[1:] != (3,) or bias.shape != (3,) or not (factors.isfinite().all() and bias.isfinite().all()):
+        raise ValueError(f"the colours of its latents have the shapes {tuple(factors.shape)} and {tuple(bias.shape)}, or "
+                         "are no numbers")
+    return LatentSpace(header["space"], factors, bias, header["shuffle"])

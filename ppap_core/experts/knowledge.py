@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
+from ..io.values import is_number, is_whole
 from .bank import ExpertBank, with_experts
 from .samples import HELD_OUT_SHARE, SHARD_SIZE, Pairs, SampleStore, pairs_at, steps_in
 
@@ -171,7 +172,17 @@ def knowledge_of(bank: ExpertBank) -> tuple[Knowledge | None, ...]:
         known = tuple(each and Knowledge(**each) for each in bank.training_info[KEY])
     except (KeyError, TypeError):  # a bank of an earlier version, or of a later one
         known = ()
-    return known if len(known) == len(bank.schedule) else (None,) * len(bank.schedule)
+    is_sound = len(known) == len(bank.schedule) and all(each is None or _is_sound(each) for each in known)
+    return known if is_sound else (None,) * len(bank.schedule)
+
+
+def _is_sound(known: object) -> bool:
+    """Whether what a file says is of the types that it should be."""
+    if not isinstance(known, Knowledge):
+        return False
+    numbers = known.plain, known.expert, known.commonest, known.plain_error, known.expert_error, known.gain_error
+    return (all(map(is_number, numbers)) and is_whole(known.images, 0, 1e12) and isinstance(known.held_out, bool)
+            and (known.possible is None or is_number(known.possible)))
 
 
 def describe_knowledge(bank: ExpertBank) -> str:

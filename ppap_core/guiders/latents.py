@@ -1,5 +1,6 @@
 """Images of latents, cheap enough for every step, and the views of a noisy state that a guider can have."""
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -34,6 +35,12 @@ class LatentSpace:
         """Linear latent-to-RGB preview, (B, C shuffle^2, h, w) -> (B, 3, h shuffle, w shuffle); ignores sigma."""
         latent = F.pixel_shuffle(latent, self.shuffle)
         return torch.einsum("bchw, cd -> bdhw", latent, self.factors.to(latent)) + self.bias.to(latent)[:, None, None]
+
+
+def stem_numbers(space: LatentSpace) -> int:
+    """Number of weights of a stem."""
+    channels = len(space.factors), STEM_WIDTH, STEM_WIDTH, 3 * STEM_SCALE**2
+    return sum(9 * inputs * outputs + outputs for inputs, outputs in pairwise(channels))
 
 
 class Stem(nn.Module):

@@ -83,7 +83,7 @@ def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     tensors, metadata = read_safetensors(path)
     try:
         header = json.loads(metadata.get("ppap", "null"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, or nested as deep
         header = None
     if not isinstance(header, dict):
         raise ValueError(f"{Path(path).name} has no description of this pack: expected a file saved by it.")
@@ -120,6 +120,15 @@ def read_rows(path: Path | str, name: str, index: tuple[Tensor, ...]) -> Tensor:
         return file.get_tensor(name)[index]  # the tensor itself lies in the file
 
 
+def header_bytes(path: Path | str) -> int:
+    """Length that a safetensors file says its header has, before any of it is read; 0 for what is too short or no file."""
+    try:
+        with Path(path).open("rb") as file:
+            return int.from_bytes(file.read(8), "little")
+    except OSError:
+        return 0
+
+
 @contextmanager
 def _opened(path: Path | str) -> Iterator:
     path = Path(path)
@@ -143,7 +152,7 @@ def read_json(path: Path | str) -> dict:
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}): expected a JSON file; copy or make it again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}: expected a JSON object; copy or make it again.")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppap_core.viz.drawing import save_picture
 
-from . import face_sheet, faces, label_maps, latent, photographs, restoration, rules, speed, tables, tours
+from . import face_sheet, faces, label_maps, latent, photographs, restoration, rules, speed, tables, tours, transfer
 from .report import Report, Row, write_report
 from .runs import run_table
 
@@ -37,6 +37,8 @@ BENCHMARKS = {
     "rules": Benchmark(lambda folder, report, only: rules.rules_bench(rules.RulesBench(), report), rules.table),
     "speed": Benchmark(lambda folder, report, only: speed.speed(report), speed.table),
     "tours": Benchmark(lambda folder, report, only: tours.tour_bench(tours.TourBench(), report), tours.table),
+    "transfer": Benchmark(lambda folder, report, only: transfer.transfer_bench(
+        transfer.TransferBench(), folder / "transfer", report, only), transfer.table, transfer.plot),
 }
 
 

@@ -67,7 +67,7 @@ def test_a_loaded_model_is_named_by_its_file(comfy):
 def test_experts_of_pixels_are_refused_for_latents(comfy, world: LatentWorld):
     """A file of version 0.1.0 among them."""
     core = comfy.pack.ppap_core.experts
-    [plain] = comfy("PPAPLoadGuider", guider_name="tinyworld/depth")
-    experts = core.bank.with_experts(plain, core.checkpoint.load_bank(SAVED / "denoised_pixel.safetensors", plain))
+    bank = core.checkpoint.load_bank(SAVED / "noisy_pixel.safetensors", world.guider)
+    experts = core.bank.with_experts(world.guider, bank)
     with says(ValueError, "pixel", "SD3", "distilled for a model of this kind"):
         comfy("PPAPApplyGuidance", model=world.model("eps"), terms=term(comfy, experts), max_rms=0.0)

@@ -18,7 +18,7 @@ KIND = "readout"
 
 def is_readout_file(path: Path | str) -> bool:
     """Whether a file says that it holds a readout."""
-    with suppress(json.JSONDecodeError):
+    with suppress(ValueError, RecursionError):  # those who read all of it say what is wrong with it
         header = json.loads(read_header(path)[1].get("ppap", "null"))
         return isinstance(header, dict) and header.get("kind") == KIND
     return False

@@ -1,24 +1,23 @@
 """Gradients through ComfyUI's networks: out of inference mode, past dynamic VRAM, within the memory at hand."""
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import comfy.controlnet
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import torch
-from torch.overrides import TorchFunctionMode
 
 from ...ppap_core.io.storage import is_wrapper, rewrapped, storages
+from .differentiable import OutputsThatLearn, kernels_in_torch, mutation_allowed
 from .memory import FULL_PRECISION, log, replace_tensors
 from .shared_weights import make_injections_differentiable
 from .streaming import StreamedWeights, renew_streamed
 
 Result = TypeVar("Result")
 NOT_DIFFERENTIABLE_HINTS = ("grad", "backward", "derivative")  # words of torch where an operation cannot be differentiated
+PROMPT_CACHES_OFF = {"qwen_image21_cache": {"device": "off"}}  # else a gradient would go back into earlier steps
 NO_GRADIENT_ADVICE = "choose 'in the prediction' as gradient, and no readout"
 
 
@@ -45,11 +44,13 @@ def is_dynamic(model: comfy.model_patcher.ModelPatcher) -> bool:
     return hasattr(model, "is_dynamic") and model.is_dynamic()
 
 
-def make_differentiable(guider: comfy.samplers.CFGGuider) -> None:
+def make_differentiable(guider: comfy.samplers.CFGGuider, extra_args: dict) -> None:
     """Let gradients pass through a model that is loaded for sampling, and through the models and ControlNets beside it.
 
     Loaders make weights in inference mode, which autograd never accepts. guider: ComfyUI's guider of that sampling.
+    extra_args: of its sampler, whose options are changed in place.
     """
+    extra_args["model_options"].setdefault("transformer_options", {}).update(PROMPT_CACHES_OFF)
     for patcher in (guider.model_patcher, *guider.loaded_models):
         if hasattr(patcher, "unpin_all_weights") and not is_dynamic(patcher):
             patcher.unpin_all_weights()
@@ -94,59 +95,6 @@ def differentiable_networks() -> Iterator[None]:
                          f"{NO_GRADIENT_ADVICE}") from error
     finally:
         management.in_training, management.NUM_STREAMS = before, streams
-
-
-@contextmanager
-def kernels_in_torch() -> Iterator[None]:
-    """Context manager: fused kernels of attention, which have no gradient, are computed by torch, which has one."""
-    try:
-        import comfy_kitchen
-        from comfy_kitchen.backends.eager import rope
-    except ImportError:  # older versions of ComfyUI have no such kernels
-        yield
-        return
-    fused = {name: kernel for name, kernel in vars(comfy_kitchen).items() if inspect.isfunction(vars(rope).get(name))}
-    plain = {name: vars(rope)[name] for name in fused}
-    try:
-        vars(comfy_kitchen).update(plain)
-        yield
-    finally:
-        vars(comfy_kitchen).update(fused)
-
-
-class OutputsThatLearn(TorchFunctionMode):
-    """Context manager: operations that write into a tensor by `out=`, which have no gradient, change it in place instead."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if not isinstance(out := kwargs.pop("out", None), torch.Tensor):
-            return func(*args, **kwargs) if out is None else func(*args, **kwargs, out=out)
-        return out.copy_(func(*args, **kwargs))
-
-
-class _Held(WeakKeyDictionary):
-    """Saved tensors that stay in memory when they are deleted here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.deleted: list[torch.Tensor] = []
-
-    def __delitem__(self, key: Any) -> None:
-        self.deleted.append(self[key])
-        super().__delitem__(key)
-
-
-@contextmanager
-def mutation_allowed() -> Iterator[None]:
-    """Context manager: networks may change in place what autograd has saved.
-
-    torch copies a saved tensor before it is changed, lets go of it, and knows it by the identity, address and version of
-    the object. A later tensor can have all three and would be given the wrong copy, and so a wrong gradient, without an
-    error. Here the originals are held until the pass ends.
-    """
-    with torch.autograd.graph.allow_mutation_on_saved_tensors() as context:
-        context.original = _Held()
-        yield
 
 
 def has_fast_products(layer: torch.nn.Module) -> bool:

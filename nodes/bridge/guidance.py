@@ -113,13 +113,13 @@ class GuidedModel(Feature):
         terms = [to_core_term(model, term, shape, decode) for term, decode in zip(self.terms, decoders, strict=True)]
         return SamplingRun(terms, latents.sigma_data_of(model), compute_type(model))
 
-    def on_sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def on_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, *args: Any, **kwargs: Any) -> Tensor:
         """Make what ComfyUI has loaded differentiable."""
         materialize_on(self.networks, sigmas.device)
         if self.differentiates_model:
-            make_differentiable(guider)
+            make_differentiable(guider, extra_args)
             self.runs.current.gradient_pass = GradientPass(*networks_of(guider))
-        samples = executor(guider, sigmas, *args, **kwargs)
+        samples = executor(guider, sigmas, extra_args, *args, **kwargs)
         self.runs.current.notes = scrutinize(self.runs.current)  # here, because the networks are still loaded
         return samples
 

@@ -62,7 +62,7 @@ class LoraTraining:
 
     def _train(self, cfg_guider: comfy.samplers.CFGGuider, denoise: Any, noise: Tensor,
                extra_args: dict) -> tuple[dict[str, LoraUpdate], list[float]]:
-        make_differentiable(cfg_guider)
+        make_differentiable(cfg_guider, extra_args)
         net = cfg_guider.inner_model.diffusion_model
         memory = Memory(net, extra_args["model_options"])
         denoise = partial(memory.apart, partial(denoise, **extra_args))

@@ -78,7 +78,7 @@ class PriorSearch:
                 extra_args: dict) -> tuple[Tensor, Losses]:
         materialize_on(self.networks, noise.device)
         if self.config.backprop_through_model:
-            make_differentiable(cfg_guider)
+            make_differentiable(cfg_guider, extra_args)
         with outside_inference_mode():
             start = latents.frames_as_images(self.images.to(noise))
             config = replace(self.config, frames=len(start) // len(self.images))

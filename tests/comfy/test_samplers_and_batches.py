@@ -94,6 +94,24 @@ def test_two_prompts_may_be_nested(bench: Workbench, term: dict):
     steered(bench, bench.scene(EPS), nested, **term)
 
 
+# Caches
+
+@pytest.mark.parametrize(("term", "off"), [({}, False), (THROUGH, True)], ids=["", "through the model"])
+def test_keys_and_values_are_not_kept_where_a_gradient_passes(bench: Workbench, term: dict, off: bool):
+    """Qwen-Image 2.1 reads this option, in versions of ComfyUI that have it."""
+    options: list[dict] = []
+
+    def predict(apply_model: Any, args: dict) -> Tensor:
+        options.append(args["c"]["transformer_options"])
+        return apply_model(args["input"], args["timestep"], **args["c"])
+    scene = bench.scene(FLOW)
+    model = scene.model.clone()
+    model.set_model_unet_function_wrapper(predict)
+    ksampler(bench, bench.guide(replace(scene, model=model), **term))
+    assert [each.get("qwen_image21_cache") == {"device": "off"} for each in options] == [off] * len(options)
+    assert options and "qwen_image21_cache" not in model.model_options["transformer_options"]
+
+
 # Batches
 
 def close(found: Tensor, expected: Tensor) -> bool:

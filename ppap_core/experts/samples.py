@@ -248,4 +248,4 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def from_uint8(images: Tensor) -> Tensor:
     """Images in 0 ... 255 as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    return images.float().div_(127.5).sub_(1)

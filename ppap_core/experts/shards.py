@@ -88,7 +88,8 @@ class Shards:
 
     def row(self, part: str) -> Tensor:
         """The first row of a part."""
-        return self.cached(("first", part), self._read, part, range(1))[0]
+        self.count()
+        return self.cached(("first", part), self._read_shard, 0, part, torch.zeros(1, dtype=torch.long))[0]
 
     def count(self) -> int:
         """Number of images, as it was when something was first read. ValueError if there are none."""
@@ -108,17 +109,19 @@ class Shards:
 
     def _read(self, part: str, images: Tensor | range, *steps: Tensor) -> Tensor:
         """Rows, of which each shard is opened once."""
-        self.count()
-        images = torch.as_tensor(images)
-        order = images.argsort()
+        images, row = torch.as_tensor(images), self.row(part)
+        found, order = row.new_empty(len(images), *row.shape[len(steps):]), images.argsort()
         shards, counts = (images[order] // SHARD_SIZE).unique_consecutive(return_counts=True)
+        for shard, rows in zip(shards.tolist(), order.split(counts.tolist()), strict=True):
+            found[rows] = self._read_shard(shard, part, images[rows] % SHARD_SIZE, *(step[rows] for step in steps))
+        return found
+
+    def _read_shard(self, shard: int, part: str, *index: Tensor) -> Tensor:
         try:
-            found = [read_rows(self.file(shard), part, (images[rows] % SHARD_SIZE, *(step[rows] for step in steps)))
-                     for shard, rows in zip(shards.tolist(), order.split(counts.tolist()), strict=True)]
+            return read_rows(self.file(shard), part, index)
         except KeyError:
             raise ValueError(f"the images of {self.folder.name} came without their trajectories: delete that folder and "
                              "generate them again") from None
-        return torch.cat(found)[order.argsort()]
 
 
 def _checksum(tensors: dict[str, Tensor]) -> Tensor:

@@ -54,7 +54,7 @@ class Shards:
             found = json.loads(metadata["ppap"])["first"]
         except (FileNotFoundError, DamagedFileError) as error:
             return str(error)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             return f"{file.name} has no description of this pack: expected a shard saved by it."
         rows = {shape[:1] for name, shape in shapes.items() if name != CHECKSUM}
         if found != first or "images" not in shapes or rows != {(SHARD_SIZE,)}:

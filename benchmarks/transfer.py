@@ -76,7 +76,7 @@ class TransferRun:
             banks = [bank for bank, model in self.banks.items() if model == name or self.family.models[model].lends]
             if not only or name in only:
                 yield Cell(name, NOTHING, "")
-                yield from (Cell(name, guide, way) for guide in (PLAIN, *banks) for way in WAYS)
+                yield from (Cell(name, guide, way) for way in WAYS for guide in (PLAIN, *banks))
 
     @property
     def banks(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ..io.values import shown
 from ..schedules import ExpertSchedule
 from .adapters import LoraSpec
 from .bank import ExpertBank, base_network
-from .header import COMMON, FIELDS, check_experts, check_fields, read_expert_file
+from .header import COMMON, FIELDS, check_count, check_fields, read_expert_file
 from .identity import Names, libraries, match_former_names, match_layers, match_weights
 
 FORMAT = 1
@@ -52,7 +52,7 @@ def load_bank(path: Path | str, guider: Guider) -> ExpertBank:
             raise ValueError(f"it names {len(header['targets'])} layers, and the network has {len(weights)} weights")
         layers = match_layers(header["targets"], weights)
         schedule, space = ExpertSchedule(tuple(map(float, header["edges"]))), _space(tensors, header)
-        check_experts(tensors, len(schedule))
+        check_count(tensors, "expert", len(schedule))
         lora = LoraSpec(header["rank"], float(header["alpha"]), tuple(layers.values()))
         bank = ExpertBank(base, schedule, lora, header["view"], space=space)
         for index in range(len(schedule)):

@@ -14,6 +14,8 @@ from .adapters import MAX_EXPERTS
 
 MAX_BYTES = 16 * 2**20  # of the names and the description; ten thousand layers take two
 MAX_LAYERS = 100_000
+MAX_CHANNELS = 2**16    # of features, and sides of an output
+MAX_OUTPUT = 2**20      # numbers in an output
 MAX_FACTOR = 1e6        # of alpha
 
 class Field(NamedTuple):
@@ -51,6 +53,16 @@ FIELDS: dict[str, Field] = {
     **COMMON}
 """Name of a field of a bank -> what it must be. Others are compared with what the guider requires, or are for people."""
 
+READOUT_FIELDS: dict[str, Field] = {
+    "edges": FIELDS["edges"],
+    "place": Field(is_name, "the name of a place in a model"),
+    "channels": Field(lambda value: is_whole(value, 1, MAX_CHANNELS), f"a whole number from 1 to {MAX_CHANNELS}"),
+    "output": Field(lambda value: isinstance(value, list) and 1 <= len(value) <= 4 and all(
+        is_whole(side, 1, MAX_CHANNELS) for side in value) and math.prod(value) <= MAX_OUTPUT, "the shape of an output"),
+    "dense": Field(lambda value: isinstance(value, bool), "true or false"),
+    **COMMON}
+"""Name of a field of a readout -> what it must be."""
+
 
 def read_expert_file(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     """Tensors and description of a file of experts. FileNotFoundError, or ValueError for one that is none or too long."""
@@ -72,11 +84,11 @@ def check_fields(header: dict, fields: Mapping[str, Field]) -> None:
         raise ValueError(f"its edges are {shown(edges)}, expected ascending and positive noise levels")
 
 
-def check_experts(tensors: dict[str, Tensor], experts: int) -> None:
-    """ValueError unless a file holds weights of so many experts, and nothing else but a space."""
+def check_count(tensors: dict[str, Tensor], part: str, count: int) -> None:
+    """ValueError unless a file holds weights of so many parts, "expert" or "head", and nothing else but a space."""
     held = {name.partition(".")[0] for name in tensors} - {"space"}
-    expected = {f"expert_{index}" for index in range(experts)}
+    expected = {f"{part}_{index}" for index in range(count)}
     for each in sorted(expected - held, key=lambda name: (len(name), name)):
-        raise ValueError(f"{each.replace('_', ' ')} misses its weights, as the edges describe {experts}")
+        raise ValueError(f"{each.replace('_', ' ')} misses its weights, as the edges describe {count}")
     for each in sorted(held - expected):
-        raise ValueError(f"it has weights of {shown(each)}, but its edges describe {experts} experts")
+        raise ValueError(f"it has weights of {shown(each)}, but its edges describe {count} of {part}")

@@ -14,6 +14,8 @@ from ppap_core.experts.adapters import FREE_NUMBERS, MAX_EXPERTS, LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.checkpoint import load_bank, save_bank
 from ppap_core.experts.header import FIELDS, MAX_BYTES
+from ppap_core.experts.readout import ReadoutNetwork, ReadoutSpec
+from ppap_core.experts.readout_file import is_readout_file, load_readout, save_readout
 from ppap_core.guiders.latents import LatentSpace, Stem, stem_numbers
 from ppap_core.io.files import load_tensors, read_json, save_tensors
 from ppap_core.io.values import is_number, shown
@@ -162,6 +164,41 @@ def test_tensors_that_cannot_be_are_refused(tmp_path: Path, whole: tuple, change
     file = written(tmp_path / "x.safetensors", CHANGES[change](tensors), header)
     with says(ValueError, "x.safetensors"):
         load_bank(file, GUIDER)
+
+
+# Readouts
+
+READOUTS: dict[str, list[Any]] = {
+    "edges": [None, [1.0], [2.0, 1.0], [0.1, 1.0, 10.0, 100.0], [0.1, 10.0]],
+    "place": [None, 3, "x" * 10**5],
+    "channels": [None, 0, 10**9, 2**16, "8", 8.0, True, 6],
+    "output": [None, [], [0], [10**9], [2**16, 2**16], [5, 1, 1, 1, 1], ["5"], 5, [6]],
+    "dense": [None, 1, "no", True],
+    "recipe": [[1]],
+}
+
+
+@pytest.mark.parametrize("field", READOUTS)
+def test_a_readout_that_cannot_be_is_refused_in_words(tmp_path: Path, field: str):
+    readout = ReadoutNetwork(base_network(GUIDER), ExpertSchedule((0.1, 1.0, 10.0)), ReadoutSpec("layers.1", 8, (5,)))
+    save_readout(tmp_path / "whole.safetensors", readout, GUIDER)
+    assert is_readout_file(tmp_path / "whole.safetensors") and load_readout(tmp_path / "whole.safetensors", GUIDER)
+    tensors, header = load_tensors(tmp_path / "whole.safetensors")
+    for value in READOUTS[field]:
+        file = written(tmp_path / "x.safetensors", tensors, header | {field: value})
+        with says(ValueError, "x.safetensors", "damaged"):
+            load_readout(file, GUIDER)
+    broken = tensors | {"head_1.mean": torch.full((8,), math.nan)}
+    with says(ValueError, "x.safetensors", "head 1", "no numbers"):
+        load_readout(written(tmp_path / "x.safetensors", broken, header), GUIDER)
+
+
+@pytest.mark.parametrize("metadata", SHAPES, ids=range(len(SHAPES)))
+def test_any_file_can_be_asked_whether_it_is_a_readout(tmp_path: Path, metadata: str):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", {"ppap": metadata})
+    assert not is_readout_file(tmp_path / "x.safetensors")
 
 
 # Sizes

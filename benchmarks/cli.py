@@ -9,7 +9,20 @@ from torch import Tensor
 
 from ppap_core.viz.drawing import save_picture
 
-from . import face_sheet, faces, label_maps, latent, photographs, restoration, rules, speed, tables, tours, transfer
+from . import (
+    face_sheet,
+    faces,
+    few_steps,
+    label_maps,
+    latent,
+    photographs,
+    restoration,
+    rules,
+    speed,
+    tables,
+    tours,
+    transfer,
+)
 from .report import Report, Row, write_report
 from .runs import run_table
 
@@ -26,6 +39,8 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "faces": Benchmark(lambda folder, report, only: faces.face_bench(faces.FaceBench(), folder / "faces", report, only),
                        faces.table, faces.plot, partial(face_sheet.face_sheet, faces.FaceBench())),
+    "fewsteps": Benchmark(lambda folder, report, only: few_steps.few_step_bench(
+        few_steps.FewStepBench(), folder / "fewsteps", report, only), few_steps.table),
     "labelmaps": Benchmark(lambda folder, report, only: label_maps.label_bench(label_maps.LabelBench(), report),
                            label_maps.table),
     "latent": Benchmark(lambda folder, report, only: latent.latent_bench(latent.LatentBench(), folder / "latent", report),

@@ -23,6 +23,7 @@ from ppap_core import (
     sample_euler,
 )
 from ppap_core.guiders.guider import clean
+from ppap_core.noise import PIXEL_SIGMA_DATA
 from ppap_core.rng import seeded_noise
 
 from .real import real_networks
@@ -73,6 +74,7 @@ class FaceWorld:
     device: torch.device = torch.device("cpu")
     name: ClassVar[str] = "faces"
     store_seed: ClassVar[int] = 500_000
+    sigma_data: ClassVar[float] = PIXEL_SIGMA_DATA
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Predict clean faces (B, 1, 40, 40), the state in float32; differentiable where x requires a gradient.

@@ -6,7 +6,16 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ppap_core import Denoiser, Guider, NoiseInterval, Schedule, Term, guided, sample_euler
+from ppap_core import (
+    Denoiser,
+    GuidanceSettings,
+    Guider,
+    NoiseInterval,
+    Schedule,
+    Term,
+    guided,
+    sample_euler,
+)
 from ppap_core.schedules import ALWAYS, FALLING, Ramp
 
 from .ablations import ABLATIONS
@@ -68,7 +77,12 @@ class GuidedSampling:
 
     def denoiser(self, guider: Guider, setting: Setting) -> Denoiser:
         """The world's denoiser, guided by an aimed guider."""
-        return guided(self.world.denoise, [term(guider, **setting)])
+        return guided(self.world.denoise, [term(guider, **setting)], self.settings)
+
+    @property
+    def settings(self) -> GuidanceSettings:
+        """What all terms share."""
+        return GuidanceSettings(self.world.sigma_data)
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class ChangedGuidance(GuidedSampling):
     """Guidance by another step, by its name in STEPS. The row's settings are its options."""
 
     def denoiser(self, guider: Guider, setting: Setting) -> Denoiser:
-        return STEPS[self.row.method](self.world.denoise, term(guider, **setting), **self.row.settings)
+        return STEPS[self.row.method](self.world.denoise, term(guider, **setting), self.settings, **self.row.settings)
 
 
 @dataclass(frozen=True)
@@ -111,9 +125,10 @@ def split(options: Setting, names: Sequence[str]) -> tuple[dict[str, Any], dict[
             {name: value for name, value in options.items() if name not in names})
 
 
-def term(guider: Guider, weight: float, balanced: bool = False, through: bool = False, **schedule: float) -> Term:
+def term(guider: Guider, weight: float, balanced: bool = False, through: bool = False, substeps: int = 1,
+         **schedule: float) -> Term:
     """A term from a setting. balanced: normalized; through: differentiated through the model; schedule: of `schedule_of`."""
-    return Term(guider, weight, schedule_of(**schedule), normalized=balanced, backprop_through_model=through)
+    return Term(guider, weight, schedule_of(**schedule), None, balanced, through, substeps)
 
 
 def schedule_of(damping: float = 0.0, falls_from: float = 0.0, falls_to: float = 0.0) -> Schedule:

@@ -21,6 +21,7 @@ from ppap_core import (
     sample_euler,
 )
 from ppap_core.guiders.guider import clean
+from ppap_core.noise import PIXEL_SIGMA_DATA
 from ppap_core.rng import seeded_noise
 from ppap_core.tinyworld.loaders import SIGMA_MAX, SIGMA_MIN, SIZE, load_denoiser, load_guider
 from ppap_core.tinyworld.scenes import Scenes, draw, truth
@@ -47,6 +48,7 @@ class TinyWorld:
     device: torch.device
     name: ClassVar[str] = "tinyworld"
     store_seed: ClassVar[int] = 50_000_000
+    sigma_data: ClassVar[float] = PIXEL_SIGMA_DATA
 
     @property
     def subject(self) -> str:

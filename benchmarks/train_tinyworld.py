@@ -52,6 +52,7 @@ from .losses import (
     task_loss,
 )
 from .networks import WEIGHTS as JUDGES
+from .turbo import TeachersWays, Turbo, turbo_loss
 
 TRAINING_SEEDS = 10_000_000  # scenes below this number are never trained on
 
@@ -73,6 +74,7 @@ class TrainConfig:
     latents: int = 0       # so many scenes of 128 pixels are encoded and used again and again; 0: fresh scenes, as pixels
     half: bool = False     # saved as float16
     tours: int = 0         # instead of scenes, so many tours, solved once and used again and again
+    ways: int = 0          # instead of scenes, so many ways of the flow from noise to latent, used again and again
 
 
 class Network(NamedTuple):
@@ -144,6 +146,8 @@ def source_of(config: TrainConfig, folder: Path) -> Source:
         return EncodedScenes(folder, config.latents)
     if config.tours:
         return SolvedTours(folder, config.tours, TRAINING_SEEDS * 300, solve)
+    if config.ways:
+        return TeachersWays(folder, config.ways)
     return draw
 
 
@@ -197,7 +201,8 @@ def fit(name: str, network: Network, folder: Path, device: torch.device, save_ev
     optimize(dict(net.named_parameters()), loss, config.steps, AdamW(partial(learning_rate, config), weight_decay=0.01),
              name, RunOptions(about, state_file, save_every, on_step=average, extra_state=average.weights))
     weights = {key: value.half() for key, value in average.weights.items()} if config.half else average.weights
-    save_tensors(folder / f"{name}.safetensors", net.to_file(weights) if isinstance(net, Controlled) else weights, about)
+    save_tensors(folder / f"{name}.safetensors",
+                 net.to_file(weights) if isinstance(net, (Controlled, Turbo)) else weights, about)
     state_file.unlink(missing_ok=True)
 
 
@@ -218,6 +223,8 @@ NETWORKS: dict[str, Network] = {
     "controlnet/tinyworld_depth": Network(Controlled, control_loss,
                                           TrainConfig(steps=2500, ema=0.998, seed=6, latents=4096, half=True)),
     "tinyworld_eps": Network(TinyEps, eps_loss, TrainConfig(steps=5000, ema=0.999, seed=5, latents=16_384, half=True)),
+    "loras/tinyworld_turbo": Network(Turbo, turbo_loss, TrainConfig(steps=1500, lr=2e-3, ema=0.995, seed=11, half=True,
+                                                                    ways=4096)),
     "tours": Network(tour_denoiser, partial(denoiser_loss, p_mean=0.0),
                      TrainConfig(steps=6000, batch=16, size=64, ema=0.998, seed=10, half=True, tours=4096)),
     **{f"guider_{task}": Network(partial(tiny_resnet, *OUTPUTS[task]), partial(task_loss, task),

@@ -23,6 +23,10 @@ class World(Protocol):
         """Seed of the first image that experts learn from."""
 
     @property
+    def sigma_data(self) -> float:
+        """Standard deviation of what the model samples."""
+
+    @property
     def subject(self) -> str:
         """Name of what the guider judges, for the folders of its trainings."""
 

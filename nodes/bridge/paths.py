@@ -17,7 +17,7 @@ def register_folders() -> None:
     """Add the pack's model folders to those of extra_model_paths.yaml, and the tiny world's files to the stock loaders'."""
     for name in ("ppap_guiders", "ppap_experts"):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
-    for name in ("diffusion_models", "vae", "controlnet"):
+    for name in ("diffusion_models", "vae", "controlnet", "loras"):
         folder_paths.add_model_folder_path(name, str(WEIGHTS / name))
 
 

@@ -30,6 +30,7 @@ BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "series": ("Without", "The series"),
                     "steer": ("Without", "With these colours"),
                     "strengths": ("Off", "Strong"),
+                    "turbo": ("Without guidance", "Steered towards stars"),
                     "with_controlnet": ("ControlNet alone", "Both")}
 
 

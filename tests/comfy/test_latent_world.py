@@ -32,6 +32,20 @@ def test_the_stock_loaders_list_and_load_the_world_s_files(comfy, world: LatentW
     assert torch.equal(image, comfy("VAEDecode", samples=latents, vae=world.vae)[0])
 
 
+def test_the_stock_loader_makes_a_turbo_model_of_the_flow(comfy, world: LatentWorld):
+    import folder_paths
+    from comfy.sd import load_diffusion_model_state_dict
+
+    from benchmarks.turbo import load_turbo
+
+    assert "tinyworld_turbo.safetensors" in folder_paths.get_filename_list("loras")
+    [model] = comfy("LoraLoaderModelOnly", model=world.model("flow"), lora_name="tinyworld_turbo.safetensors",
+                    strength_model=1.0)
+    merged = load_diffusion_model_state_dict(load_turbo().state_dict())
+    torch.testing.assert_close(world.sample(model), world.sample(merged), rtol=0, atol=1e-3)
+    assert not torch.allclose(world.sample(model), world.sample(world.model("flow")), atol=1e-2)
+
+
 def test_the_stock_checkpoint_loader_loads_the_flow_model_too(comfy, world: LatentWorld):
     import folder_paths
     from safetensors.torch import save_file

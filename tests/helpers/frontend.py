@@ -46,7 +46,7 @@ def browser_page() -> Iterator["Page"]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=paths[0], args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1400, "height": 900}, locale="en-US")
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(PATIENCE * 200)
         yield page
         browser.close()
 

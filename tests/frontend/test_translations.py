@@ -7,10 +7,10 @@ from helpers.graphs import page_of
 
 from tools.locales import read_table
 
-SHOWN = {"ja": "ガイダンス項", "zh": "引导项", "ko": "가이던스 항"}  # Guidance Term, in the languages that the page offers
+OFFERED = ("ja", "zh", "ko")  # of our languages, by the page of ComfyUI 0.33
 
 
-@pytest.fixture(params=SHOWN)
+@pytest.fixture(params=OFFERED)
 def language(request: pytest.FixtureRequest, front: FrontEnd) -> Iterator[str]:
     front.load(Comfy_Locale=request.param, Comfy_VueNodes_Enabled=True)
     yield request.param
@@ -19,10 +19,9 @@ def language(request: pytest.FixtureRequest, front: FrontEnd) -> Iterator[str]:
 
 def test_nodes_speak_the_language_of_the_page(front: FrontEnd, language: str):
     table = read_table()
-    assert table["Guidance Term"][language] == SHOWN[language]
     front.drop("rules", page_of("rules"))
     term = front.page.locator("[data-node-id]").filter(has_text=table["start_percent"][language]).first
     term.get_by_text(table["weight"][language], exact=True).wait_for()
     with front.search() as search:
-        assert SHOWN[language] in search.names("PPAPGuidanceTerm")
+        assert table["Guidance Term"][language] in search.names("PPAPGuidanceTerm")
         assert table["Rule"][language] in search.names("color match"), "phrases find nodes in every language"

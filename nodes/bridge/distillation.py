@@ -241,5 +241,5 @@ def describe_loaded(guider: Guider) -> str:
 def describe_experts(guider: Guider) -> str:
     """Return what a guider's experts know or its readout reads, in words; "" where that is not known, as in old files."""
     if isinstance(guider.net, ReadoutNetwork):
-        return guider.net.describe()
+        return "\n".join(filter(None, (guider.net.describe(), describe_knowledge(guider.net))))
     return describe_knowledge(guider.net) if isinstance(guider.net, ExpertBank) else ""

@@ -35,7 +35,7 @@ class InnerFeatures:
     """
 
     def __init__(self, model: comfy.model_base.BaseModel, options: dict, positive: Sequence[Mapping] | None):
-        self.model, self.options = model, options
+        self.model, self.options = model, {key: value for key, value in options.items() if key != "multigpu_clones"}
         self.positive = [{key: value for key, value in cond.items() if key not in UNREAD} for cond in positive or ()]
 
     def read(self, place: str, x: Tensor, sigma: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
 from ...ppap_core.experts.distill import DistillConfig
+from ...ppap_core.experts.knowledge import remember
 from ...ppap_core.experts.readout import ReadoutNetwork, new_readout, require_readable, with_readout
 from ...ppap_core.experts.readout_distill import FeatureSamples, distill_readout
+from ...ppap_core.experts.readout_knowledge import measure_readout
 from ...ppap_core.experts.samples import BatchSpec, trajectory_pairs
 from ...ppap_core.guiders.guider import Guider, clean
 from ...ppap_core.guiders.latents import PIXELS
@@ -92,9 +94,10 @@ class ReadoutDistillation:
         with outside_inference_mode():
             readout = self.new_readout(reader)
             model = fingerprint_model(self.model, self.positive)
-            samples = FeatureSamples(self.samples.store, partial(reader.read, readout.spec.place), model)
+            samples = FeatureSamples(self.samples.store, partial(reader.read, readout.spec.place), model, self.samples.space)
             losses = distill_readout(self.guider, readout, samples, self.config, self._folder(readout, model),
                                      self.report.on_step)
+            remember(readout, measure_readout(self.guider, readout, samples))
         return with_readout(self.guider, readout), dict(zip(self.report.losses, losses, strict=True))
 
     def new_readout(self, reader: "_Reader") -> ReadoutNetwork:

@@ -10,12 +10,14 @@ from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
 from ..io.values import is_number, is_whole
 from .bank import ExpertBank, with_experts
+from .readout import ReadoutNetwork
 from .samples import HELD_OUT_SHARE, SHARD_SIZE, Pairs, SampleStore, pairs_at, steps_in
 
 BATCH = 16              # images that a network judges at once
 CLEAR, HINTED = 2.0, 1.0  # standard errors by which an agreement is clearly greater, or may be
 HIGH = 0.95             # agreement of a plain network that is as good as needed
 LEARNED_FROM = 64       # images that stand in where none are held out
+USED = ", so the plain network is used"
 KEY = "knowledge"       # of the training info of a bank
 
 Verdict = Literal["worth it", "not needed", "train longer"]
@@ -127,7 +129,7 @@ def measure_on(guider: Guider, bank: ExpertBank, store: SampleStore, images: int
             if on_batch:
                 on_batch()
             parts.append(_agreements_at(guider, bank, store, batch, commonest))
-        found.append(summarize(_joined(parts), steps[:, 0], held_out) if parts else None)
+        found.append(summarize(joined(parts), steps[:, 0], held_out) if parts else None)
     return tuple(found)
 
 
@@ -137,7 +139,8 @@ def _agreements_at(guider: Guider, bank: ExpertBank, store: SampleStore, steps: 
     return agreements(guider, bank, pairs.to(device), commonest, denoised)
 
 
-def _joined(parts: Sequence[Agreements]) -> Agreements:
+def joined(parts: Sequence[Agreements]) -> Agreements:
+    """Agreements at the steps of several batches as one."""
     return Agreements(*(torch.cat(part) for part in zip(*parts, strict=True) if part[0] is not None))
 
 
@@ -158,16 +161,16 @@ def _standard_error(values: Tensor, images: Tensor) -> float:
     return float(sums.square().sum().sqrt() / len(values))
 
 
-def remember(bank: ExpertBank, knowledge: Sequence[Knowledge | None]) -> None:
-    """Keep in a bank, and so in its file, what its experts know, and use the plain network where none is needed."""
+def remember(bank: ExpertBank | ReadoutNetwork, knowledge: Sequence[Knowledge | None]) -> None:
+    """Keep in a bank or readout, and so in its file, what it knows; a bank uses the plain network where that is enough."""
     bank.training_info = {**bank.training_info, KEY: [each and asdict(each) for each in knowledge]}
     for index, each in enumerate(knowledge):
-        if each and each.uses_plain:
+        if each and each.uses_plain and isinstance(bank, ExpertBank):
             bank.make_plain(index)
 
 
-def knowledge_of(bank: ExpertBank) -> tuple[Knowledge | None, ...]:
-    """What each expert of a bank knows, as far as that was measured; one for each interval."""
+def knowledge_of(bank: ExpertBank | ReadoutNetwork) -> tuple[Knowledge | None, ...]:
+    """What each expert of a bank or head of a readout knows, as far as that was measured; one for each interval."""
     try:
         known = tuple(each and Knowledge(**each) for each in bank.training_info[KEY])
     except (KeyError, TypeError):  # a bank of an earlier version, or of a later one
@@ -185,7 +188,7 @@ def _is_sound(known: object) -> bool:
             and (known.possible is None or is_number(known.possible)))
 
 
-def describe_knowledge(bank: ExpertBank) -> str:
+def describe_knowledge(bank: ExpertBank | ReadoutNetwork) -> str:
     """A line for each interval, a sentence on what they come to, and one on how it was measured; "" if it was not."""
     known = knowledge_of(bank)
     measured = [each for each in known if each]
@@ -193,7 +196,10 @@ def describe_knowledge(bank: ExpertBank) -> str:
         return ""
     lines = [f"sigma {interval.lo:.3g} to {interval.hi:.3g}: {_in_words(each)}"
              for interval, each in zip(bank.schedule, known, strict=True)]
-    return "\n".join([*lines, _conclusion(measured), _basis(measured)])
+    text = "\n".join([*lines, _conclusion(measured), _basis(measured)])
+    if isinstance(bank, ExpertBank):
+        return text
+    return text.replace(USED, "").replace("expert", "head") + " Plain is the plain network on the model's prediction."
 
 
 def _in_words(known: Knowledge | None) -> str:
@@ -201,7 +207,7 @@ def _in_words(known: Knowledge | None) -> str:
         return "not measured, as no step lies there"
     possible = "" if known.possible is None else f"possible at least {known.possible:.0%}, "
     return (f"plain {known.plain:.0%}, expert {known.expert:.0%}, {possible}commonest answer {known.commonest:.0%}: "
-            f"{known.verdict}" + (", so the plain network is used" if known.uses_plain else ""))
+            f"{known.verdict}" + (USED if known.uses_plain else ""))
 
 
 REASONS: dict[Verdict, str] = {

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..guiders.guider import Guider, clean
+from ..guiders.latents import LatentSpace
 from ..guiders.tasks import TASKS
 from ..noise import expand
 from ..rng import seeded
 from ..training.loop import RunOptions, optimize
 from .distill import DistillConfig, OnDistillStep
 from .readout import Features, ReadoutHead, ReadoutNetwork
-from .samples import SampleStore, pairs_at, steps_in
+from .samples import Pairs, SampleStore, pairs_at, steps_in
 
 KEPT = torch.bfloat16  # type of features that wait for the training, which has the range of float32
 SMALLEST_STD = 1e-6    # of a channel that is always the same
@@ -31,6 +32,7 @@ class FeatureSamples:
     store: SampleStore
     features: Features  # of the denoiser; `DistillConfig.batch` states are asked for at once
     model: dict = field(default_factory=dict)  # what the features depend on, as JSON values: the denoiser, its conditioning
+    space: LatentSpace | None = None  # of what the denoiser diffuses; None for images
 
 
 def distill_readout(guider: Guider, readout: ReadoutNetwork, samples: FeatureSamples,
@@ -88,10 +90,8 @@ class _Lesson:
         if self.maps is None:
             self.maps = self.compute_features()
         chosen = torch.randint(len(self.steps), (self.config.batch,), generator=seeded(self.config.seed, self.index, step))
-        output = self.head(self.maps[chosen].to(self.head.mean))
-        teacher = self.teacher(pairs_at(self.store, self.steps[chosen], "noisy").images.to(output.device))
-        if self.readout.spec.dense:
-            output = F.interpolate(output, teacher.shape[-2:], mode="bilinear")
+        teacher = self.teacher(pairs_at(self.store, self.steps[chosen], "noisy").images.to(self.head.mean.device))
+        output = output_like(self.head, self.maps[chosen], teacher)
         return TASKS[self.guider.task].distance(output, teacher).mean()
 
     @torch.no_grad()
@@ -102,15 +102,23 @@ class _Lesson:
     @torch.no_grad()
     def compute_features(self) -> Tensor:
         """Maps of features at all steps of the interval, (n, D, h, w); the head keeps the spread of each channel."""
-        maps = torch.cat([self.map_of(part) for part in self.steps.split(self.config.batch)])
+        parts = (pairs_at(self.store, part, "noisy") for part in self.steps.split(self.config.batch))
+        maps = torch.cat([maps_at(self.readout, self.samples, pairs).to("cpu", KEPT) for pairs in parts])
         self.head.mean.copy_(maps.float().mean((0, 2, 3)))
         self.head.std.copy_(maps.float().std((0, 2, 3)).clamp_min(SMALLEST_STD))
         return maps
 
-    def map_of(self, steps: Tensor) -> Tensor:
-        pairs = pairs_at(self.store, steps, "noisy")
-        x = pairs.inputs * (1 + expand(pairs.sigma, pairs.inputs) ** 2).sqrt()
-        return self.readout.as_map(self.samples.features(x, pairs.sigma)).to("cpu", KEPT)
+
+def output_like(head: ReadoutHead, maps: Tensor, teacher: Tensor) -> Tensor:
+    """Output of a head for maps of features (B, D, h, w), of the size of the teacher's where it is a map."""
+    output = head(maps.to(head.mean))
+    return F.interpolate(output, teacher.shape[-2:], mode="bilinear") if head.dense else output
+
+
+def maps_at(readout: ReadoutNetwork, samples: FeatureSamples, pairs: Pairs) -> Tensor:
+    """Features that a readout reads at noisy states of the samples, (B, D, h, w)."""
+    x = pairs.inputs * (1 + expand(pairs.sigma, pairs.inputs) ** 2).sqrt()
+    return readout.as_map(samples.features(x, pairs.sigma))
 
 
 def _report(on_step: Callable[[int, int, float], None], index: int, step: int, loss: float, _: object) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import comfy.model_base
 import comfy.samplers
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from . import latents, noise_levels
@@ -44,21 +43,20 @@ class InnerFeatures:
         ValueError if the network has no such module, or does not ask it.
         """
         with _hooked([layer_at(self.model.diffusion_model, place)], partial(_end, _sizes(x))):
-            for options in (self.options, without_wrappers(self.options)):  # a cache may answer in the module's place
-                for cond in self.positive:
-                    try:
-                        self.run(cond, options, x, sigma)
-                    except _ReachedError as reached:
-                        return reached.features
+            for cond in self.positive:
+                try:
+                    self.run(cond, x, sigma)
+                except _ReachedError as reached:
+                    return reached.features
         raise ValueError(f"the features at {place} were not computed at sigma {float(sigma[0]):.4g}: expected a positive "
                          "conditioning there, and nothing on the model that answers in its place, as a cache does")
 
-    def run(self, cond: Mapping, options: dict, x: Tensor, sigma: Tensor) -> None:
+    def run(self, cond: Mapping, x: Tensor, sigma: Tensor) -> None:
         """Run the model on noisy states in the core's convention, with one conditioning."""
         state, level = noise_levels.from_ve(self.model.model_sampling, x, sigma)
         state = latents.with_axes(state, self.model.latent_format.latent_dimensions)
         with uncompiled():  # compiled layers call no hooks that came later
-            comfy.samplers.calc_cond_batch(self.model, [[dict(cond)]], state, level, options)
+            comfy.samplers.calc_cond_batch(self.model, [[dict(cond)]], state, level, self.options)
 
     def find(self, x: Tensor, sigma: Tensor, as_map: bool) -> tuple[str, Tensor]:
         """Run the whole model once; return the name of the module at about its middle, and an example of its features.
@@ -68,7 +66,7 @@ class InnerFeatures:
         layers = blocks_of(self.model.diffusion_model)
         found: dict[nn.Module, Tensor] = {}
         with _hooked(layers.values(), partial(_keep, found, _sizes(x))):
-            self.run(self.positive[0], self.options, x, sigma)
+            self.run(self.positive[0], x, sigma)
         return middle({name: found[layer] for layer, name in zip(layers.values(), layers, strict=True) if layer in found},
                       as_map)
 
@@ -80,14 +78,6 @@ def layer_at(net: nn.Module, place: str) -> nn.Module:
     except AttributeError as error:
         raise ValueError(f"this readout reads features at {place}, which this model does not have: use it with the model "
                          "that it was distilled on, or distil another one for this model") from error
-
-
-def without_wrappers(options: dict) -> dict:
-    """Model options without the functions that other packs wrap around the network."""
-    transformer = options.get("transformer_options", {})
-    wrappers = {kind: by_key for kind, by_key in transformer.get("wrappers", {}).items()
-                if kind != WrappersMP.DIFFUSION_MODEL}
-    return {**options, "transformer_options": {**transformer, "wrappers": wrappers}}
 
 
 def blocks_of(net: nn.Module) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ from . import latents, noise_levels
 from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
 from .features import InnerFeatures
 from .fingerprint import fingerprint_vae
-from .foreign import Memory
+from .foreign import Content, Memory
 from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach
 from .latents import Patcher
 from .memory import GradientMemory, compute_type, materialize_on, patcher_of
@@ -54,7 +54,8 @@ class SamplingRun:
     sigma_data: float
     compute: torch.dtype
     gradient_pass: GradientPass | None = None
-    memory: Memory | None = None  # of other packs' patches, once a gradient goes through the model
+    memory: Memory | None = None  # of other packs' patches, where a gradient goes through the model
+    at_first: list[Content] = field(default_factory=list)  # what they remember before the first step
     records: list[TermRecord] = field(default_factory=list)
     sigmas: set[float] = field(default_factory=set)
     state: RunState = field(default_factory=RunState)
@@ -116,20 +117,23 @@ class GuidedModel(Feature):
     def on_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, *args: Any, **kwargs: Any) -> Tensor:
         """Make what ComfyUI has loaded differentiable."""
         materialize_on(self.networks, sigmas.device)
+        run = self.runs.current
         if self.differentiates_model:
             make_differentiable(guider, extra_args)
-            self.runs.current.gradient_pass = GradientPass(*networks_of(guider))
+            run.gradient_pass = GradientPass(*networks_of(guider))
+            run.memory = Memory(guider.inner_model.diffusion_model, guider.model_options, extra_args["model_options"])
+            run.at_first = run.memory.save()
         samples = executor(guider, sigmas, extra_args, *args, **kwargs)
-        self.runs.current.notes = scrutinize(self.runs.current)  # here, because the networks are still loaded
+        run.notes = scrutinize(run)  # here, because the networks are still loaded
         return samples
 
     def on_predict(self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Predict with gradients where a term needs them at this noise level."""
         net, run = executor.class_obj.inner_model, self.runs.current
         sigma = noise_levels.ve_level(net.model_sampling, float(timestep[0]))
-        if run.gradient_pass is None or not any_needs_vjp(run.terms_at(sigma), sigma):
+        memory, gradient_pass = run.memory, run.gradient_pass
+        if memory is None or gradient_pass is None or not any_needs_vjp(run.terms_at(sigma), sigma):
             return executor(x, timestep, *args, **kwargs)
-        memory = run.memory = run.memory or Memory(net.diffusion_model, executor.class_obj.model_options)
         before = memory.save()
         with outside_inference_mode():
             point = x if x.requires_grad else x.clone().requires_grad_(True)  # a guidance below may have begun already
@@ -138,7 +142,7 @@ class GuidedModel(Feature):
                 memory.restore(before)  # a cache of another pack must not answer a second attempt from the first
                 return executor(point, timestep.clone(), *args, **kwargs).detach()
             try:
-                return run.gradient_pass.run(attempt)
+                return gradient_pass.run(attempt)
             finally:
                 memory.detach()
 
@@ -182,17 +186,19 @@ def _shift(args: dict, run: SamplingRun, prediction: Prediction, settings: Guida
     terms = [on_grid(term, prediction.x.shape) for term in run.terms_at(sigma)]
     if run.gradient_pass is None or not any(reads_features(term.guider) and term.weight_at(sigma) for term in terms):
         return guidance_shift(terms, prediction, settings)
-    run.memory = run.memory or Memory(args["model"].diffusion_model, args["model_options"])
     inner = InnerFeatures(args["model"], args["model_options"], args["cond"])
-    features = partial(run.memory.apart, partial(_read_whole_batch, inner, len(prediction.x)))
+    features = partial(_read_whole_batch, run, inner, len(prediction.x))
     terms = [connected(term, features) if reads_features(term.guider) else term for term in terms]
     return run.gradient_pass.run(partial(guidance_shift, terms, prediction, settings))
 
 
-def _read_whole_batch(inner: InnerFeatures, size: int, place: str, x: Tensor, sigma: Tensor) -> Tensor:
+def _read_whole_batch(run: SamplingRun, inner: InnerFeatures, size: int, place: str, x: Tensor, sigma: Tensor) -> Tensor:
     if len(x) < size:  # its part of the conditioning is not known; all of the batch may still fit beside main memory
         raise torch.OutOfMemoryError("the features of a batch are read at once")
-    return inner.read(place, x, sigma)
+    assert run.memory
+    with run.memory.kept():
+        run.memory.restore(run.at_first)  # a cache of another pack would answer in the place of the features
+        return inner.read(place, x, sigma)
 
 
 def scrutinize(run: SamplingRun) -> list[Note]:

@@ -14,7 +14,7 @@ from ...ppap_core.experts.knowledge import remember
 from ...ppap_core.experts.readout import ReadoutNetwork, new_readout, require_readable, with_readout
 from ...ppap_core.experts.readout_distill import FeatureSamples, distill_readout
 from ...ppap_core.experts.readout_knowledge import measure_readout
-from ...ppap_core.experts.samples import BatchSpec, trajectory_pairs
+from ...ppap_core.experts.samples import BatchSpec, Pairs, trajectory_pairs
 from ...ppap_core.guiders.guider import Guider, clean
 from ...ppap_core.guiders.latents import PIXELS
 from ...ppap_core.guiders.tasks import TASKS
@@ -81,9 +81,8 @@ class ReadoutDistillation:
         model = self.model.clone()
         attach(model, SAMPLES, Hooks(additional_models=[patcher_of(module_of(self.guider))]))
         cfg_guider = new_cfg_guider(model, self.positive, self.positive, 1.0)
-        sampled = self.samples.store.noisy_vp
-        shape = latents.with_axes(torch.zeros(self.config.batch, *sampled.shape[2:]),
-                                  model.get_model_object("latent_format").latent_dimensions).shape
+        sampled = self._examples().inputs
+        shape = latents.with_axes(sampled, model.get_model_object("latent_format").latent_dimensions).shape
         return run_inside_sampler(cfg_guider, tuple(shape), self.config.seed, partial(self._distill, cfg_guider))
 
     def _distill(self, cfg_guider: comfy.samplers.CFGGuider, predict: Any, noise: Tensor,
@@ -100,9 +99,12 @@ class ReadoutDistillation:
             remember(readout, measure_readout(self.guider, readout, samples))
         return with_readout(self.guider, readout), dict(zip(self.report.losses, losses, strict=True))
 
+    def _examples(self) -> Pairs:
+        return trajectory_pairs(self.samples.store, self.schedule, 0, BatchSpec(0, self.config.batch), "noisy")
+
     def new_readout(self, reader: "_Reader") -> ReadoutNetwork:
         """Find where the features of the model are, and return an untrained readout of them on its device."""
-        pairs = trajectory_pairs(self.samples.store, self.schedule, 0, BatchSpec(0, self.config.batch), "noisy")
+        pairs = self._examples()
         with torch.no_grad():
             images = pairs.images.to(reader.device)
             output = self.guider.predict(images, clean(images))

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import says
-from helpers.workbench import Workbench
+from helpers.caches import cached
+from helpers.workbench import Workbench, ksampler
 from helpers.worlds import LatentWorld, PixelWorld
 
 SETTINGS = {"heads": 2, "steps": 4, "batch_size": 16, "learning_rate": 3e-3, "seed": 0}
@@ -115,13 +116,17 @@ def test_a_readout_guides_every_kind_of_network(bench: Workbench, family: str):
     assert guided.isfinite().all() and not torch.equal(plain, guided)
 
 
-def test_a_cache_does_not_answer_in_the_place_of_the_features(bench: Workbench):
+@pytest.mark.parametrize("cache", ["EasyCache", "network", "wrapper and holder"])
+def test_a_cache_does_not_answer_in_the_place_of_the_features(bench: Workbench, cache: str):
+    """It answers the model in every other step, and is never asked what it remembers for features."""
     scene = bench.scene(UNET)
-    cached = bench.patch(scene, "EasyCache", reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
-    guided = bench.guide(cached, guider=connected(bench, scene))
-    samples = bench.comfy("KSampler", **guided.inputs(), seed=1, steps=6, sampler_name="euler", scheduler="simple",
-                          denoise=1.0)[0]["samples"]
-    assert samples.isfinite().all()
+    guider = connected(bench, scene)
+    used = (bench.patch(scene, cache, reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
+            if cache == "EasyCache" else replace(scene, model=cached(scene.model, cache, alternate=True)))
+    guided = bench.guide(replace(used, steps=4, cfg=1.0), guider=guider)
+    samples = ksampler(bench, guided)
+    assert "at work in 4 of 4 steps" in bench.comfy("PPAPGuidanceReport", model=guided.model,
+                                                    latent={"samples": samples})[0].summary()
 
 
 def test_what_a_readout_cannot_do_is_refused(pixels: PixelWorld, readout: Any):

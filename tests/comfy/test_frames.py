@@ -199,9 +199,7 @@ def test_experts_of_films_are_ahead_of_the_plain_guider(comfy: Callable[..., tup
     samples = film.samples("flow", "long film", count=192, steps=12, latent_image={"samples": torch.zeros(12, *film.shape)})
     experts, *_ = comfy("PPAPDistilExperts", samples=samples, guider=plain, view=view, experts=4, sigma_min=0.0,
                         sigma_max=0.0, steps=150, batch_size=16, learning_rate=2e-3, rank=8, alpha=8.0, seed=0)
-    scenes = comfy.pack.ppap_core.tinyworld.scenes.draw(range(900, 900 + WATCHED * FRAMES), (128, 128))
-    judge = load_judge(task)
-    by_plain, by_experts = (scores_of(film, judge, scenes, guider, view) for guider in (plain, experts))
+    by_plain, by_experts = (scores_of(film, task, guider, view) for guider in (plain, experts))
     ahead = by_experts - by_plain if task == "segmentation" else by_plain - by_experts
     error = ahead.std() / len(ahead) ** 0.5
     print(f"{task}, {view} view: plain {by_plain.mean():.4f}, experts {by_experts.mean():.4f}, {ahead.mean() / error:.1f} "
@@ -209,10 +207,12 @@ def test_experts_of_films_are_ahead_of_the_plain_guider(comfy: Callable[..., tup
     assert ahead.mean() > 2 * error
 
 
-def scores_of(film: FilmWorld, judge: Any, scenes: Any, guider: Any, view: str) -> Tensor:
+def scores_of(film: FilmWorld, task: str, guider: Any, view: str) -> Tensor:
     """The score of each frame of films whose frames are to look like scenes."""
-    [aimed] = film.comfy("PPAPAimAtImage", guider=guider, image=(scenes.image.movedim(1, -1) + 1) / 2, image_is="a picture")
+    pack, numbers = film.comfy.pack, range(900, 900 + WATCHED * FRAMES)
+    small, large = (pack.ppap_core.tinyworld.scenes.draw(numbers, (side, side)) for side in (32, 128))
+    [aimed] = film.comfy("PPAPAimAtImage", guider=guider, image=(large.image.movedim(1, -1) + 1) / 2, image_is="a picture")
     sampling = {"latent_image": {"samples": torch.zeros(WATCHED, *film.shape)}, "steps": 20}
     samples = film.guided("flow", aimed, view=view, sampling=sampling)
     [image] = film.comfy("VAEDecode", samples={"samples": samples.movedim(2, 1).flatten(0, 1)}, vae=film.vae)
-    return evaluation.score(judge, film.comfy.pack.nodes.bridge.tensors.image_from_comfy(image), scenes)
+    return evaluation.score(load_judge(task), pack.nodes.bridge.tensors.image_from_comfy(image), small)

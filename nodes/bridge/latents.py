@@ -21,7 +21,7 @@ from .memory import private_copy
 Patcher: TypeAlias = comfy.model_patcher.ModelPatcher
 SIZES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # by which an empty LATENT says its size
 OBJECTS = ("hunyuan3d", "trellis", "triposplat")  # what ComfyUI calls networks of 3D objects begins so
-COLOR_SAMPLES, COLOR_SIZE = 4, 16  # latents of noise that a VAE shows the colours of: their number, and their sides
+COLOR_SIZE, COLOR_PATCH = 16, 4  # sides of latents that a VAE shows the colours of, and of their patches of one value
 
 
 def require_supported(model: Patcher) -> None:
@@ -99,13 +99,23 @@ def latent_space(model: Patcher, vae: comfy.sd.VAE | None = None) -> LatentSpace
     with torch.inference_mode(False):
         factors = torch.tensor(latent.latent_rgb_factors)
         bias = torch.tensor(latent.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
-    reshape = getattr(latent, "latent_rgb_factors_reshape", None)
-    shuffle = round((latent.latent_channels / len(factors)) ** 0.5) if reshape else 1
-    return LatentSpace(space_name(model), factors, bias, shuffle)
+    return LatentSpace(space_name(model), factors, bias, _shuffle_of(latent))
+
+
+def _shuffle_of(latent: Any) -> int:
+    """Return the pixels along a side that a place of latents holds in its channels; 0 where those lie in another order."""
+    unpack = getattr(latent, "latent_rgb_factors_reshape", None)
+    if unpack is None:
+        return 1
+    packed = torch.arange(float(latent.latent_channels)).reshape(1, -1, 1, 1)
+    unpacked = first_frame(unpack(with_axes(packed, latent.latent_dimensions)))
+    side = unpacked.shape[-1]
+    fits = packed.shape[1] % side**2 == 0 and torch.equal(unpacked, F.pixel_shuffle(packed, side))
+    return side if fits else 0
 
 
 def space_seen_by(vae: comfy.sd.VAE | None, model: Patcher) -> LatentSpace:
-    """Return the latents of a model with the linear colours that best agree with what its VAE makes of noise."""
+    """Return the latents of a model with the linear colours that best agree with what its VAE makes of patches of noise."""
     latent = model.get_model_object("latent_format")
     if vae is None and type(latent) is comfy.latent_formats.LatentFormat:
         raise ValueError("this model names no latents, as networks that look at pictures and make none (SAM 3 and Depth "
@@ -113,7 +123,9 @@ def space_seen_by(vae: comfy.sd.VAE | None, model: Patcher) -> LatentSpace:
     if vae is None:
         raise ValueError(f"ComfyUI does not know the colours of this model's latents, {type(latent).__name__}: connect the "
                          "model's VAE where it guides, which shows them, or use another model")
-    noise = seeded_noise(range(COLOR_SAMPLES), (latent.latent_channels, COLOR_SIZE, COLOR_SIZE))
+    side, channels = COLOR_SIZE // COLOR_PATCH, latent.latent_channels
+    patches = seeded_noise(range(max(1, 4 * channels // side**2)), (channels, side, side))
+    noise = F.interpolate(patches, COLOR_SIZE, mode="nearest")
     samples = latent.process_out(with_axes(noise, latent.latent_dimensions))
     images = F.adaptive_avg_pool2d(2 * decode_images(vae, samples)[..., :3].movedim(-1, 1).float().cpu() - 1, COLOR_SIZE)
     with torch.inference_mode(False):
@@ -132,7 +144,8 @@ def preview(model: Patcher, diffused: Tensor) -> Tensor | None:
 
 def knows_colors(model: Patcher) -> bool:
     """Tell whether the colours of what a model diffuses are known without its VAE."""
-    return diffuses_pixels(model) or model.get_model_object("latent_format").latent_rgb_factors is not None
+    latent = model.get_model_object("latent_format")
+    return diffuses_pixels(model) or latent.latent_rgb_factors is not None and _shuffle_of(latent) > 0
 
 
 class Decoder(torch.nn.Module):

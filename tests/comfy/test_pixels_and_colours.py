@@ -9,6 +9,7 @@ from helpers.every_class import build, names
 from helpers.every_class import without_network as of_class
 from helpers.model_families import small_vae, small_video_vae, without_network
 from helpers.workbench import THROUGH, Scene, Workbench, ksampler, steered
+from torch.nn import functional as F
 
 
 @pytest.fixture
@@ -64,6 +65,31 @@ def test_unknown_colours_are_read_off_the_vae(latents: Any):
     assert found.name == "SD3" and found.shuffle == 1
     torch.testing.assert_close(found.factors, 0.1 * known.factors, rtol=0, atol=1e-3)
     assert found.bias.abs().max() < 1e-3
+
+
+def test_packed_latents_are_unpacked_as_their_format_says(latents: Any):
+    """A format whose channels hold the places of a patch in another order than a pixel shuffle is shown by its VAE."""
+    model = without_network("Flux2")
+    known, latent = latents.latent_space(model), model.model.latent_format
+    packed = randn(2, 128, 3, 5)
+    shown = torch.einsum("bchw, cd -> bdhw", latent.latent_rgb_factors_reshape(packed), known.factors)
+    assert known.shuffle == 2
+    torch.testing.assert_close(known.colors(packed), shown + known.bias[:, None, None])
+    latent.latent_rgb_factors_reshape = by_place
+    assert not latents.knows_colors(model)
+    with says(ValueError, "Flux2", "connect the model's VAE"):
+        latents.latent_space(model)
+    latent.latent_dimensions, latent.latent_rgb_factors_reshape = 3, of_videos
+    assert latents.latent_space(model).shuffle == 2
+
+
+def by_place(x: torch.Tensor) -> torch.Tensor:
+    """Unpack channels of which those of a place lie together."""
+    return x.unflatten(1, (2, 2, 32)).permute(0, 3, 4, 1, 5, 2).flatten(2, 3).flatten(3)
+
+
+def of_videos(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([F.pixel_shuffle(frame, 2) for frame in x.unbind(2)], 2)
 
 
 class LinearVae:

@@ -127,7 +127,11 @@ class SampleStore:
         """
         self.shards.forget()
         missing = self._find_missing(max(-(-count // SHARD_SIZE), len(self) // SHARD_SIZE))
+        is_told = False
         while missing := [index for index in missing if not self._make(index, generate, on_shard)]:
+            if not is_told:
+                log.warning("another process makes %d files of %s: waiting for it", len(missing), self.folder.name)
+            is_told = True
             if on_wait:
                 on_wait()
             time.sleep(WAITING_SECONDS)

@@ -1,4 +1,5 @@
 """Shards of a sample store: rows are read alone, damage is named and made again, processes share the work."""
+import errno
 import json
 import os
 import shutil
@@ -189,12 +190,24 @@ def test_a_claim_ends_with_the_process_that_is_killed(tmp_path: Path, whole: Sam
     assert not [file for file in store.folder.iterdir() if file.suffix == ".lock"]
 
 
-def test_waiting_for_another_process_can_be_stopped(tmp_path: Path):
+def test_waiting_for_another_process_can_be_stopped(tmp_path: Path, caplog):
     def cancel() -> None:
         raise InterruptedError
     store = SampleStore(tmp_path, MANIFEST)
     with claim(store.shards.file(0)), pytest.raises(InterruptedError):
         store.fill(SHARD_SIZE, made, on_wait=cancel)
+    assert "another process makes 1 files" in caplog.text
+
+
+@needs_fork
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_disk_without_locks_is_filled_all_the_same(tmp_path: Path, monkeypatch, caplog, code: int):
+    """As some shared folders are; that is said."""
+    def refuse(*_) -> None:
+        raise OSError(code, "no locks")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert len(filled(tmp_path, SHARD_SIZE)) == SHARD_SIZE and "without locks" in caplog.text
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "shard_00000.safetensors"]
 
 
 @needs_fork

@@ -59,7 +59,7 @@ class InnerFeatures:
             comfy.samplers.calc_cond_batch(self.model, [[dict(cond)]], state, level, self.options)
 
     def find(self, x: Tensor, sigma: Tensor, as_map: bool) -> tuple[str, Tensor]:
-        """Run the whole model once; return the name of the module at about its middle, and an example of its features.
+        """Run the whole model once; return the name of the module whose features tell most, and an example of them.
 
         as_map: whether only features that are a map will do. ValueError where there are none.
         """
@@ -67,8 +67,8 @@ class InnerFeatures:
         found: dict[nn.Module, Tensor] = {}
         with _hooked(layers.values(), partial(_keep, found, _sizes(x))):
             self.run(self.positive[0], x, sigma)
-        return middle({name: found[layer] for layer, name in zip(layers.values(), layers, strict=True) if layer in found},
-                      as_map)
+        return best_place({name: found[layer] for layer, name in zip(layers.values(), layers, strict=True)
+                           if layer in found}, as_map)
 
 
 def layer_at(net: nn.Module, place: str) -> nn.Module:
@@ -87,11 +87,11 @@ def blocks_of(net: nn.Module) -> dict[str, nn.Module]:
             for child, layer in parent.named_children() if any(True for _ in layer.children())}
 
 
-def middle(found: Mapping[str, Tensor], as_map: bool) -> tuple[str, Tensor]:
-    """Return the module in the middle of those that the coarsest features of the picture pass through.
+def best_place(found: Mapping[str, Tensor], as_map: bool) -> tuple[str, Tensor]:
+    """Return the module whose features tell most of what the picture will be, as measured in docs/benchmark.md.
 
-    found: features by the names of modules, in the order of the network. In a U-Net the coarsest are at its
-    bottom; in a transformer all are alike, tokens of the picture alone or with those of the text.
+    Where a U-Net goes down and up again it is the last at the bottom; in a transformer, whose blocks are alike, the middle
+    one. found: features by the names of modules, in the order of the network.
     """
     blocks = {name: features for name, features in found.items()
               if not any(name.startswith(f"{other}.") for other in found if other != name)}
@@ -103,7 +103,7 @@ def middle(found: Mapping[str, Tensor], as_map: bool) -> tuple[str, Tensor]:
         raise ValueError("no inner features that could be read were found in this model" +
                          (": its blocks have tokens, and no maps" if as_map and blocks else "") +
                          "; use experts, which look at its predictions")
-    name = coarsest[len(coarsest) // 2]
+    name = coarsest[-1 if max(maps, default=0) > fewest else len(coarsest) // 2]
     return name, blocks[name]
 
 

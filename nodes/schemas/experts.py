@@ -131,7 +131,7 @@ class PPAPDistillReadout(io.ComfyNode):
                                  tooltip="Number of noise ranges; each gets an equal share of the samples' steps."),
                     io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Training steps for each head."),
                     io.Int.Input("batch_size", default=32, min=1, max=4096, tooltip="Images in each training step."),
-                    learning_rate_input("the heads learn nothing"),
+                    learning_rate_input("the heads learn nothing", 3e-3),
                     io.Int.Input("seed", default=0, min=0, max=2**48,
                                  tooltip="Seed of the choice of images and steps, and of the initial weights.")],
             outputs=[GuiderType.Output(display_name="guider", tooltip="The guider with its readout, for this model."),

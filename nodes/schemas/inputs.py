@@ -75,7 +75,7 @@ def window_inputs(at_start: float = 1.0, at_end: float = 1.0) -> list[io.Input]:
                                    "Neutral: 1.", **folded())]
 
 
-def learning_rate_input(neutral: str) -> io.Input:
-    return io.Float.Input("learning_rate", default=1e-3, min=0.0, max=1.0, step=1e-5, round=1e-7,
+def learning_rate_input(neutral: str, default: float = 1e-3) -> io.Input:
+    return io.Float.Input("learning_rate", default=default, min=0.0, max=1.0, step=1e-5, round=1e-7,
                           tooltip=f"Size of the training steps at the start; it falls to zero. Neutral: 0, {neutral}.",
                           **folded())

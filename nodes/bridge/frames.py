@@ -72,4 +72,4 @@ class FrameDecoder(torch.nn.Module):
         place = torch.ones(len(latent), dtype=torch.long, device=latent.device)
         if self.is_first is not None:
             place = place - self.is_first.long()
-        return images.movedim(2, 1)[torch.arange(len(latent)), shown_at(place, 2, images.shape[2])]
+        return images.movedim(2, 1)[torch.arange(len(latent), device=latent.device), shown_at(place, 2, images.shape[2])]

@@ -100,7 +100,7 @@ def test_frames_are_guided_as_images(worlds: tuple[LatentWorld, FilmWorld], dist
     """A film that is made frame by frame is guided as so many images are, bit for bit."""
     guider = distilled(term.get("view", "denoised")) if how == "experts" else None
     settings = {"guider": guider, "vae": worlds[0].vae if how == "VAE" else None, **term}
-    noise = randn(2, 16, FRAMES, *SIZE)
+    noise = randn(1, 16, FRAMES, *SIZE)
     images, video = (guided_from(world, each, **settings) for world, each in zip(
         worlds, (noise.movedim(2, 1).flatten(0, 1), noise), strict=True))
     assert torch.equal(video.movedim(2, 1).flatten(0, 1), images)

@@ -166,10 +166,11 @@ def share(digits: str) -> tuple[float, float]:
     return mean, (mean * (1 - mean) / len(digits)) ** 0.5
 
 
-def gain(digits: str, others: str) -> tuple[float, float]:
-    """Difference of the shares of ones for the same scenes, and its standard error."""
-    difference = torch.tensor([int(a) - int(b) for a, b in zip(digits, others, strict=True)], dtype=torch.float64)
-    return float(difference.mean()), float(difference.std(correction=0)) / len(digits) ** 0.5
+def gain(judged: Sequence[str], others: Sequence[str]) -> tuple[float, float]:
+    """Difference of the shares of ones for the same scenes, as a mean over judges, and its standard error over scenes."""
+    ones, other_ones = (torch.tensor([[*map(int, digits)] for digits in each]).double() for each in (judged, others))
+    difference = (ones - other_ones).mean(0)
+    return float(difference.mean()), float(difference.std(correction=0)) / len(difference) ** 0.5
 
 
 def transfer_bench(bench: TransferBench, folder: Path, report: Report, only: Sequence[str] = ()) -> list[Row]:
@@ -188,13 +189,23 @@ def table(rows: Sequence[Row]) -> str:
 def _line(found: dict[tuple, Row], family: str, model: str, guide: str) -> Row:
     cells: Row = {"family": family, "model": model, "guide": guide}
     for number, way in enumerate(WAYS):
-        row = found[family, model, guide, "" if guide == NOTHING else way]
-        own = found[family, model, f"experts of {model}", way]
-        cells |= {f"right_{number}": _points(*share(row["right"])), f"second_{number}": _points(*share(row["second"])),
-                  f"frechet_{number}": row["frechet"],
-                  f"behind_{number}": "" if row is own else _points(*gain(row["right"] + row["second"],
-                                                                          own["right"] + own["second"]), "+")}
+        row = found.get((family, model, guide, "" if guide == NOTHING else way))
+        own = found.get((family, model, f"experts of {model}", way))
+        cells |= {f"{key}_{number}": text for key, text in _cells(row, own).items()}
     return cells
+
+
+def _cells(row: Row | None, own: Row | None) -> dict[str, str]:
+    """Cells of a measurement, beside that of the model's own experts; empty where something is not measured yet."""
+    if row is None:
+        return dict.fromkeys(("right", "second", "frechet", "behind"), "")
+    behind = "" if own is None or row is own else _points(*gain(_judged(row), _judged(own)), "+")
+    return {"right": _points(*share(row["right"])), "second": _points(*share(row["second"])),
+            "frechet": f"{row['frechet']:.1f}", "behind": behind}
+
+
+def _judged(row: Row) -> list[str]:
+    return [row["right"], row["second"]]
 
 
 def _points(mean: float, error: float, sign: str = "") -> str:
@@ -205,7 +216,7 @@ COLUMNS = (Column("space", "{family}", numeric=False), Column("guided", "{model}
            Column("by", "{guide}", numeric=False),
            *(column for number, way in enumerate(WAYS) for column in (
                Column(f"{way}: right, %", f"{{right_{number}}}"), Column("second judge, %", f"{{second_{number}}}"),
-               Column("Fréchet", f"{{frechet_{number}:.1f}}"),
+               Column("Fréchet", f"{{frechet_{number}}}"),
                Column("against its own experts, both judges", f"{{behind_{number}}}"))))
 
 

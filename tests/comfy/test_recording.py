@@ -139,4 +139,6 @@ def test_ranges_without_steps_are_refused_before_the_training(comfy, pixels: Pix
 
 
 def test_samples_hold_no_model(pixels: PixelWorld):
-    assert set(vars(pixels.samples())) == {"store", "space"}
+    samples = pixels.samples()
+    assert set(vars(samples)) == {"store", "space", "origin"}
+    assert all(isinstance(value, (str, float)) for value in vars(samples.origin).values())

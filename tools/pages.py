@@ -80,7 +80,7 @@ class Page:
         self._place({"type": "MarkdownNote", "title": title, "inputs": [], "outputs": [], "widgets_values": [text]}, at,
                     SIZES["MarkdownNote"])
 
-    def add(self, kind: str, title: str = "", **values: Any) -> int:
+    def add(self, kind: str, title: str = "", /, **values: Any) -> int:
         """Put a node below the last one of its column; its id."""
         about, slots = self.info[kind], list(slots_of(self.info[kind], values))
         if unknown := values.keys() - {slot.name for slot in slots}:

@@ -228,8 +228,39 @@ another guider: **Download Guider** fetches one.""", (0, 0))
     _report(page, 4, steered, latent)
 
 
+def one_frame(page: Page) -> None:
+    page.note("Read me", """## Latents of one frame
+Krea 2, Anima, Qwen-Image and Cosmos-Predict2 make images as films of one frame: their latents have a time axis. All nodes \
+take them as images. Here the tiny flow model is given such an axis; a classifier steers it towards stars, and a palette \
+gives the colours.
+
+With your own model of frames: its loader in place of **Tiny Latent World**, its own empty latent with *length* 1, and its \
+VAE. **Generate Samples** and **Distill Experts** work as for any other model; of longer films they take single frames.""",
+              (0, 0))
+    page.group("1  A model whose latents have a time axis")
+    loaded = page.add("PPAPTinyLatentWorld", kind="flow, one frame")
+    nothing = Out(page.add("PPAPClassConditioning", "Class Conditioning: anything", classes=""))
+    latent = Out(page.add("EmptyHunyuanLatentVideo", "Empty latents of one frame", width=128, height=128, length=1,
+                          batch_size=4))
+    world = (Out(loaded), nothing, latent, Out(loaded, 1))
+    page.group("2  A star, in these colours")
+    guider = Out(page.add("PPAPLoadGuider", "Load Guider: a classifier", guider_name="tinyworld/class"))
+    star = Out(page.add("PPAPAimAtClass", guider=guider, classes="star"))
+    page.column()
+    terms = Out(page.add("PPAPGuidanceTerm", guider=star, weight=0.3, gradient="through the model"))
+    shaped = Out(page.add("PPAPApplyGuidance", model=world[0], terms=terms))
+    model = Out(page.add("PPAPSteer", model=shaped, towards="colours of a palette", strength="soft",
+                         **{"towards.palette": "#1d3557:5, #ffd166"}))
+    page.group("3  The same seed without and with guidance")
+    _sample(page, "Without guidance", world[0], world, 8)
+    page.column()
+    sampled, _ = _sample(page, "A star, in these colours", model, world, 8, "SaveImage")
+    _report(page, 4, model, sampled)
+
+
 STORIES: dict[str, Callable[[Page], None]] = {"steer": steer, "series": series, "seamless": seamless, "masks": masks,
-                                           "strengths": strengths, "turbo": turbo}
+                                           "strengths": strengths, "turbo": turbo,
+                                           "one_frame": one_frame}
 
 
 def with_own_model(page: dict) -> dict:

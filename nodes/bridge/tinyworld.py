@@ -1,4 +1,6 @@
 """The tiny worlds as models of ComfyUI."""
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import comfy.latent_formats
@@ -96,8 +98,29 @@ def tinyworld_flow_model(**loader_options: Any) -> Patcher:
     return model
 
 
+class OneFrame(comfy.latent_formats.SD3):
+    """The latents of the tiny world with a time axis, (B, 16, 1, h, w), as image models of frames have them."""
+
+    latent_dimensions = 3
+
+
+def tinyworld_one_frame_model() -> Patcher:
+    """Load the tiny flow model as one whose latents have a time axis of length one."""
+    model = tinyworld_flow_model()
+    model.cached_patcher_init = (tinyworld_one_frame_model, ())
+    model.model.latent_format = OneFrame()
+    net = model.model.diffusion_model
+    net.forward = partial(_on_the_frame, net.forward)  # a module around it would rename the weights that LoRAs change
+    return model
+
+
+def _on_the_frame(run: Callable[..., Tensor], x: Tensor, *given: Any, **named: Any) -> Tensor:
+    """Run a network of images on latents (B, C, 1, h, w)."""
+    return run(x[:, :, 0], *given, **named)[:, :, None]
+
+
 TINY_DENOISERS = {"denoiser": loaders.load_denoiser, "bad sibling": loaders.load_sibling}
-TINY_MODELS = {"flow": tinyworld_flow_model, "eps": tinyworld_eps_model}
+TINY_MODELS = {"flow": tinyworld_flow_model, "eps": tinyworld_eps_model, "flow, one frame": tinyworld_one_frame_model}
 
 
 def pixel_vae() -> comfy.sd.VAE:
@@ -106,8 +129,15 @@ def pixel_vae() -> comfy.sd.VAE:
 
 
 def tinyworld_vae() -> comfy.sd.VAE:
-    """Load the VAE of the latent tiny world."""
-    return comfy.sd.VAE(sd=latents.load_autoencoder().state_dict())
+    """Load the VAE of the latent tiny world. It decodes latents of one frame, too, as earlier versions of ComfyUI do not."""
+    vae = comfy.sd.VAE(sd=latents.load_autoencoder().state_dict())
+    net = vae.first_stage_model
+    net.decode = partial(_without_time, net.decode)
+    return vae
+
+
+def _without_time(decode: Callable[..., Tensor], latent: Tensor, *given: Any, **named: Any) -> Tensor:
+    return decode(latent.squeeze(2) if latent.ndim == 5 else latent, *given, **named)
 
 
 def class_conditioning(labels: Tensor) -> list:

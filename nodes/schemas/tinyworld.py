@@ -46,7 +46,9 @@ class PPAPTinyLatentWorld(io.ComfyNode):
                         "loaders.",
             inputs=[io.Combo.Input("kind", options=list(tinyworld.TINY_MODELS),
                                    tooltip="flow: in the layout of Stable Diffusion 3. eps: noise-predicting, with the "
-                                           "schedule of Stable Diffusion 1.5. Both diffuse the same latents.")],
+                                           "schedule of Stable Diffusion 1.5. Both diffuse the same latents. flow, one "
+                                           "frame: the flow for latents with a time axis of length one, as Krea 2, Anima "
+                                           "and Qwen-Image have.")],
             outputs=[io.Model.Output(tooltip="Conditioned by Class Conditioning; any sampler and scheduler samples it."),
                      io.Vae.Output(tooltip="Turns its latents into images, and back.")])
 

@@ -257,3 +257,13 @@ def test_a_twin_with_time_is_guided_alike(worlds: tuple[LatentWorld, FilmWorld],
     image, frame = (world.guided("flow", **settings) for world in worlds)
     assert frame.shape == (3, 16, 1, HEIGHT, WIDTH) and torch.equal(frame[:, :, 0], image)
     assert not torch.equal(image, of_images.sample(of_images.model("flow")))
+
+
+def test_the_tiny_model_of_one_frame_makes_the_images_of_the_flow(worlds: tuple[LatentWorld, FilmWorld]):
+    world, _ = worlds
+    model, vae = world.comfy("PPAPTinyLatentWorld", kind="flow, one frame")
+    images, frames = (world.sample(each, latent_image={"samples": torch.zeros(2, 16, *shape, HEIGHT, WIDTH)})
+                      for each, shape in ((world.model("flow"), ()), (model, (1,))))
+    assert torch.equal(frames[:, :, 0], images)
+    decoded = (world.comfy("VAEDecode", samples={"samples": part}, vae=vae)[0] for part in (images, frames))
+    assert torch.equal(*decoded)

@@ -190,7 +190,7 @@ def test_a_prior_finds_videos_with_experts(bench: Workbench, worlds: tuple[Laten
 WATCHED = 10  # videos, each frame of which follows the frame of a film of its own
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize(("task", "view"), [("segmentation", "denoised"), ("depth", "noisy")])
 def test_experts_of_films_are_ahead_of_the_plain_guider(comfy: Callable[..., tuple], task: str, view: str):
     """Judged frame by frame by a network that never guides, by more than two standard errors."""

@@ -85,7 +85,7 @@ def test_experts_of_few_steps_guide_their_own_model_only(tmp_path: Path):
     assert not run.terms(Cell("eps", NOTHING, ""), torch.tensor([3]))
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_every_pixel_model_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(transfer, "FAMILIES", {"pixels": FAMILIES["pixels"]})
     monkeypatch.setattr(transfer, "SCENES", 64)

@@ -259,7 +259,7 @@ def test_a_twin_with_time_is_guided_alike(worlds: tuple[LatentWorld, FilmWorld],
     assert not torch.equal(image, of_images.sample(of_images.model("flow")))
 
 
-def test_the_tiny_model_of_one_frame_makes_the_images_of_the_flow(worlds: tuple[LatentWorld, FilmWorld]):
+def test_the_tiny_model_of_one_frame_makes_the_flows_images(worlds: tuple[LatentWorld, FilmWorld]):
     world, _ = worlds
     model, vae = world.comfy("PPAPTinyLatentWorld", kind="flow, one frame")
     images, frames = (world.sample(each, latent_image={"samples": torch.zeros(2, 16, *shape, HEIGHT, WIDTH)})

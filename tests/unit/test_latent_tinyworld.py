@@ -85,7 +85,7 @@ def test_labels_are_read_from_names():
         latent.class_labels("star, sun")
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_the_latent_benchmark_measures_every_way_once(tmp_path):
     config = LatentBench(images=4, steps=4, batch=4, store=64, edges=(0.1, 1.0, 10.0), rank=2, weights=(0.1, 0.3),
                          raw=(4.0,), scenes=64, repeats=1, training=DistillConfig(steps=2, batch=4))

@@ -100,7 +100,8 @@ comfyui: .venv/ready .venv/comfyui
 	@test -n "$(COMFYUI_PATH)" || { echo "No ComfyUI found: pip install comfy-cli && comfy install, or set COMFYUI_PATH to yours."; exit 1; }
 	@test -e "$(COMFYUI_PATH)/custom_nodes/$(NAME)" || { ln -s "$(CURDIR)" "$(COMFYUI_PATH)/custom_nodes/$(NAME)" && \
 		echo "Linked this pack into $(COMFYUI_PATH)/custom_nodes."; }
-	cd "$(COMFYUI_PATH)" && "$(CURDIR)/$(BIN)/python" main.py $(ARGS)
+	cd "$(COMFYUI_PATH)" && "$(CURDIR)/$(BIN)/python" main.py \
+		$(or $(ARGS),`"$(CURDIR)/$(BIN)/python" -c "import torch; print('' if torch.accelerator.is_available() else '--cpu')"`)
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; a few minutes, mostly downloading torch)"

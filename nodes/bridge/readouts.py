@@ -61,6 +61,14 @@ def require_samples_of(model: Patcher, samples: Samples) -> None:
                          "were made with")
 
 
+def describe_prompts(positive: list) -> str:
+    """Return a sentence about several prompts, of which each state is read under one; "" for a single prompt."""
+    count = sum(len(cond) for cond, _ in positive)
+    return "" if count < 2 else (
+        f"The positive conditioning holds {count} prompts: each state is read under one of them, not always the one that it "
+        "was made with. Distil with a single prompt where that matters.")
+
+
 class ReadoutDistillation:
     """Distillation of a guider's readout from a MODEL, which resumes where it was cancelled.
 

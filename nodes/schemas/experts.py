@@ -8,7 +8,7 @@ from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY
 from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import distillation, paths, progress, tensors
 from ..bridge.distillation import SampleGenerator
-from ..bridge.readouts import ReadoutDistillation
+from ..bridge.readouts import ReadoutDistillation, describe_prompts
 from ..bridge.sampler import SamplerSettings
 from .inputs import also_found_as, folded, learning_rate_input, positive_input, sampler_inputs
 from .io_types import GuiderType, LossesType, SamplesType
@@ -142,7 +142,8 @@ class PPAPDistillReadout(io.ComfyNode):
     def execute(cls, model, samples, guider, positive, heads, steps, batch_size, learning_rate, seed):
         config = DistillConfig(steps, batch_size, learning_rate, seed)
         readout, losses = ReadoutDistillation(model, samples, guider, positive, heads, config).run()
-        return io.NodeOutput(readout, losses, ui=progress.show_note(distillation.describe_experts(readout)))
+        words = (distillation.describe_experts(readout), describe_prompts(positive))
+        return io.NodeOutput(readout, losses, ui=progress.show_note("\n".join(filter(None, words))))
 
 
 class PPAPSaveExperts(io.ComfyNode):

@@ -73,6 +73,12 @@ def test_a_readout_stands_beside_a_term_through_the_model(pixels: PixelWorld, re
     assert both.isfinite().all() and not any(torch.equal(both, other) for other in (*alone, pixels.sample(**few)))
 
 
+@pytest.mark.parametrize(("batches", "words"), [([1], ""), ([2], "holds 2 prompts"), ([1, 2], "holds 3 prompts")])
+def test_several_prompts_are_told(comfy: Any, batches: list[int], words: str):
+    told = comfy.pack.nodes.bridge.readouts.describe_prompts([[torch.zeros(size, 4, 8), {}] for size in batches])
+    assert words in told and bool(told) == bool(words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flow", "eps"])
 def test_a_readout_guides_a_latent_model(latents: LatentWorld, kind: str):

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 
 class Suggestion(NamedTuple):
-    """A network on the hub, as its page described it in 2026."""
+    """A network on the hub. What its page says of size and licence holds, should it differ."""
 
     repo: str       # owner/name
     megabytes: int  # of its weights

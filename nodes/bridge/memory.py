@@ -66,18 +66,29 @@ def materialize_on(networks: Iterable[torch.nn.Module], device: torch.device) ->
     """Make networks differentiable on the device where they are needed.
 
     ComfyUI moves weights in inference mode, which makes them inference tensors; and a plain guider shares its weights
-    with its experts, so that freeing one of them moves the other.
+    with its experts, so that freeing one of them moves the other. Their data are exchanged, where the tensor accepts others.
     """
     def is_elsewhere(tensor: torch.Tensor) -> bool:
         return tensor.is_inference() or tensor.device != device
 
+    def takes_no_data(tensor: torch.Tensor) -> bool:
+        return is_wrapper(tensor) or not has_version(tensor)
+
     networks = list(networks)
-    replace_tensors(networks, lambda tensor: is_wrapper(tensor) and is_elsewhere(tensor), device)
+    replace_tensors(networks, lambda tensor: is_elsewhere(tensor) and takes_no_data(tensor), device)
     with torch.inference_mode(False):
         for net in networks:
             for tensor in (*net.parameters(), *net.buffers()):
                 if is_elsewhere(tensor):
                     tensor.data = tensor.data.to(device, copy=True)
+
+
+def has_version(tensor: torch.Tensor) -> bool:
+    """Tell whether autograd could follow a tensor with other data in it: never one that was made in inference mode."""
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
 
 
 def replace_tensors(networks: Iterable[torch.nn.Module], chosen: Callable[[torch.Tensor], bool],

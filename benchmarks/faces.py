@@ -32,6 +32,7 @@ IN_NOISE = LEARNING | {"steps": 400, "warm_start": True}  # where the plain netw
 PERSON = "one of four persons"  # the title of the table whose guider is the network for identity
 READING = {"edges": LEARNING["edges"], "batch": 32, "images": 1536, "steps": 300}
 FALLING = {"balanced": True, "falls_from": SIGMA_MAX, "falls_to": SIGMA_MIN}
+FEW_STEPS = (4, 8)  # of the sampler
 RENEWED = {"share": 0.3}  # of the noise, in each step, as ancestral samplers draw it
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {  # among which the best is searched, for guidance
     "noisy": tuple({"weight": weight, **FALLING} for weight in (0.2, 0.35, 0.7)),
@@ -100,7 +101,21 @@ def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
             points=({"rho": 0.5, "mu": 0.1}, {"rho": 1.0, "mu": 0.5}, {"rho": 4.0, "mu": 0.1})),
         Row("TFG", "tfg", settings={"iterations": 2},
             points=({"rho": 0.05, "mu": 0.05}, {"rho": 0.25, "mu": 0.05}, {"rho": 0.05, "mu": 0.25})),
+        *short_rows(bench),
     )
+
+
+def short_rows(bench: FaceBench) -> tuple[Row, ...]:
+    """Guidance in few steps: one look of the guider at each, or as many looks in all as usual; settings not searched."""
+    rows, places = [], {"denoised view": SETTINGS["denoised"][1], "through the model": SETTINGS["through"][2]}
+    for steps in FEW_STEPS:
+        looks = STEPS // steps
+        rows.append(Row(f"unguided, {steps} steps", "nothing", steps=steps))
+        rows += [Row(f"{name}, {place}{more}, {steps} steps", training=training, points=(setting | given,), steps=steps)
+                 for place, setting in places.items()
+                 for more, given in (("", {}), (f", {looks} sub-steps", {"substeps": looks}))
+                 for name, training in (("plain guider", Plain()), ("five experts where needed", bench.denoised))]
+    return tuple(rows)
 
 
 def few_rows(bench: FaceBench) -> tuple[Row, ...]:

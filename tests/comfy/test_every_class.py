@@ -34,10 +34,22 @@ def check(bench: Workbench) -> Iterator[Callable[[str], None]]:
 
 
 def test_every_class_is_in_the_document(bench: Workbench):
-    new = [name for name in names() if name not in sweep.documented()]
-    if new and not REFRESH:
+    if (new := sweep.untried()) and not REFRESH:
         pytest.skip(f"classes of this ComfyUI that were never tried: {', '.join(new)}; give them recipes "
                     "in helpers/every_class.py")
+
+
+def test_a_class_of_a_newer_comfyui_is_named(bench: Workbench, monkeypatch: pytest.MonkeyPatch):
+    """And answers in a sentence where its latents are new too."""
+    import comfy.latent_formats
+    import comfy.supported_models as known
+
+    latents = type("NewerLatents", (comfy.latent_formats.LatentFormat,), {})
+    newer = type("Newer", (known.SD15,), {"latent_format": latents})
+    monkeypatch.setattr(known, "models", [*known.models, newer])
+    monkeypatch.setattr(known, "Newer", newer, raising=False)
+    assert "Newer" in sweep.untried()
+    assert "does not know the colours of this model's latents, NewerLatents" in sweep.ask(bench, "Newer")[0]
 
 
 def test_what_diffuses_no_pictures_is_refused(check: Callable[[str], None]):

@@ -111,6 +111,11 @@ def documented() -> dict[str, str]:
     return {line.split("|")[1].strip(): line for line in lines if line.startswith("|")} if lines else {}
 
 
+def untried() -> list[str]:
+    """The classes of the ComfyUI at hand that the document lacks."""
+    return [name for name in every_class.names() if name not in documented()]
+
+
 def is_as_documented(said: str) -> bool:
     """Whether a row is that of the document; an older ComfyUI may also do what the newest cannot."""
     name, *cells = (cell.strip() for cell in said.strip("|").split("|"))

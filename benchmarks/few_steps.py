@@ -174,6 +174,7 @@ class FewStepBench:
     prediction: dict[str, Any] = field(default_factory=lambda: {"weight": 0.7, "balanced": True})
     through: dict[str, Any] = field(default_factory=lambda: {"weight": 0.3, "balanced": True, "through": True})
     experts: Training = LatentDistillation()
+    own: LatentDistillation = LatentDistillation(own_steps=4)  # experts of images in so many steps, measured in as many
 
 
 def rows(bench: FewStepBench, steps: int) -> list[Row]:
@@ -184,7 +185,9 @@ def rows(bench: FewStepBench, steps: int) -> list[Row]:
     parts = bench.looks // steps
     more = [replace(row, name=f"{row.name}, sub-steps", points=({**row.points[0], "substeps": parts},))
             for row in guided_rows] if parts > 1 else []
-    return [Row("unguided", "nothing", steps=steps), *guided_rows, *more]
+    own = [replace(row, name=f"of {steps}-step images: {row.name}", training=bench.own)
+           for row in more if row.training == bench.experts and steps == bench.own.own_steps]
+    return [Row("unguided", "nothing", steps=steps), *guided_rows, *more, *own]
 
 
 def few_step_bench(bench: FewStepBench, folder: Path, report: Report, only: Sequence[str] = ()) -> list[Result]:

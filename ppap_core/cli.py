@@ -1,14 +1,17 @@
-"""The command line: ppap demo | bench | toy | costs | inspect | samples."""
+"""The command line: ppap demo | bench | toy | costs | distill | inspect | samples."""
 import argparse
 import importlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+
+from . import cli_distill
 
 BENCHMARKS = ("class, depth, segmentation, strength, falling, falling_depth, improvements, rivals_class, rivals_depth, "
               "original, autoguidance, autoguidance_untold, autoguidance_made, prior; rules: symmetry and the like by a "
@@ -50,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument("--architecture", default="resnet50", help="a network of timm")
     costs.add_argument("--experts", type=int, default=10)
     costs.add_argument("--rank", type=int, default=8)
+    distill = commands.add_parser("distill", help="distill experts of generated images, such as ppap_samples/<name>; as "
+                                  "several processes where `accelerate launch -m ppap_core.cli` or torchrun starts it")
+    cli_distill.add_arguments(distill)
     inspect = commands.add_parser("inspect", help="print the description in a file of this pack")
     inspect.add_argument("file", type=Path)
     samples = commands.add_parser("samples", help="look after a folder of generated images, such as ppap_samples/<name>")
@@ -105,13 +111,16 @@ def _costs(options: argparse.Namespace) -> None:
         print(f"{name}: {value:.4g}")
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    from .io.files import load_tensors
+def _distill(options: argparse.Namespace) -> None:
+    cli_distill.run(options, _clock())
 
-    tensors, description = load_tensors(options.file)
-    numbers = sum(tensor.numel() for tensor in tensors.values())
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .io.files import read_description
+
+    shapes, description = read_description(options.file)
     print(json.dumps(description, indent=2))
-    print(f"{len(tensors)} tensors, {numbers:,} numbers")
+    print(f"{len(shapes)} tensors, {sum(map(math.prod, shapes.values())):,} numbers")
 
 
 def _samples(options: argparse.Namespace) -> None:
@@ -149,4 +158,8 @@ def _merge_samples(options: argparse.Namespace) -> None:
 SAMPLES: dict[str, Callable[[argparse.Namespace], None]] = {
     "inspect": _inspect_samples, "verify": _verify_samples, "merge": _merge_samples}
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "demo": _demo, "bench": _bench, "toy": _toy, "costs": _costs, "inspect": _inspect, "samples": _samples}
+    "demo": _demo, "bench": _bench, "toy": _toy, "costs": _costs, "distill": _distill, "inspect": _inspect,
+    "samples": _samples}
+
+if __name__ == "__main__":
+    main()

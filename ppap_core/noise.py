@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PIXEL_SIGMA_DATA = 0.5  # standard deviation of natural images with pixels in [-1, 1]
+PURE_NOISE = 100.0      # sigma that is treated as pure noise; a flow starts at an infinite one
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from ...ppap_core.experts.origin import Origin, describe_origin, remember_origin
 from ...ppap_core.experts.readout import ReadoutNetwork, with_readout
 from ...ppap_core.experts.readout_file import is_readout_file, load_readout, save_readout
 from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder, held_out_count
-from ...ppap_core.experts.states import state_folder
+from ...ppap_core.experts.source import Source, save_source
+from ...ppap_core.experts.source import schedule_for as schedule_for_store
+from ...ppap_core.experts.states import distillation_digest, state_folder
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import LatentSpace, View
-from ...ppap_core.io.hashing import digest
 from ...ppap_core.rng import seeded_noise
 from ...ppap_core.schedules import ExpertSchedule
 from . import latents, noise_levels, paths
@@ -34,7 +35,6 @@ from .frames import choose_frames, frames_to_keep, take_frames
 from .hooks import SAMPLES, Feature
 from .latents import Patcher
 from .memory import load_to_train, module_of
-from .noise_levels import PURE_NOISE
 from .progress import LossProgress, Progress
 from .sampler import SamplerSettings
 from .tensors import image_from_comfy
@@ -85,7 +85,9 @@ class SampleGenerator(Feature):
         self.progress = Progress(sum(images for _, images in wanted) * self.settings.steps)
         for part, images in wanted:
             part.fill(images, self.generate, on_wait=throw_exception_if_processing_interrupted)
-        return Samples(store, self.space, origin_of(self.model))
+        samples = Samples(store, self.space, origin_of(self.model))
+        save_source(store, Source(samples.space, samples.origin))
+        return samples
 
     def manifest(self) -> dict:
         """Return what the images are made from, as JSON values."""
@@ -146,16 +148,8 @@ def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | N
 
 
 def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:
-    """Divide a range of noise among experts, each with an equal share of the steps that led to the samples.
-
-    sigma_min, sigma_max: VE noise levels; 0 takes the lowest, or the highest, of these steps. ValueError for an empty range.
-    """
-    levels = [sigma for sigma in samples.store.sigmas.unique().tolist() if 0 < sigma <= PURE_NOISE]
-    lowest, highest = sigma_min or min(levels, default=0.0), sigma_max or max(levels, default=0.0)
-    if not 0 < lowest < highest:
-        raise ValueError(f"the experts would reach from sigma {lowest:.4g} to {highest:.4g}: expected a range that goes up; "
-                         "generate samples with more steps, or set other values of sigma_min and sigma_max")
-    return ExpertSchedule.equal_shares(experts, lowest, highest, levels)
+    """Divide a range of noise among experts, each with an equal share of the steps that led to the samples."""
+    return schedule_for_store(samples.store, experts, sigma_min, sigma_max)
 
 
 def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
@@ -177,9 +171,8 @@ def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: Di
 def _folder_of(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig, fingerprint: str,
                lora: LoraSpec) -> Path:
     """Return the folder for the states of a distillation, whatever its network's layers are called."""
-    identity = [samples.store.manifest, len(samples.store), guider.name, fingerprint, bank.view, bank.space_name,
-                bank.schedule.edges, lora, config]
-    return paths.output_folder("ppap_distillation", digest(identity))
+    identity = distillation_digest(guider, bank, samples.store, config, fingerprint, lora)
+    return paths.output_folder("ppap_distillation", identity)
 
 
 class DistillationReport:

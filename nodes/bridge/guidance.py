@@ -19,6 +19,7 @@ from ...ppap_core.guidance.scrutiny import blurring, is_fooled, may_be_fooled, s
 from ...ppap_core.guidance.shift import Guidance, GuidanceSettings, guidance_shift
 from ...ppap_core.guidance.terms import Term, TermRecord, any_needs_vjp
 from ...ppap_core.io.function_fingerprint import hashed_as
+from ...ppap_core.noise import PURE_NOISE
 from ...ppap_core.viz.summary import Note
 from . import latents, noise_levels
 from .autograd import GradientPass, for_gradients, make_differentiable, networks_of, outside_inference_mode
@@ -28,7 +29,6 @@ from .foreign import Content, Memory
 from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach
 from .latents import Patcher
 from .memory import GradientMemory, compute_type, materialize_on, patcher_of
-from .noise_levels import PURE_NOISE
 from .progress import errors_on_node
 from .reports import FinishedRun, Report, report_of, samples_keys
 from .sampler import SamplerSettings

@@ -11,7 +11,6 @@ from ...ppap_core.schedules import Ramp, Schedule, constant
 from .latents import Patcher
 
 LAST_TIME = 0.9999  # of a flow, which starts at t = 1, where the VE level is infinite
-PURE_NOISE = 100.0  # sigma that is treated as pure noise; a flow starts at an infinite one
 
 
 def is_flow(sampling: Any) -> bool:

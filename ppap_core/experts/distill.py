@@ -17,6 +17,7 @@ from ..guiders.tasks import TASKS
 from ..schedules import ExpertSchedule
 from ..training.loop import RunOptions, optimize
 from .bank import ExpertBank, with_experts
+from .processes import SINGLE, Crew, assign
 from .samples import BatchSpec, Pairs, SampleStore, trajectory_pairs
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,13 @@ def distill_loss(guider: Guider, bank: ExpertBank, pairs: Pairs, temperature: fl
     return TASKS[guider.task].distance(output, teacher)
 
 
-def sample_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, config: DistillConfig) -> Pairs:
-    """The batch of one training step: a pure function of its arguments, so that a resumed run equals one without a stop."""
-    return trajectory_pairs(store, bank.schedule, index, BatchSpec(step, config.batch, config.seed), bank.view)
+def sample_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, config: DistillConfig,
+                 part: tuple[int, int] = (0, 1)) -> Pairs:
+    """The batch of one training step: a pure function of its arguments, so that a resumed run equals one without a stop.
+
+    part: which of how many parts of it, for processes that train together; neutral: (0, 1), the whole.
+    """
+    return trajectory_pairs(store, bank.schedule, index, BatchSpec(step, config.batch, config.seed, part), bank.view)
 
 
 def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleStore,
@@ -76,8 +81,8 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
     """
     with torch.inference_mode(False), bank.trainable(index) as parameters:
         def loss(step: int) -> Tensor:
-            pairs = sample_batch(bank, index, store, step, config).to(parameters[0].device)
-            return distill_loss(guider, bank, pairs, config.temperature).mean()
+            pairs = sample_batch(bank, index, store, step, config, options.team.part).to(parameters[0].device)
+            return options.team.mean(distill_loss(guider, bank, pairs, config.temperature), step)
 
         return optimize(dict(zip(bank.weights(index), parameters, strict=True)), loss, config.steps, config.lr,
                         f"expert {index} of {guider.name}",
@@ -85,23 +90,27 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
 
 
 def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: DistillConfig = DistillConfig(),
-            folder: Path | None = None, on_step: OnDistillStep | None = None) -> list[list[float]]:
+            folder: Path | None = None, on_step: OnDistillStep | None = None, crew: Crew = SINGLE) -> list[list[float]]:
     """Train every expert of a bank, from the cleanest to the noisiest, and return their losses.
 
     guider: the plain one, the teacher. bank: changed in place. folder: of the state files, from which a stopped distillation
-    resumes; None: nothing is saved. ValueError, before any is trained, if an expert has no step to learn from.
+    resumes; None: nothing is saved. crew: processes that share the work and get all experts; neutral: `SINGLE`.
+    ValueError, before any is trained, if an expert has no step to learn from.
     """
     for index in range(len(bank.schedule)):
         sample_batch(bank, index, store, 0, config)
     if bank.left_out:
         log.warning("%s: %s", guider.name, bank.describe_left_out())
-    losses = []
-    for index in range(len(bank.schedule)):
+    assignments = assign(len(bank.schedule), crew.size, config.batch, config.warm_start)
+    by_expert: dict[int, list[float]] = {}
+    for index, team in crew.teams(assignments):
         if config.warm_start and index:
             bank.load(index, bank.weights(index - 1))
         options = RunOptions(state_file=folder and Path(folder) / f"expert_{index}.state.safetensors",
-                             on_step=on_step and partial(_report, on_step, index))
-        losses.append(distill_expert(guider, bank, index, store, config, options))
+                             on_step=on_step and partial(_report, on_step, index), team=team)
+        by_expert[index] = distill_expert(guider, bank, index, store, config, options)
+    crew.exchange(bank, by_expert, assignments)
+    losses = [by_expert[index] for index in range(len(bank.schedule))]
     bank.training_info = {"samples": store.manifest, "images": len(store), **config.fingerprint_fields(),
                           "final_losses": [steps[-1] for steps in losses if steps]}
     return losses

@@ -39,7 +39,11 @@ def remember_origin(bank: ExpertBank, origin: Origin) -> None:
 
 def origin_of(bank: ExpertBank) -> Origin | None:
     """The model that a bank was distilled on; None where its file does not say, as those of earlier versions."""
-    said: Any = bank.training_info.get(KEY)
+    return read_origin(bank.training_info.get(KEY))
+
+
+def read_origin(said: Any) -> Origin | None:
+    """The model in the words of a file; None for anything else."""
     if not isinstance(said, dict) or not isinstance(said.get("model"), str):
         return None
     return Origin(_shown(said["model"]), _shown(said.get("file", "")), *(

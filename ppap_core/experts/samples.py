@@ -75,11 +75,15 @@ class TrajectoryRecorder:
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """Which random batch: the training step it is for, the number of images in it, and the seed of the training."""
+    """Which random batch: the training step it is for, the number of images in it, and the seed of the training.
+
+    part: which of how many equal parts of it; neutral: (0, 1), the whole.
+    """
 
     step: int
     size: int
     seed: int = 0
+    part: tuple[int, int] = (0, 1)
 
 
 class Pairs(NamedTuple):
@@ -220,7 +224,8 @@ def trajectory_pairs(store: SampleStore, schedule: ExpertSchedule, index: int, b
         raise ValueError(f"no step of the images lies between sigma {schedule[index].lo:.4g} and {schedule[index].hi:.4g}, "
                          f"where expert {index} is to learn: generate samples with more steps, or use fewer experts")
     chosen = torch.randint(len(steps), (batch.size,), generator=seeded(batch.seed, index, batch.step))
-    return pairs_at(store, steps[chosen], view)
+    first, parts = batch.part
+    return pairs_at(store, steps[chosen[first::parts]], view)
 
 
 def steps_in(store: SampleStore, schedule: ExpertSchedule, index: int) -> Tensor:

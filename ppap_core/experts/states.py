@@ -13,7 +13,9 @@ from ..io.hashing import digest, weight_digests
 from .adapters import LoraSpec
 from .bank import ExpertBank, base_network
 from .checkpoint import rename_adapters
+from .distill import DistillConfig
 from .identity import Names, former_identity, libraries, match_layers, match_weights
+from .samples import SampleStore
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,16 @@ NOTE = "network.json"  # in a folder of states: what its network is, without nam
 
 FolderOf = Callable[[str, LoraSpec], Path]
 """(fingerprint of the network, placement of the adapters) -> folder of the states of a distillation"""
+
+
+def distillation_digest(guider: Guider, bank: ExpertBank, store: SampleStore, config: DistillConfig, fingerprint: str,
+                        lora: LoraSpec) -> str:
+    """Name of a distillation's folder, of all that its result depends on.
+
+    guider: the plain one. fingerprint, lora: of the network and of the adapters' placement in it, see `FolderOf`.
+    """
+    return digest([store.manifest, len(store), guider.name, fingerprint, bank.view, bank.space_name, bank.schedule.edges,
+                   lora, config])
 
 
 def state_folder(guider: Guider, bank: ExpertBank, folder_of: FolderOf) -> Path:

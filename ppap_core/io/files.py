@@ -81,13 +81,23 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor], header: dict) -> 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     """Tensors and header of a file written by `save_tensors`. FileNotFoundError or ValueError in words."""
     tensors, metadata = read_safetensors(path)
+    return tensors, _description(path, metadata)
+
+
+def read_description(path: Path | str) -> tuple[dict[str, tuple[int, ...]], dict]:
+    """Shapes of the tensors and header of a file written by `save_tensors`. Errors are those of `load_tensors`."""
+    shapes, metadata = read_shapes(path)
+    return shapes, _description(path, metadata)
+
+
+def _description(path: Path | str, metadata: dict[str, str]) -> dict:
     try:
         header = json.loads(metadata.get("ppap", "null"))
     except (ValueError, RecursionError):  # no JSON, numbers of thousands of digits, or nested as deep
         header = None
     if not isinstance(header, dict):
         raise ValueError(f"{Path(path).name} has no description of this pack: expected a file saved by it.")
-    return tensors, header
+    return header
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .state import Losses, TrainingState, all_finite
+from .team import ALONE, Team
 
 RunStep = Callable[[Callable[[], Tensor]], Tensor]
 """Runs a closure (forward and backward pass) and returns its loss; may call it twice, after running out of memory, say."""
@@ -28,6 +29,7 @@ class RunOptions:
     on_step: called after every step; None: nobody is told.
     run_step: runs the forward and backward pass of a step; None: they are run once, directly.
     extra_state: further tensors that are saved and restored in place, such as a moving average that on_step updates.
+    team: processes that take part, of which the first one saves; the loss has to be `team.mean` of their parts.
     """
 
     run_id: dict = field(default_factory=dict)
@@ -36,6 +38,7 @@ class RunOptions:
     on_step: OnStep | None = None
     run_step: RunStep | None = None
     extra_state: Mapping[str, Tensor] = field(default_factory=dict)
+    team: Team = ALONE
 
     def identified(self, run_id: dict) -> "RunOptions":
         """Add entries to run_id."""
@@ -80,13 +83,14 @@ def optimize(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
     with torch.inference_mode(False), torch.enable_grad():
         optimizer = torch.optim.AdamW(parameters.values(), weight_decay=settings.weight_decay)
         state = TrainingState(options.run_id, options.state_file, settings.learning_rate(0),
-                              {"trained": parameters, "extra": options.extra_state}, optimizer)
+                              {"trained": parameters, "extra": options.extra_state}, optimizer, options.team.is_first)
         state.resume()
         first = len(state.losses)
         try:
             for step in range(first, steps):
                 closure = partial(_backward, optimizer, loss, step)
                 value = (options.run_step(closure) if options.run_step else closure()).tolist()
+                options.team.add_gradients(parameters.values())
                 _require_finite_gradient(parameters, step)
                 state.remember(value)
                 if step > first and step % options.save_every == 0:  # only now is that state known to be good

@@ -34,13 +34,13 @@ class TrainingState:
     """The parameters, the optimiser and the losses of a training, and the file that keeps them.
 
     run_id: what tells this training from others, as JSON values. file: None keeps nothing. rate: its first learning rate.
-    tensors: by group and name, "trained" and "extra".
+    tensors: by group and name, "trained" and "extra". writes: whether this process saves; else another one does.
     """
 
     def __init__(self, run_id: dict, file: Path | None, rate: float, tensors: Mapping[str, Mapping[str, Tensor]],
-                 optimizer: torch.optim.Optimizer):
+                 optimizer: torch.optim.Optimizer, writes: bool = True):
         self.run_id, self.file, self.rate = run_id, Path(file) if file else None, rate
-        self.groups, self.optimizer = tensors, optimizer
+        self.groups, self.optimizer, self.writes = tensors, optimizer, writes
         self.losses: Losses = []
         self._good: tuple[int, dict[str, Tensor]] | None = None
         self._told = False
@@ -135,7 +135,7 @@ class TrainingState:
         return tensors
 
     def _write(self, tensors: dict[str, Tensor], header: dict) -> None:
-        if self.file:
+        if self.file and self.writes:
             save_tensors(self.file, tensors, {**self.run_id, **header})
 
 

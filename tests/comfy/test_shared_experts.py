@@ -1,4 +1,5 @@
 """A file of experts among people: the nodes say on which model they were distilled, and guide others of its latents."""
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,17 @@ def test_experts_of_pixels_are_refused_for_latents(comfy, world: LatentWorld):
     experts = core.bank.with_experts(world.guider, bank)
     with says(ValueError, "pixel", "SD3", "distilled for a model of this kind"):
         comfy("PPAPApplyGuidance", model=world.model("eps"), terms=term(comfy, experts), max_rms=0.0)
+
+
+def test_the_command_line_makes_the_experts_of_the_node(comfy, world: LatentWorld, experts: Any, tmp_path: Path):
+    """From the store and the settings alone, and it goes on with the states that the node left."""
+    comfy("PPAPSaveExperts", guider=experts, file_name="by the node")
+    paths, cli = comfy.pack.nodes.bridge.paths, importlib.import_module(f"{comfy.pack.__name__}.ppap_core.cli")
+    states = paths.output_folder("ppap_distillation")
+    before = {file: file.stat().st_mtime_ns for file in states.rglob("*.safetensors")}
+    with comfy.pack.nodes.bridge.autograd.outside_inference_mode():
+        cli.main(["distill", str(paths.output_folder("ppap_samples", "shared")), "tinyworld/class",
+                  str(tmp_path / "x.safetensors"), "--experts", "2", "--steps", "2", "--batch", "4", "--lr", "1e-2",
+                  "--rank", "2", "--alpha", "2", "--device", "cpu"])
+    assert {file: file.stat().st_mtime_ns for file in states.rglob("*.safetensors")} == before
+    assert (tmp_path / "x.safetensors").read_bytes() == paths.new_expert_file("by the node").read_bytes()

@@ -15,7 +15,7 @@ BELOW = {  # part of the core -> parts of it that it may import, besides itself
     "experts": {"guiders", "training", "schedules", "sampling", "noise", "rng", "io"},
 }
 BELOW["tinyworld"] = {"guidance", "experts", "viz"} | BELOW["guidance"]  # nothing but the pack's doors knows the tiny world
-DOORS = {"cli", "__main__", "__init__"}
+DOORS = {"cli", "cli_distill", "__main__", "__init__"}
 FOREIGN = {"ppap_core": {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server", "ppap_core"},
            "nodes/schemas": {"torch", "comfy", "folder_paths", "nodes", "server", "execution", "latent_preview"}}
 OPTIONAL = {"peft", "timm", "transformers", "PIL", "huggingface_hub", "diffusers", "accelerate"}

@@ -26,8 +26,9 @@ from .autograd import GradientPass, for_gradients, make_differentiable, networks
 from .features import InnerFeatures
 from .fingerprint import fingerprint_vae
 from .foreign import Content, Memory
-from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach
+from .hooks import GUIDANCE, Feature, Hook, Hooks, RunStack, attach, features_of
 from .latents import Patcher
+from .live_preview import Sight, with_live_preview
 from .memory import GradientMemory, compute_type, materialize_on, patcher_of
 from .progress import errors_on_node
 from .reports import FinishedRun, Report, report_of, samples_keys
@@ -61,6 +62,7 @@ class SamplingRun:
     state: RunState = field(default_factory=RunState)
     last_seen: dict[int, Prediction] = field(default_factory=dict)  # where each term acted last, by its index
     notes: list[Note] = field(default_factory=list)
+    sight: Sight | None = None  # None: what the guiders see is not shown
 
     def terms_at(self, sigma: float) -> list[Term]:
         """In pure noise the prediction hardly depends on it, and a gradient through the model would be rounding."""
@@ -74,11 +76,14 @@ class GuidedModel(Feature):
     """Guidance that is attached to a MODEL.
 
     terms: what guides. max_rms: limit of the shift, 0 for none. vae: what guiders of the denoised view decode latents with;
-    None: they look at a linear preview. ValueError for a model that cannot be guided, or experts of other latents.
+    None: they look at a linear preview. live_preview: whether what the guiders see is shown while sampling.
+    ValueError for a model that cannot be guided, or experts of other latents.
     """
 
-    def __init__(self, model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None = None):
+    def __init__(self, model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None = None,
+                 live_preview: bool = False):
         latents.require_supported(model)
+        self.live_preview = live_preview
         self.terms, self.max_rms, self.vae = tuple(terms), max_rms, vae
         self.decoders, self.networks = decoders_for(terms, model, vae)
         self.backprop_through_model = any(term.backprop_through_model and term.weight for term in terms)
@@ -112,9 +117,11 @@ class GuidedModel(Feature):
         decoders = decoders_of_frames(self.decoders, frames)
         shape = latents.frames_as_images(noise).shape
         terms = [to_core_term(model, term, shape, decode) for term, decode in zip(self.terms, decoders, strict=True)]
-        return SamplingRun(terms, latents.sigma_data_of(model), compute_type(model))
+        run = SamplingRun(terms, latents.sigma_data_of(model), compute_type(model))
+        return replace(run, sight=Sight(terms, run.records)) if self.live_preview else run
 
-    def on_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, *args: Any, **kwargs: Any) -> Tensor:
+    def on_sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, *args: Any,
+                  **kwargs: Any) -> Tensor:
         """Make what ComfyUI has loaded differentiable."""
         materialize_on(self.networks, sigmas.device)
         run = self.runs.current
@@ -123,7 +130,8 @@ class GuidedModel(Feature):
             run.gradient_pass = GradientPass(*networks_of(guider))
             run.memory = Memory(guider.inner_model.diffusion_model, guider.model_options, extra_args["model_options"])
             run.at_first = run.memory.save()
-        samples = executor(guider, sigmas, extra_args, *args, **kwargs)
+        callback = with_live_preview(callback, self, features_of(guider.model_patcher, GUIDANCE))
+        samples = executor(guider, sigmas, extra_args, callback, *args, **kwargs)
         run.notes = scrutinize(run)  # here, because the networks are still loaded
         return samples
 
@@ -157,9 +165,9 @@ class GuidedModel(Feature):
 
 
 def apply_guidance(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float,
-                   vae: comfy.sd.VAE | None = None) -> Patcher:
+                   vae: comfy.sd.VAE | None = None, live_preview: bool = False) -> Patcher:
     """Clone a MODEL with guidance on it; see `GuidedModel`."""
-    return GuidedModel(model, terms, max_rms, vae).attach(model)
+    return GuidedModel(model, terms, max_rms, vae, live_preview).attach(model)
 
 
 def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
@@ -175,8 +183,7 @@ def apply_shift(args: dict, run: SamplingRun, max_rms: float) -> Tensor:
     if guidance is None:
         return denoised
     run.records += guidance.records
-    seen = replace(prediction, vjp=None)
-    run.last_seen |= {record.term: seen for record in guidance.records}
+    run.last_seen |= dict.fromkeys((record.term for record in guidance.records), replace(prediction, vjp=None))
     return denoised + latents.images_as_frames(guidance.delta, denoised)
 
 
@@ -184,12 +191,13 @@ def _shift(args: dict, run: SamplingRun, prediction: Prediction, settings: Guida
     """The shift by the terms of a run, in a pass for gradients where a readout reads features of the model."""
     sigma = float(prediction.sigma[0])
     terms = [on_grid(term, prediction.x.shape) for term in run.terms_at(sigma)]
+    watch = partial(run.sight.watch, sigma=sigma) if run.sight else list[Term]
     if run.gradient_pass is None or not any(reads_features(term.guider) and term.weight_at(sigma) for term in terms):
-        return guidance_shift(terms, prediction, settings)
+        return guidance_shift(watch(terms), prediction, settings)
     inner = InnerFeatures(args["model"], args["model_options"], args["cond"])
     features = partial(_read_whole_batch, run, inner, len(prediction.x))
     terms = [connected(term, features) if reads_features(term.guider) else term for term in terms]
-    return run.gradient_pass.run(partial(guidance_shift, terms, prediction, settings))
+    return run.gradient_pass.run(partial(guidance_shift, watch(terms), prediction, settings))
 
 
 def _read_whole_batch(run: SamplingRun, inner: InnerFeatures, size: int, place: str, x: Tensor, sigma: Tensor) -> Tensor:
@@ -233,9 +241,9 @@ def _vjp(args: dict, gradient: Tensor) -> Tensor:
 
 
 def sample_guided(model: Patcher, terms: Sequence[GuidanceTerm], max_rms: float, vae: comfy.sd.VAE | None, latent: dict,
-                  settings: SamplerSettings) -> tuple[dict, Report]:
+                  settings: SamplerSettings, live_preview: bool = False) -> tuple[dict, Report]:
     """Run the stock KSampler on a guided model; returns its LATENT and the report, which is empty where denoise is 0."""
-    feature = GuidedModel(model, terms, max_rms, vae)
+    feature = GuidedModel(model, terms, max_rms, vae, live_preview)
     guided = feature.attach(model)
     [sampled] = common_ksampler(guided, settings.seed, settings.steps, settings.cfg, settings.sampler_name,
                                 settings.scheduler, settings.positive, settings.negative, latent, denoise=settings.denoise)

@@ -1,8 +1,9 @@
 """The progress bar, previews, text and errors of a node."""
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partialmethod
 from typing import Any
 
 import comfy.model_management
@@ -50,6 +51,31 @@ class LossProgress:
         if is_due:
             self.drawn = time.monotonic()
         self.progress(done, loss_plot(losses) if is_due else None)
+
+
+SamplerPreview = tuple[str, Any, int | None]
+"""Of a sampler, as ComfyUI sends it: (file format, Pillow picture, limit of its sides in pixels or None)"""
+Change = Callable[[SamplerPreview], SamplerPreview | None]
+
+
+@contextmanager
+def previews_changed(change: Change) -> Iterator[None]:
+    """Change the previews that samplers send in here; where ComfyUI sends none, there is none to change.
+
+    change: a preview -> the preview to send, or None to leave the one on the page as it is.
+    """
+    bar = comfy.utils.ProgressBar
+    send = bar.update_absolute
+    bar.update_absolute = partialmethod(_send_changed, send, change)
+    try:
+        yield
+    finally:
+        bar.update_absolute = send
+
+
+def _send_changed(bar: Any, send: Any, change: Change, value: int, total: int | None = None,
+                  preview: SamplerPreview | None = None) -> None:
+    send(bar, value, total, preview and change(preview))
 
 
 def show_text(node: Any, text: str) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from .inputs import (
     also_found_as,
     folded,
     limit_input,
+    live_preview_input,
     model_input,
     negative_input,
     positive_input,
@@ -100,12 +101,12 @@ class PPAPApplyGuidance(io.ComfyNode):
                             "training-free guidance", "reward guidance"),
             description="Makes a guided model, for every sampler and together with LoRA, ControlNet, masks and other "
                         "patches. Put it after nodes that change CFG.",
-            inputs=[model_input(), terms_input(), limit_input(), vae_input()],
+            inputs=[model_input(), terms_input(), limit_input(), vae_input(), live_preview_input()],
             outputs=[io.Model.Output(tooltip="The guided model.")])
 
     @classmethod
-    def execute(cls, model, terms, max_rms, vae=None):
-        return io.NodeOutput(guidance.apply_guidance(model, terms, max_rms, vae))
+    def execute(cls, model, terms, max_rms, vae=None, live_preview=False):
+        return io.NodeOutput(guidance.apply_guidance(model, terms, max_rms, vae, live_preview))
 
 
 class PPAPGuidedKSampler(io.ComfyNode):
@@ -124,16 +125,16 @@ class PPAPGuidedKSampler(io.ComfyNode):
                     io.Latent.Input("latent_image", tooltip="The latent to denoise; an empty one for new images."),
                     io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                                    tooltip="How much of the latent is made anew. Neutral for new images: 1, all of it."),
-                    limit_input(), vae_input()],
+                    limit_input(), vae_input(), live_preview_input()],
             outputs=[io.Latent.Output(tooltip="The sampled latent."),
                      ReportType.Output(display_name="report",
                                        tooltip="What guidance did, for Plot Guidance and Guidance Summary.")])
 
     @classmethod
     def execute(cls, model, terms, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
-                max_rms, vae=None):
+                max_rms, vae=None, live_preview=False):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
-        latent, report = guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings)
+        latent, report = guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings, live_preview)
         return io.NodeOutput(latent, report, ui=progress.show_note(report.warnings()))
 
 

@@ -62,6 +62,12 @@ def vae_input() -> io.Input:
                                 "Guiders with experts use the small decoder that they were trained with in either case.")
 
 
+def live_preview_input() -> io.Input:
+    return io.Boolean.Input("live_preview", default=False, optional=True, **folded(), tooltip=(
+        "Shows, beside ComfyUI's own preview, what each guider sees in the first image while it is sampled, a few times in "
+        "a second. Only where previews are on in ComfyUI's settings. It changes no image. Neutral: off."))
+
+
 def window_inputs(at_start: float = 1.0, at_end: float = 1.0) -> list[io.Input]:
     """Inputs of a `PercentSchedule`. at_start, at_end: the factors that a new node has."""
     return [io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,

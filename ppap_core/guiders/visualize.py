@@ -1,4 +1,7 @@
 """The output of a guider as pictures."""
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,10 +19,19 @@ def visualize(guider: Guider, images: Tensor) -> Tensor:
     well the image meets the target. ValueError for a guider that waits for a text.
     """
     output = guider.predict(images, clean(images))
-    return _draw(guider, images, output).clamp(-1, 1)
+    return draw_output(guider, images, output, partial(guider.energy, images, clean(images)))
 
 
-def _draw(guider: Guider, images: Tensor, output: Tensor) -> Tensor:
+@torch.no_grad()
+def draw_output(guider: Guider, images: Tensor, output: Tensor, energy: Callable[[], Tensor]) -> Tensor:
+    """An output of a guider for images (B, 3, H, W) as pictures (B, 3, h, w) in [-1, 1]; no network runs.
+
+    energy: returns the energies (B,); called only where they are shown.
+    """
+    return _draw(guider, images, output, energy).clamp(-1, 1)
+
+
+def _draw(guider: Guider, images: Tensor, output: Tensor, energy: Callable[[], Tensor]) -> Tensor:
     if isinstance(guider.net, RuleNet) and guider.net.rule.preview:
         return guider.net.rule.preview(images, output)
     if draw := TASKS[guider.task].preview:
@@ -31,4 +43,4 @@ def _draw(guider: Guider, images: Tensor, output: Tensor) -> Tensor:
     if guider.target is None:
         return text_note([f"{guider.name} answers with {guider.task}, which is no picture.",
                           "Aim it, and how close an image is to the target is shown here."], len(images))
-    return target_bars(guider.energy(images, clean(images)), guider.score(images, clean(images)))
+    return target_bars(energy(), TASKS[guider.task].score(output, guider.target_for(images, output)))

@@ -74,6 +74,29 @@ def contact_sheet(rows: dict[str, Tensor], scale: int = 3, columns: int = 8, hea
     return from_pillow(picture)
 
 
+def captioned_row(pictures: "Sequence[tuple[str, Image]]", height: int) -> "Image":
+    """Pillow pictures beside each other, all of one height in pixels, each above its caption of up to two lines."""
+    tiles = [picture.resize((max(1, round(picture.width * height / picture.height)), height)) for _, picture in pictures]
+    row, draw = new_canvas(height + 40, sum(tile.width for tile in tiles))
+    left = 0
+    for (caption, _), tile in zip(pictures, tiles, strict=True):
+        row.paste(tile, (left, 0))
+        lines = [fitting(line, tile.width - 8) for line in caption.splitlines()]
+        draw.multiline_text((left + 4, height + 3), "\n".join(lines), INK, font(13), spacing=3)
+        left += tile.width
+    return row
+
+
+def fitting(text: str, width: int, size: int = 13) -> str:
+    """A text, shortened in its middle to fit into a width in pixels at a font size."""
+    shown = text
+    while font(size).getlength(shown) > width and len(text) > 2:
+        middle = len(text) // 2
+        text = text[:middle] + text[middle + 1:]
+        shown = f"{text[:len(text) // 2]}…{text[len(text) // 2:]}"
+    return shown
+
+
 def scatter_panels(panels: dict[str, Tensor], truth: Tensor, columns: int = 2, side: int = 420) -> Tensor:
     """Points in the plane (n, 2), dark, on those of the true distribution (m, 2), light; each panel under its name.
 

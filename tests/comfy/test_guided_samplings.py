@@ -47,6 +47,14 @@ def test_six_samplings_have_six_reports(comfy, pixels: PixelWorld, guided: Any):
         report(comfy, guided, {"samples": sampled[0]["samples"] + 1})
 
 
+def test_a_seed_leaves_no_trace_in_the_next(comfy, pixels: PixelWorld, guided: Any):
+    """A guided model that has sampled other seeds gives the image that a new one gives."""
+    [new] = comfy("PPAPApplyGuidance", model=pixels.model, terms=pixels.term(), max_rms=0.0)
+    for seed in (11, 12):
+        sample(pixels, guided, seed=seed)
+    assert torch.equal(sample(pixels, guided)["samples"], sample(pixels, new)["samples"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_latent_of_another_type_is_recognised(comfy, pixels: PixelWorld, guided: Any, dtype: torch.dtype):
     """Newer versions of ComfyUI may hand on LATENTs of half precision."""

@@ -2,9 +2,11 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+Part = TypeVar("Part", bound=ast.AST)
 ROOT = Path(__file__).parents[2]
 BELOW = {  # part of the core -> parts of it that it may import, besides itself
     "io": set(), "viz": set(), "noise": set(), "rng": set(),
@@ -70,12 +72,15 @@ def test_benchmarks_and_examples_use_the_core_as_strangers(file: Path):
         assert module[0] != "ppap_core" or not node.level, "by its public name"
 
 
-@pytest.mark.parametrize("file", [*files("ppap_core"), *files("nodes"), Path("__init__.py")], ids=str)
+SHIPPED = [*files("ppap_core"), *files("nodes"), Path("__init__.py")]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=str)
 def test_nothing_shipped_imports_benchmarks_or_examples(file: Path):
     assert not [module for _, module in imports(file) if module[0] in ("benchmarks", "examples", "tests")]
 
 
-@pytest.mark.parametrize("file", [*files("ppap_core"), *files("nodes"), Path("__init__.py")], ids=str)
+@pytest.mark.parametrize("file", SHIPPED, ids=str)
 def test_nothing_shipped_runs_strings_or_reads_pickles(file: Path):
     tree = ast.parse((ROOT / file).read_text())
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
@@ -83,3 +88,38 @@ def test_nothing_shipped_runs_strings_or_reads_pickles(file: Path):
     absolute = {module[0] for node, module in imports(file) if not getattr(node, "level", 0)}
     assert not absolute & {"pickle", "subprocess", "requests", "urllib", "socket"}
     assert "torch.load(" not in (ROOT / file).read_text()
+
+
+def parts(file: Path, kind: type[Part]) -> list[Part]:
+    return [node for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, kind)]
+
+
+def test_only_the_command_prints():
+    """Everything else is logged, for ComfyUI to show or to keep."""
+    printing = {str(file) for file in SHIPPED for call in parts(file, ast.Call) if ast.unparse(call.func) == "print"}
+    assert printing == {"ppap_core/cli.py"}
+
+
+def test_every_text_can_be_shown_on_every_console():
+    """Older consoles of Windows raise an error for letters that their code page lacks."""
+    texts = [(file, text.value) for file in SHIPPED for text in parts(file, ast.Constant) if isinstance(text.value, str)]
+    assert len(texts) > 1000
+    assert not [(str(file), text) for file, text in texts if text.encode("cp1252", "replace").decode("cp1252") != text]
+
+
+def test_wrappers_take_what_later_versions_add():
+    """ComfyUI has given the functions that it wraps new arguments before."""
+    wrappers = [(file, function) for file in files("nodes") for function in parts(file, ast.FunctionDef)
+                if "executor" in [argument.arg for argument in function.args.args]]
+    assert len(wrappers) > 4
+    assert not [(str(file), function.name) for file, function in wrappers
+                if not (function.args.vararg and function.args.kwarg)]
+
+
+def test_comfyui_is_patched_in_one_context_manager_alone():
+    """`StreamedWeights` puts back what it replaces, as tests/comfy/test_dynamic_vram.py shows."""
+    foreign = FOREIGN["ppap_core"] | {"execution", "latent_preview", "torch"}
+    targets = {(str(file), ast.unparse(target)) for file in SHIPPED for target in parts(file, ast.Attribute)
+               if isinstance(target.ctx, ast.Store) and ast.unparse(target).split(".")[0] in foreign}
+    assert targets == {("nodes/bridge/streaming.py", "comfy.ops.uncast_bias_weight")}
+    assert not [*(ROOT / "web").rglob("*.js")], "a script on the page could change nodes of other packs"

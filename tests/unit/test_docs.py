@@ -1,4 +1,5 @@
-"""The documentation names files that exist, and one version."""
+"""The documentation names files and tests that exist, and one version."""
+import ast
 import re
 from pathlib import Path
 
@@ -31,3 +32,18 @@ def test_the_version_is_the_same_everywhere():
     assert version and version[1] == ppap_core.__version__
     assert f"version: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {version[1]}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def functions_of(name: str) -> set[str]:
+    """The names of all functions of a file in tests/."""
+    return {node.name for node in ast.parse((ROOT / "tests" / name).read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_each_promise_names_tests_that_exist():
+    """docs/quality.md lists R1 to R28, in order."""
+    lines = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").splitlines()
+    rows = {line.split(" | ")[0].strip("| "): re.findall(r"`([\w/]+\.py)::(\w+)`", line)
+            for line in lines if line.startswith("| R")}
+    assert [*rows] == [f"R{number}" for number in range(1, 29)]
+    assert not [number for number, named in rows.items() if not named]
+    assert not [f"{file}::{name}" for named in rows.values() for file, name in named if name not in functions_of(file)]

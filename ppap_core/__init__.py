@@ -18,8 +18,9 @@ them, and guide with `with_experts(guider, bank)`.
 """
 from .experts.adapters import LoraSpec
 from .experts.bank import ExpertBank, base_network, with_experts
+from .experts.check import teacher_distance
 from .experts.checkpoint import load_bank, save_bank
-from .experts.distill import DistillConfig, distill, teacher_distance
+from .experts.distill import DistillConfig, distill
 from .experts.readout import ReadoutNetwork, new_readout, reading, with_readout
 from .experts.readout_distill import FeatureSamples, distill_readout
 from .experts.readout_file import load_readout, save_readout

@@ -88,49 +88,63 @@ def agreements(guider: Guider, bank: ExpertBank, pairs: Pairs, commonest: Tensor
     these steps, (B, C, h, w), which experts of the noisy view do not see; None: what is possible is not measured.
     """
     teacher = guider.predict(pairs.images, clean(pairs.images))
-    plain = replace(guider, view=bank.view, decode=bank.space.colors if bank.space else None)
+    plain = plain_judge(guider, bank)
     outputs = [_output(plain, pairs), _output(with_experts(guider, bank), pairs), commonest.expand_as(teacher)]
     if predictions is not None:
         outputs.append(_output(plain, pairs._replace(inputs=predictions)))
     return Agreements(*(TASKS[guider.task].agreement(output, teacher).cpu() for output in outputs))
 
 
+def plain_judge(guider: Guider, bank: ExpertBank) -> Guider:
+    """A plain guider that looks at what a bank looks at, and at latents by their linear colours."""
+    return replace(guider, view=bank.view, decode=bank.space.colors if bank.space else None)
+
+
 def _output(judge: Guider, pairs: Pairs) -> Tensor:
     return judge.predict(judge.to_image(pairs.inputs, pairs.sigma), pairs.sigma)
 
 
+class KnowledgeTest:
+    """Measures what single experts know, by the held-out images of a store, or by some that they learned from without any.
+
+    guider: the plain one, the teacher. on_batch: called before every few steps; may raise to stop.
+    """
+
+    def __init__(self, guider: Guider, bank: ExpertBank, store: SampleStore, on_batch: Callable[[], None] | None = None):
+        held_out = store.held_out
+        self.guider, self.bank, self.on_batch = guider, bank, on_batch
+        self.store, self.is_held_out = held_out or store, bool(held_out)  # has images
+        self.images = len(self.store) if held_out else min(len(store), LEARNED_FROM)
+        self.commonest: Tensor | None = None
+
+    def batches(self, index: int) -> tuple[Tensor, ...]:
+        """The steps (n, 2) by which expert `index` is measured, a few at a time; () for an interval without steps."""
+        steps = steps_in(self.store, self.bank.schedule, index)
+        steps = steps[steps[:, 0] < self.images]
+        return steps.split(BATCH) if len(steps) else ()
+
+    def measure(self, index: int) -> Knowledge | None:
+        """What expert `index` knows; None for an interval without steps."""
+        batches = self.batches(index)
+        with torch.inference_mode(False):
+            parts = [self.agreements_at(batch) for batch in batches]
+        return summarize(joined(parts), torch.cat(batches)[:, 0], self.is_held_out) if parts else None
+
+    def agreements_at(self, steps: Tensor) -> Agreements:
+        """Agreements at some steps (n, 2) of one interval."""
+        if self.commonest is None:
+            device = next(self.bank.parameters()).device
+            self.commonest = commonest_answer(self.guider, self.store, self.images, device)
+        if self.on_batch:
+            self.on_batch()
+        return _agreements_at(self.guider, self.bank, self.store, steps, self.commonest)
+
+
 def measure_knowledge(guider: Guider, bank: ExpertBank, store: SampleStore,
                       on_batch: Callable[[], None] | None = None) -> tuple[Knowledge | None, ...]:
-    """What each expert knows, by the held-out images of a store, or by some that it learned from where there are none.
-
-    guider: the plain one, the teacher. on_batch: called before every few steps; may raise to stop. None for an interval
-    without steps.
-    """
-    held_out = store.held_out
-    with torch.inference_mode(False):
-        if held_out:  # has images
-            return measure_on(guider, bank, held_out, len(held_out), True, on_batch)
-        return measure_on(guider, bank, store, min(len(store), LEARNED_FROM), False, on_batch)
-
-
-def measure_on(guider: Guider, bank: ExpertBank, store: SampleStore, images: int,
-               held_out: bool = True, on_batch: Callable[[], None] | None = None) -> tuple[Knowledge | None, ...]:
-    """What each expert knows, by the first images of a store; held_out: whether it did not learn from them.
-
-    The other arguments are those of `measure_knowledge`.
-    """
-    device = next(bank.parameters()).device
-    commonest = commonest_answer(guider, store, images, device)
-    found: list[Knowledge | None] = []
-    for index in range(len(bank.schedule)):
-        steps = steps_in(store, bank.schedule, index)
-        steps, parts = steps[steps[:, 0] < images], []
-        for batch in steps.split(BATCH) if len(steps) else ():
-            if on_batch:
-                on_batch()
-            parts.append(_agreements_at(guider, bank, store, batch, commonest))
-        found.append(summarize(joined(parts), steps[:, 0], held_out) if parts else None)
-    return tuple(found)
+    """What each expert knows; the arguments are those of `KnowledgeTest`. None for an interval without steps."""
+    test = KnowledgeTest(guider, bank, store, on_batch)
+    return tuple(test.measure(index) for index in range(len(bank.schedule)))
 
 
 def _agreements_at(guider: Guider, bank: ExpertBank, store: SampleStore, steps: Tensor, commonest: Tensor) -> Agreements:

@@ -219,13 +219,18 @@ def trajectory_pairs(store: SampleStore, schedule: ExpertSchedule, index: int, b
 
     view: "noisy" or "denoised". ValueError if the store has no step in the interval.
     """
+    return pairs_at(store, draw_steps(store, schedule, index, batch), view)
+
+
+def draw_steps(store: SampleStore, schedule: ExpertSchedule, index: int, batch: BatchSpec) -> Tensor:
+    """Random (image, step) in the interval of expert `index`, (size, 2) long, as for `trajectory_pairs`."""
     steps = steps_in(store, schedule, index)
     if len(steps) == 0:
         raise ValueError(f"no step of the images lies between sigma {schedule[index].lo:.4g} and {schedule[index].hi:.4g}, "
                          f"where expert {index} is to learn: generate samples with more steps, or use fewer experts")
     chosen = torch.randint(len(steps), (batch.size,), generator=seeded(batch.seed, index, batch.step))
     first, parts = batch.part
-    return pairs_at(store, steps[chosen[first::parts]], view)
+    return steps[chosen[first::parts]]
 
 
 def steps_in(store: SampleStore, schedule: ExpertSchedule, index: int) -> Tensor:
@@ -240,9 +245,14 @@ def _find_steps(sigmas: Tensor, schedule: ExpertSchedule, index: int) -> Tensor:
 
 def pairs_at(store: SampleStore, steps: Tensor, view: str) -> Pairs:
     """The pairs of some (image, step) of a store, (n, 2) long. view: "noisy" or "denoised"."""
+    return Pairs(store.images_at(steps[:, 0]), *inputs_at(store, steps, view))
+
+
+def inputs_at(store: SampleStore, steps: Tensor, view: str) -> tuple[Tensor, Tensor]:
+    """Inputs of experts (n, C, h, w) at some (image, step), (n, 2) long, and their noise levels (n,)."""
     image, step = steps.T
     inputs = store.shards.read("noisy" if view == "noisy" else "denoised", image, step)
-    return Pairs(store.images_at(image), inputs.float(), store.sigmas[image, step])
+    return inputs.float(), store.sigmas[image, step]
 
 
 def held_out_count(images: int) -> int:

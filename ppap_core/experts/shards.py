@@ -19,10 +19,11 @@ class Shards:
     """The files of a folder as one table, whose parts are tensors with a row for each image.
 
     Only the rows that are asked for are read, unless a part is small, so that the length is a matter of the disk.
+    needed: the part without which a file is not whole.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, needed: str = "images"):
+        self.folder, self.needed = folder, needed
         self._cache: dict[object, Any] = {}
 
     def file(self, index: int) -> Path:
@@ -57,7 +58,7 @@ class Shards:
         except (KeyError, TypeError, ValueError, RecursionError):
             return f"{file.name} has no description of this pack: expected a shard saved by it."
         rows = {shape[:1] for name, shape in shapes.items() if name != CHECKSUM}
-        if found != first or "images" not in shapes or rows != {(SHARD_SIZE,)}:
+        if found != first or self.needed not in shapes or rows != {(SHARD_SIZE,)}:
             return f"{file.name} holds {shapes} from image {found} on: expected {SHARD_SIZE} of each from {first} on."
         return ""
 

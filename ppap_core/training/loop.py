@@ -18,10 +18,13 @@ RunStep = Callable[[Callable[[], Tensor]], Tensor]
 OnStep = Callable[[int, Any, Any], None]
 """(step, loss, what is trained as it is now) after every step; may raise to stop the training."""
 
+IsEnough = Callable[[int], bool]
+"""(number of steps done) -> whether to end with what is reached; asked before every step, and again on resuming."""
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a training is identified, saved, watched and executed. None of it changes the result.
+    """How a training is identified, saved, watched and executed. Only `is_enough` changes the result.
 
     run_id: what tells this training from others, as JSON values; it goes into the state file and has to match on resuming.
     state_file: where the state is kept, so that a stopped training resumes and a finished one is only loaded; None: nowhere.
@@ -30,6 +33,7 @@ class RunOptions:
     run_step: runs the forward and backward pass of a step; None: they are run once, directly.
     extra_state: further tensors that are saved and restored in place, such as a moving average that on_step updates.
     team: processes that take part, of which the first one saves; the loss has to be `team.mean` of their parts.
+    is_enough: ends the training before its last step; None: never.
     """
 
     run_id: dict = field(default_factory=dict)
@@ -39,6 +43,7 @@ class RunOptions:
     run_step: RunStep | None = None
     extra_state: Mapping[str, Tensor] = field(default_factory=dict)
     team: Team = ALONE
+    is_enough: IsEnough | None = None
 
     def identified(self, run_id: dict) -> "RunOptions":
         """Add entries to run_id."""
@@ -88,6 +93,8 @@ def optimize(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
         first = len(state.losses)
         try:
             for step in range(first, steps):
+                if options.is_enough and options.is_enough(step):
+                    break
                 closure = partial(_backward, optimizer, loss, step)
                 value = (options.run_step(closure) if options.run_step else closure()).tolist()
                 options.team.add_gradients(parameters.values())
@@ -101,7 +108,7 @@ def optimize(parameters: dict[str, Tensor], loss: Callable[[int], Tensor], steps
                 if options.on_step:
                     options.on_step(step, value, parameters)
             if not all_finite(parameters.values()):
-                raise _NotFiniteError(f"the result became infinite in step {steps - 1}")
+                raise _NotFiniteError(f"the result became infinite in step {len(state.losses) - 1}")
         except _NotFiniteError as error:
             raise ValueError(_failure(name, error, state.save_failed() if len(state.losses) > first else None)) from error
         except BaseException:

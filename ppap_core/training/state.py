@@ -139,6 +139,12 @@ class TrainingState:
             save_tensors(self.file, tensors, {**self.run_id, **header})
 
 
+def steps_done(file: Path | None) -> int:
+    """Number of steps in the file of a state; 0 where there is none, or none that can be read."""
+    losses = _header(file).get("losses", []) if file else []
+    return len(losses) if isinstance(losses, list) else 0
+
+
 def all_finite(tensors: Any) -> bool:
     """Whether no value of some tensors is NaN or infinite."""
     peaks = [tensor.detach().abs().amax().float() for tensor in tensors if tensor.numel()]

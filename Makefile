@@ -78,6 +78,7 @@ lint: .venv/ready
 
 pictures: .venv/ready .venv/comfyui
 	$(BIN)/python -m pytest tests/comfy/full_workflows.py
+	$(BIN)/python -m tools.banner
 
 drawings: .venv/ready .venv/comfyui
 	$(BIN)/python -m tools.workflows "$(COMFYUI_PATH)"

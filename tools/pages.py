@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 CHOICE = "COMFY_DYNAMICCOMBO_V3"  # an input that others follow
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", CHOICE}
-PREVIEWS = {"KSampler": 480, "PPAPGuidedKSampler": 550,  # heights with what they show at work
+PREVIEWS = {"KSampler": 480, "PPAPGuidedKSampler": 550, "PPAPGenerateSamples": 530, "PPAPDistilExperts": 540,
+            "PPAPDistillReadout": 450,  # heights with what they show at work
             "PPAPSteer": 480}  # or in versions of ComfyUI that show all inputs
 SIZES = {"PreviewImage": (300, 320), "SaveImage": (300, 320), "MarkdownNote": (400, 420), "PPAPReadGuidance": (400, 200)}
 GAP, TITLE, MARGIN = 60, 30, 20  # pixels between columns, of a title, around the nodes of a group
@@ -139,7 +140,7 @@ class Page:
         """The page as a file of its own."""
         return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(self.nodes),
                 "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links, "groups": self.groups,
-                "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [520, 180]}, **self.app}, "version": 0.4}
+                "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [20, 180]}, **self.app}, "version": 0.4}
 
 
 def _input(slot: Slot) -> dict:

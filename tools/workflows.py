@@ -13,6 +13,7 @@ from .pages import Out, Page
 
 ROOT = Path(__file__).parents[1]
 OWN_TITLE = "With your own model"
+BELOW_NOTE = (0, 480)  # where it stands on the pages that are drawn here
 OWN_MODEL = """## With your own model
 Open ComfyUI's own template of it (*Browse Templates*) and put the node that steers on the MODEL wire, last before the \
 sampler. Prompts, LoRA, size and sampler stay. Steps and cfg of these templates:
@@ -258,16 +259,93 @@ VAE. **Generate Samples** and **Distill Experts** work as for any other model; o
     _report(page, 4, model, sampled)
 
 
+def own_classifier(page: Page) -> None:
+    page.note("Read me", """## Your own classifier
+Any classifier steers: one that you fine-tuned, or one from the hub. Put its folder into *models/ppap_guiders*: \
+`config.json`, `model.safetensors` and `preprocessor_config.json`, as `save_pretrained` of transformers writes them. Press \
+**R**, and **Load Guider** lists it.
+
+The one here comes with the pack. It was trained on its own labels, the colour of the thing, whatever is behind it, in a \
+minute on a laptop: `examples/own_classifier.py` in the repository shows how.
+
+**Preview Guider** draws what it sees. **Aim at Class** takes a name: red, yellow, green, turquoise, blue, pink.""", (0, 0))
+    world = _world(page)
+    page.group("2  The folder, and the class that is wanted")
+    guider = Out(page.add("PPAPLoadGuider", "Load Guider: a folder", guider_name="tinyworld-colours"))
+    blue = Out(page.add("PPAPAimAtClass", guider=guider, classes="blue"))
+    terms = Out(page.add("PPAPGuidanceTerm", guider=blue, weight=0.4, gradient="through the model"))
+    model = Out(page.add("PPAPApplyGuidance", model=world[0], terms=terms))
+    page.group("3  The same seed without and with it")
+    _, plain = _sample(page, "Without", world[0], world, 8)
+    page.column()
+    latent, steered = _sample(page, "A blue thing", model, world, 8, "SaveImage")
+    page.group("4  What the classifier sees in them")
+    for title, images in (("Without", plain), ("With", steered)):
+        seen = Out(page.add("PPAPLookThrough", f"Preview Guider: {title.lower()}", guider=guider, image=images))
+        page.add("PreviewImage", f"What it sees: {title.lower()}", images=seen)
+        page.column()
+    _report(page, 5, model, latent)
+
+
+def readout(page: Page) -> None:
+    page.note("Read me", """## Read the model's own mind
+What an image will become can be read from the model's inner features while it is still noise. **Distill Readout** trains \
+small heads on them, each for one range of noise, that say what a classifier will say of the finished image. No labels, no \
+data set.
+
+1. The model generates samples.
+2. The heads learn from them.
+3. A star, three times from the same seeds: without guidance, by the plain classifier, by the readout.
+
+The first run takes a few minutes on a CPU; **Cancel** loses nothing, and a second run is quick. The heads guide this \
+model alone. **Save Experts** keeps them. A gradient goes back through half of the model, so that a step takes two to \
+three times as long.""", (0, 0))
+    page.group("1  A model, and samples of it")
+    world = page.add("PPAPTinyWorld", batch_size=32)
+    guider = Out(page.add("PPAPLoadGuider", "Load Guider: a classifier", guider_name="tinyworld/class"))
+    generated = page.add("PPAPGenerateSamples", model=Out(world), positive=Out(world, 1), latent_image=Out(world, 2),
+                         name="readout", count=256, steps=12, cfg=1.0, sampler_name="euler", scheduler="karras", seed=1000)
+    page.group("2  Heads on its inner features")
+    learned = page.add("PPAPDistillReadout", model=Out(world), samples=Out(generated), guider=guider,
+                       positive=Out(world, 1), heads=5, steps=200, batch_size=16)
+    page.add("PPAPSaveExperts", guider=Out(learned), file_name="readout")
+    page.column()
+    plot = Out(page.add("PPAPPlotLosses", losses=Out(learned, 1)))
+    page.add("PreviewImage", "What each head learned", images=plot)
+    page.group("3  A star: the same seeds each way")
+    few = Out(page.add("PPAPTinyWorld", "Tiny World: eight to sample", batch_size=8), 2)
+    star = _pixels(page, "Without guidance", world, few, Out(world))
+    for title, each, weight in (("The plain classifier", guider, 0.6), ("The readout", Out(learned), 0.3)):
+        page.column()
+        aimed = Out(page.add("PPAPAimAtClass", f"Aim at Class: {title.lower()}", guider=each, classes="star"))
+        terms = Out(page.add("PPAPGuidanceTerm", f"Guidance Term: {title.lower()}", guider=aimed, weight=weight))
+        model = Out(page.add("PPAPApplyGuidance", f"Apply Guidance: {title.lower()}", model=Out(world), terms=terms))
+        page.column()
+        star = _pixels(page, title, world, few, model)
+    _report(page, 4, model, star)
+
+
+def _pixels(page: Page, title: str, world: int, latent: Out, model: Out) -> Out:
+    """Nodes that sample pixels and show them enlarged; the latents."""
+    anything = Out(world, 1)
+    sampled = Out(page.add("KSampler", f"KSampler: {title.lower()}", model=model, positive=anything, negative=anything,
+                           latent_image=latent, seed=7, steps=20, cfg=1.0, sampler_name="heun", scheduler="karras"))
+    images = Out(page.add("VAEDecode", samples=sampled, vae=Out(world, 3)))
+    larger = Out(page.add("ImageScaleBy", "Larger", image=images, upscale_method="nearest-exact", scale_by=8.0))
+    page.add("PreviewImage", title, images=larger)
+    return sampled
+
+
 STORIES: dict[str, Callable[[Page], None]] = {"steer": steer, "series": series, "seamless": seamless, "masks": masks,
-                                           "strengths": strengths, "turbo": turbo,
-                                           "one_frame": one_frame}
+                                              "strengths": strengths, "turbo": turbo, "one_frame": one_frame,
+                                              "own_classifier": own_classifier, "readout": readout}
 
 
-def with_own_model(page: dict) -> dict:
-    """A page with the note on other models, the same on each, to the left of everything."""
+def with_own_model(page: dict, at: tuple[int, int] = (-460, 0)) -> dict:
+    """A page with the note on other models, the same on each. at: where, by default to the left of everything."""
     page["nodes"] = [node for node in page["nodes"] if node.get("title") != OWN_TITLE]
     number = max(node["id"] for node in page["nodes"]) + 1
-    page["nodes"].append({"id": number, "type": "MarkdownNote", "pos": [-460, 0], "size": [420, 560], "flags": {},
+    page["nodes"].append({"id": number, "type": "MarkdownNote", "pos": [*at], "size": [420, 560], "flags": {},
                           "order": len(page["nodes"]), "mode": 0, "inputs": [], "outputs": [], "title": OWN_TITLE,
                           "properties": {}, "widgets_values": [OWN_MODEL]})
     page["last_node_id"] = number
@@ -306,7 +384,8 @@ def main() -> None:
         STORIES[name](page)
         drawn[name] = page.to_workflow(name)
     for name, content in sorted(drawn.items()):
-        write(ROOT / "workflows" / f"{name}.json", with_own_model(content))
+        at = {"at": BELOW_NOTE} if name in STORIES else {}
+        write(ROOT / "workflows" / f"{name}.json", with_own_model(content, **at))
 
 
 if __name__ == "__main__":

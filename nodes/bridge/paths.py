@@ -8,15 +8,16 @@ import folder_paths
 
 from ...ppap_core.guiders.loaders.hub import folder_name
 from ...ppap_core.io.files import read_header
-from ...ppap_core.tinyworld.loaders import WEIGHTS
+from ...ppap_core.tinyworld.loaders import GUIDERS, WEIGHTS
 
 Value = TypeVar("Value")
 
 
 def register_folders() -> None:
-    """Add the pack's model folders to those of extra_model_paths.yaml, and the tiny world's files to the stock loaders'."""
+    """Add the pack's model folders to those of extra_model_paths.yaml, and the tiny world's files to the loaders' lists."""
     for name in ("ppap_guiders", "ppap_experts"):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+    folder_paths.add_model_folder_path("ppap_guiders", str(GUIDERS))
     for name in ("diffusion_models", "vae", "controlnet", "loras"):
         folder_paths.add_model_folder_path(name, str(WEIGHTS / name))
 

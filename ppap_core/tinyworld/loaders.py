@@ -18,6 +18,7 @@ SIZE = 32
 SIGMA_MIN, SIGMA_MAX = 0.02, 80.0
 CONDITIONS = 16  # numbers that a model is conditioned on: one for each class, the rest spare
 WEIGHTS = Path(__file__).parent / "weights"
+GUIDERS = Path(__file__).parent / "guiders"  # folders as people have them, for the loaders of folders
 LABELS: dict[str, tuple[str, ...]] = {"class": CLASSES, "depth": (), "segmentation": ("wall", *CLASSES)}
 """Task of a tiny network -> names of its classes."""
 

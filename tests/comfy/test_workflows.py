@@ -165,8 +165,7 @@ def test_the_workflows_show_every_useful_node(server: Server):
     info = server.get("/object_info")
     shown = {each["class_type"] for name in WORKFLOW_NAMES for each in workflow(name, info).values()}
     need_files, for_larger_images = {"PPAPDownloadGuider", "PPAPLoadExperts", "PPAPAimAtText"}, {"PPAPCutOuts"}
-    in_place_of_experts = {"PPAPDistillReadout"}
-    assert shown & NODES == NODES - need_files - for_larger_images - in_place_of_experts
+    assert shown & NODES == NODES - need_files - for_larger_images
 
 
 def test_an_older_workflow_gets_neutral_values(server: Server):

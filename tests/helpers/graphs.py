@@ -9,8 +9,8 @@ WORKFLOW_NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 WORLD = {"1": {"class_type": "PPAPTinyWorld", "inputs": {"batch_size": 2}}}
 MODEL, CONDITIONING, LATENT, VAE = (["1", slot] for slot in range(4))
 QUICK = {"KSampler": {"steps": 4}, "PPAPGuidedKSampler": {"steps": 4}, "PPAPGenerateSamples": {"count": 64, "steps": 8},
-         "PPAPDistilExperts": {"steps": 2, "batch_size": 4}, "PPAPAutoguidanceToy": {"steps": 64},
-         "PPAPTrainLora": {"steps": 4}, "PPAPPlugAndPlayPrior": {"steps": 8}}
+         "PPAPDistilExperts": {"steps": 2, "batch_size": 4}, "PPAPDistillReadout": {"steps": 2, "batch_size": 4},
+         "PPAPAutoguidanceToy": {"steps": 64}, "PPAPTrainLora": {"steps": 4}, "PPAPPlugAndPlayPrior": {"steps": 8}}
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 

@@ -1,11 +1,13 @@
 """The registry's archive holds what the pack needs at run time, and nothing else; metadata stands in one place."""
 import ast
-import sys
+import re
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("pathspec")
+from ppap_core.guiders.loaders.hub import folder_name  # noqa: E402
+from ppap_core.guiders.loaders.suggested import SUGGESTED  # noqa: E402
 from tools.archive import LARGEST, ROOT, build, published_files  # noqa: E402
 
 if not (ROOT / ".git").exists():
@@ -38,8 +40,8 @@ def test_it_holds_every_module_that_is_imported(names: set[str]):
 
 
 def test_it_holds_weights_workflows_and_help_pages(names: set[str]):
-    needed = [file for pattern in ("ppap_core/tinyworld/weights/**/*.safetensors", "workflows/*.*", "subgraphs/*.json",
-                                    "web/docs/*.md")
+    needed = [file for pattern in ("ppap_core/tinyworld/weights/**/*.safetensors", "ppap_core/tinyworld/guiders/*/*",
+                                    "workflows/*.*", "subgraphs/*.json", "web/docs/*.md")
               for file in ROOT.glob(pattern)]
     assert len(needed) > 50 and not {file.relative_to(ROOT).as_posix() for file in needed} - names
 
@@ -53,9 +55,38 @@ def test_it_is_small_enough(tmp_path: Path):
     assert packed <= unpacked <= LARGEST
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
-def test_requirements_are_those_of_the_project():
-    import tomllib
+@pytest.fixture(scope="module")
+def metadata() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (ROOT / "requirements.txt").read_text().split() == project["dependencies"]
+
+def test_requirements_are_those_of_the_project(metadata: dict):
+    assert (ROOT / "requirements.txt").read_text().split() == metadata["project"]["dependencies"]
+
+
+def test_one_owner_is_named_everywhere(metadata: dict):
+    """The address of the repository stands in two files, as the comment on top of pyproject.toml says."""
+    owner = metadata["tool"]["comfy"]["PublisherId"]
+    texts = [name for name in published_files() if name.endswith((".md", ".toml"))]
+    named = {name: set(re.findall(r"([\w-]+)/ComfyUI-PPAP", (ROOT / name).read_text(encoding="utf-8"))) for name in texts}
+    assert {name: owners for name, owners in named.items() if owners} == {"pyproject.toml": {owner}, "README.md": {owner}}
+
+
+@pytest.mark.parametrize(("key", "ratio"), [("Icon", 1), ("Banner", 21 / 9)])
+def test_the_registry_s_pictures_are_in_the_repository(metadata: dict, key: str, ratio: float):
+    image, url = pytest.importorskip("PIL.Image"), metadata["tool"]["comfy"][key]
+    place = f"{metadata['project']['urls']['Repository'].replace('github.com', 'raw.githubusercontent.com')}/main/"
+    assert url.startswith(place)
+    width, height = image.open(ROOT / url.removeprefix(place)).size
+    assert width == round(height * ratio) and (key == "Banner" or width <= 400)
+
+
+def test_the_registry_s_models_go_where_load_guider_looks(metadata: dict):
+    folders: dict[str, set[str]] = {}
+    for model in metadata["tool"]["comfy"]["Models"]:
+        repo, file = model["model_url"].removeprefix("https://huggingface.co/").split("/resolve/main/")
+        assert model["location"] == f"/ppap_guiders/{folder_name(repo)}/{file}"
+        folders.setdefault(repo, set()).add(file)
+    assert folders.keys() <= {suggestion.repo for suggestion in SUGGESTED.values()}
+    assert all(files >= {"config.json", "model.safetensors"} for files in folders.values())

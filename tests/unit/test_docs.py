@@ -1,6 +1,7 @@
 """The documentation names files and tests that exist, and one version."""
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_the_version_is_the_same_everywhere():
     assert f"## {version[1]}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
+@cache
 def functions_of(name: str) -> set[str]:
     """The names of all functions of a file in tests/."""
     return {node.name for node in ast.parse((ROOT / "tests" / name).read_text()).body if isinstance(node, ast.FunctionDef)}

@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from helpers import SmallNet, images, level, randn, same
+from helpers import SmallNet, images, level, randn, same, says
 from helpers.gaussian import GaussianMixture
 from torch.nn import functional as F
 
@@ -304,6 +304,11 @@ def test_the_bundled_files_are_small_and_tell_their_recipe():
         assert path.stat().st_size < 16 * 2**20, name
         about = load_tensors(path)[1]
         assert about["name"] == name and about["recipe"]["steps"] > 0, name
+
+
+def test_a_task_without_a_bundled_network_is_refused():
+    with says(ValueError, "no network for tags", "class, depth, segmentation"):
+        load_guider("tags")
 
 
 def test_guider_and_judges_are_of_three_architectures():

@@ -59,7 +59,7 @@ def tiny_guider(make: Callable[[int, bool], nn.Module], role: str, task: str, fo
 def load_guider(task: str, output: str = "own") -> Guider:
     """The tiny network that guides: "class", "depth" or "segmentation". ValueError for others, and any output but "own"."""
     if task not in LABELS:
-        raise ValueError(f"the tiny world has no network for {task}: expected one of {', '.join(LABELS)}, or another network")
+        raise ValueError(f"the tiny world has no network for {task}: expected {', '.join(LABELS)}, or another network")
     if output != "own":
         raise ValueError(f"the tiny world's network for {task} cannot be read as {output}: expected its own answer; choose "
                          "'own', or another network")

@@ -62,6 +62,18 @@ class ExpertSchedule:
         return cls((sigma_min, *((levels[i - 1] * levels[i]) ** 0.5 for i in inner), sigma_max))
 
 
+def read_edges(text: str) -> tuple[float, ...]:
+    """Ascending noise levels (VE sigma) from a text, separated by commas; () for an empty one. ValueError for others."""
+    try:
+        edges = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        edges = (math.nan,)
+    if not all(0 < edge < math.inf for edge in edges) or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"'{text}' are no edges between experts: expected ascending noise levels above 0, separated by "
+                         "commas, such as 0.3, 1, 4")
+    return edges
+
+
 def constant(sigma: float) -> float:
     """Ramp that changes nothing: 1 at every noise level."""
     return 1.0

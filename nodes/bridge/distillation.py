@@ -26,7 +26,7 @@ from ...ppap_core.experts.states import distillation_digest, state_folder
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import LatentSpace, View
 from ...ppap_core.rng import seeded_noise
-from ...ppap_core.schedules import ExpertSchedule
+from ...ppap_core.schedules import ExpertSchedule, read_edges
 from . import latents, noise_levels, paths
 from .autograd import outside_inference_mode
 from .fingerprint import fingerprint_model, fingerprint_vae, origin_of
@@ -147,9 +147,12 @@ def space_to_distil(model: Patcher, vae: comfy.sd.VAE | None) -> LatentSpace | N
     return latents.space_of(model, vae)
 
 
-def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float) -> ExpertSchedule:
-    """Divide a range of noise among experts, each with an equal share of the steps that led to the samples."""
-    return schedule_for_store(samples.store, experts, sigma_min, sigma_max)
+def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: float, edges: str = "") -> ExpertSchedule:
+    """Divide a range of noise among experts, each with an equal share of the steps that led to the samples.
+
+    edges: noise levels between the experts, which take the place of equal shares and of their number; empty: none.
+    """
+    return schedule_for_store(samples.store, experts, sigma_min, sigma_max, read_edges(edges))
 
 
 def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:

@@ -97,14 +97,19 @@ class PPAPDistilExperts(io.ComfyNode):
                     io.Float.Input("temperature", default=1.0, min=0.05, max=10.0, step=0.05, optional=True,
                                    tooltip="Of the plain network's classes while it teaches: below 1 they are sharper, and "
                                            "the experts learn to be more certain; the paper uses 0.25. Has no effect for "
-                                           "guiders without classes. Neutral: 1.", **folded())],
+                                           "guiders without classes. Neutral: 1.", **folded()),
+                    io.String.Input("edges", default="", optional=True,
+                                    tooltip="Noise levels between the experts, ascending and separated by commas, such as "
+                                            "0.3, 1, 4 for four. They take the place of equal shares and of the number of "
+                                            "experts; Plot Intervals shows which steps lie between them. Neutral: empty.",
+                                    **folded())],
             outputs=[GuiderType.Output(display_name="guider", tooltip="The guider with its experts."),
                      LossesType.Output(display_name="losses", tooltip="The loss of every training step, for Plot Losses.")])
 
     @classmethod
     def execute(cls, samples, guider, view, experts, sigma_min, sigma_max, steps, batch_size, learning_rate, rank, alpha,
-                seed, temperature=1.0):
-        schedule = distillation.schedule_for(samples, experts, sigma_min, sigma_max)
+                seed, temperature=1.0, edges=""):
+        schedule = distillation.schedule_for(samples, experts, sigma_min, sigma_max, edges)
         bank = distillation.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature,
                                warm_start=uses_warm_start(view))

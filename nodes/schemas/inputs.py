@@ -38,11 +38,15 @@ def cfg_input() -> io.Input:
                           tooltip="Classifier-free guidance of the model itself. Neutral: 1.")
 
 
+def scheduler_input() -> io.Input:
+    return io.Combo.Input("scheduler", options=sampler.SCHEDULERS, default="karras",
+                          tooltip="How the noise falls from step to step.")
+
+
 def sampler_inputs() -> list[io.Input]:
     return [cfg_input(),
             io.Combo.Input("sampler_name", options=sampler.SAMPLERS, default="euler", tooltip="The sampling algorithm."),
-            io.Combo.Input("scheduler", options=sampler.SCHEDULERS, default="karras",
-                           tooltip="How the noise falls from step to step.")]
+            scheduler_input()]
 
 
 def terms_input() -> io.Input:

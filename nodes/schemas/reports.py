@@ -1,11 +1,11 @@
 """Nodes that show: losses, what guidance did, and what a guider sees."""
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ...ppap_core.guiders.visualize import visualize
 from ...ppap_core.viz.plots import guidance_plot, loss_plot
-from ..bridge import guider_cache, progress, reports, tensors
-from .inputs import also_found_as
-from .io_types import GuiderType, LossesType, ReportType
+from ..bridge import guider_cache, intervals, progress, reports, tensors
+from .inputs import also_found_as, scheduler_input
+from .io_types import GuiderType, LossesType, ReportType, TermsType
 
 CATEGORY = "PPAP/reports"
 
@@ -39,6 +39,33 @@ class PPAPPlotGuidance(io.ComfyNode):
     @classmethod
     def execute(cls, report):
         return io.NodeOutput(tensors.image_to_comfy(guidance_plot(report.names, report.records)))
+
+
+class PPAPPlotIntervals(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPPlotIntervals", display_name="Plot Intervals", category=CATEGORY, is_output_node=True,
+            **also_found_as("which expert works when", "noise ranges", "interval editor", "guidance schedule",
+                            "visualize steps"),
+            description="Shows which expert works at which step and how strongly each term guides there, before anything is "
+                        "sampled; and how experts that are only planned would share the steps.",
+            inputs=[io.Model.Input("model", tooltip="The model that is sampled, whose noise levels are shown."),
+                    io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of denoising steps."),
+                    scheduler_input(),
+                    io.String.Input("edges", default="", tooltip="To plan experts: the noise levels between them, ascending "
+                                                                 "and separated by commas, such as 0.3, 1, 4 for four. "
+                                                                 "Distill Experts takes the same text. Neutral: empty."),
+                    TermsType.Input("terms", optional=True, tooltip="From Guidance Term; each has a row of its own."),
+                    io.Sigmas.Input("sigmas", optional=True,
+                                    tooltip="The noise levels of the steps, in place of scheduler and steps.")],
+            outputs=[io.Image.Output(tooltip="The picture.")])
+
+    @classmethod
+    def execute(cls, model, steps, scheduler, edges, terms=(), sigmas=None):
+        levels = intervals.levels_of(model, scheduler, steps) if sigmas is None else sigmas
+        picture = tensors.image_to_comfy(intervals.plot_intervals(model, terms, edges, levels))
+        return io.NodeOutput(picture, ui=ui.PreviewImage(picture))
 
 
 class PPAPReadGuidance(io.ComfyNode):
@@ -98,4 +125,4 @@ class PPAPLookThrough(io.ComfyNode):
         return io.NodeOutput(tensors.image_to_comfy(pictures))
 
 
-NODES = [PPAPPlotLosses, PPAPPlotGuidance, PPAPReadGuidance, PPAPGuidanceReport, PPAPLookThrough]
+NODES = [PPAPPlotLosses, PPAPPlotGuidance, PPAPPlotIntervals, PPAPReadGuidance, PPAPGuidanceReport, PPAPLookThrough]

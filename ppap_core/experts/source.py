@@ -2,6 +2,7 @@
 import logging
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from ..guiders.latents import LatentSpace
 from ..io.files import DamagedFileError, load_tensors, save_tensors
@@ -60,14 +61,24 @@ def load_source(store: SampleStore) -> Source:
                            "makes no image anew.")
 
 
-def schedule_for(store: SampleStore, experts: int, sigma_min: float = 0.0, sigma_max: float = 0.0) -> ExpertSchedule:
+def schedule_for(store: SampleStore, experts: int, sigma_min: float = 0.0, sigma_max: float = 0.0,
+                 edges: tuple[float, ...] = ()) -> ExpertSchedule:
     """Divide a range of noise among experts, each with an equal share of the steps that led to the images.
 
-    sigma_min, sigma_max: VE noise levels; 0 takes the lowest, or the highest, of these steps. ValueError for an empty range.
+    sigma_min, sigma_max: VE noise levels; 0 takes the lowest, or the highest, of these steps. edges: noise levels between
+    the experts, which take the place of equal shares and of their number; (): none. ValueError for an empty range, and for
+    an expert without a step to learn from.
     """
     levels = [sigma for sigma in store.sigmas.unique().tolist() if 0 < sigma <= PURE_NOISE]
     lowest, highest = sigma_min or min(levels, default=0.0), sigma_max or max(levels, default=0.0)
     if not 0 < lowest < highest:
         raise ValueError(f"the experts would reach from sigma {lowest:.4g} to {highest:.4g}: expected a range that goes up; "
                          "generate samples with more steps, or set other values of sigma_min and sigma_max")
-    return ExpertSchedule.equal_shares(experts, lowest, highest, levels)
+    if not edges:
+        return ExpertSchedule.equal_shares(experts, lowest, highest, levels)
+    for low, high in pairwise((lowest, *edges, highest)):
+        if not any(low <= level < high or low < level == high == highest for level in levels):
+            raise ValueError(f"no step of the samples lies between the edges {low:.4g} and {high:.4g}: expected edges from "
+                             f"{lowest:.4g} to {highest:.4g}, with at least one of the {len(levels)} steps between two of "
+                             "them; move or leave out an edge, or generate samples with more steps")
+    return ExpertSchedule((lowest, *edges, highest))

@@ -116,6 +116,7 @@ def test_experts_span_the_samples_without_pure_noise(comfy, pixels: PixelWorld, 
     assert [sum(low < level < high for level in levels[1:-1]) for low, high in pairwise(edges)] == [0, 1, 1], "equal shares"
     assert schedule_for(samples, 1, 0.5, 0.0).edges == (0.5, highest)
     assert schedule_for(samples, 1, 0.0, 7.0).edges == (lowest, 7.0)
+    assert schedule_for(samples, 9, 0.0, 0.0, " 2,3.5 ").edges == (lowest, 2.0, 3.5, highest)
     flow = comfy("PPAPGenerateSamples", name="reach flow", count=64, steps=4, cfg=1.0, sampler_name="euler", seed=0,
                  scheduler="simple", model=latents.model("flow"), positive=latents.nothing, vae=latents.vae,
                  latent_image={"samples": torch.zeros(32, 16, HEIGHT, WIDTH)})[0]

@@ -14,6 +14,7 @@ from ppap_core.guiders.tasks import TASKS
 from ppap_core.guiders.visualize import visualize
 from ppap_core.viz.colors import color, depth_picture, label_picture, labels_of_picture
 from ppap_core.viz.drawing import bar_chart, contact_sheet, note_picture, save_picture
+from ppap_core.viz.intervals import HEAD, MARGIN, IntervalRow, interval_plot
 from ppap_core.viz.plots import Axes, guidance_plot, line_plot, loss_plot
 
 
@@ -211,3 +212,12 @@ def test_a_class_guider_takes_no_map():
     with says(ValueError, "small/class", "class"):
         map_target(small_guider(), images(1))
 
+
+
+def test_a_band_is_as_wide_as_the_steps_of_its_expert():
+    """Four steps of 174 pixels between margins of 12: the first at rest, two of expert 2, one without experts."""
+    rows = [IntervalRow("some", [1, 1, 1, None], [0.0, 1.0, 0.5, -1.0]), IntervalRow("planned", [0, 0, 0, 0], None)]
+    line = interval_plot([8.0, 4.0, 2.0, 1.0], rows)[0, :, MARGIN + HEAD + 1]
+    at_rest, expert, plain, margin = (line[:, 12 + place] for place in (87, 261, 609, -6))
+    assert [int((line == tint[:, None]).all(0).sum()) for tint in (expert, plain)] == pytest.approx([348, 174], abs=2)
+    assert torch.equal(at_rest, margin) and len({tuple(tint.tolist()) for tint in (at_rest, expert, plain)}) == 3

@@ -18,6 +18,7 @@ from ppap_core.experts.samples import (
     to_uint8,
     trajectory_pairs,
 )
+from ppap_core.experts.source import schedule_for
 from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.noise import to_vp
 from ppap_core.rng import seeded_noise
@@ -49,6 +50,17 @@ def test_every_byte_value_survives_the_way_to_an_image_and_back():
     assert torch.equal(to_uint8(from_uint8(values)), values)
     assert from_uint8(values)[[0, 255]].tolist() == [-1.0, 1.0]
     assert to_uint8(torch.tensor([-9.0, -1.0, 0.999, 1.0, 9.0])).tolist() == [0, 0, 255, 255, 255]
+
+
+def test_experts_between_given_edges_have_steps_to_learn_from(tmp_path):
+    store = SampleStore(tmp_path / "a", MANIFEST)
+    store.fill(1, generate)
+    lowest, low, high, highest = store.sigmas.unique().tolist()
+    assert schedule_for(store, 7, edges=(low, high)).edges == (lowest, low, high, highest)
+    assert schedule_for(store, 7, sigma_max=high, edges=(low,)).edges == (lowest, low, high)
+    for edges in ((low * 1.001, low * 1.002), (lowest / 2,), (highest,), (highest * 2,)):
+        with says(ValueError, "no step of the samples", "between the edges"):
+            schedule_for(store, 7, edges=edges)
 
 
 def test_a_store_holds_whole_shards_of_its_seeds(tmp_path):

@@ -323,6 +323,8 @@ three times as long.""", (0, 0))
         page.column()
         star = _pixels(page, title, world, few, model)
     _report(page, 4, model, star)
+    page.column()
+    page.add("PPAPPlotIntervals", "Which head works at which step", model=Out(world), terms=terms)
 
 
 def _pixels(page: Page, title: str, world: int, latent: Out, model: Out) -> Out:

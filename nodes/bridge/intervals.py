@@ -4,13 +4,11 @@ from collections.abc import Iterator, Sequence
 import comfy.samplers
 from torch import Tensor
 
-from ...ppap_core.experts.bank import ExpertBank
-from ...ppap_core.experts.readout import ReadoutNetwork
 from ...ppap_core.schedules import ExpertSchedule, read_edges
 from ...ppap_core.viz.intervals import IntervalRow, interval_plot
 from .latents import Patcher
 from .noise_levels import ve_level
-from .terms import GuidanceTerm
+from .terms import GuidanceTerm, schedule_of
 
 
 def plot_intervals(model: Patcher, terms: Sequence[GuidanceTerm], edges: str, sigmas: Tensor) -> Tensor:
@@ -40,7 +38,6 @@ def _planned(text: str, levels: Sequence[float]) -> Iterator[IntervalRow]:
 
 
 def _row_of(term: GuidanceTerm, model: Patcher, levels: Sequence[float]) -> IntervalRow:
-    net, schedule = term.guider.net, term.schedule.in_sigmas(model)
-    knows = isinstance(net, ExpertBank | ReadoutNetwork)
-    return IntervalRow(term.guider.name, [net.schedule.index(level) if knows else None for level in levels],
+    experts, schedule = schedule_of(term.guider), term.schedule.in_sigmas(model)
+    return IntervalRow(term.guider.name, [experts.index(level) if experts else None for level in levels],
                        [term.weight * schedule.factor_at(level) for level in levels])

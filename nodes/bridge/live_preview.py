@@ -7,8 +7,6 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
-from ...ppap_core.experts.bank import ExpertBank
-from ...ppap_core.experts.readout import ReadoutNetwork
 from ...ppap_core.guidance.gradients import slice_guider
 from ...ppap_core.guidance.terms import Term, TermRecord
 from ...ppap_core.guiders.guider import Guider
@@ -16,6 +14,7 @@ from ...ppap_core.guiders.visualize import draw_output
 from ...ppap_core.guiders.watched import seen_by, watched
 from ...ppap_core.viz.drawing import captioned_row, note_picture, to_pillow
 from .progress import SamplerPreview, previews_changed
+from .terms import schedule_of
 
 PAUSE = 0.25          # seconds between two pictures, at least
 SIDES = 256, 512      # least and greatest height of a picture, in pixels; captions of less could not be read
@@ -50,9 +49,8 @@ class Sight:
                 yield f"{term.guider.name}\n{said}", to_pillow(picture[0])
 
     def _expert(self, guider: Guider) -> str:
-        if not isinstance(guider.net, ExpertBank | ReadoutNetwork):
-            return ""
-        return f", expert {guider.net.schedule.index(self.sigma) + 1} of {len(guider.net.schedule)}"
+        schedule = schedule_of(guider)
+        return f", expert {schedule.index(self.sigma) + 1} of {len(schedule)}" if schedule else ""
 
 
 def _draw(guider: Guider, seen: tuple[Tensor, Tensor], energy: Tensor) -> Tensor:

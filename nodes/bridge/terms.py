@@ -14,6 +14,7 @@ from ...ppap_core.guidance.terms import Term
 from ...ppap_core.guiders.guider import Decode, Guider
 from ...ppap_core.guiders.latents import View
 from ...ppap_core.io.hashing import digest
+from ...ppap_core.schedules import ExpertSchedule
 from . import latents
 from .features import layer_at
 from .fingerprint import fingerprint_network
@@ -165,6 +166,11 @@ def _decoder_of(guider: Guider, model: Patcher, vae: comfy.sd.VAE | None, vae_de
     if guider.decode or latents.is_pixel(model) or reads_features(guider):
         return guider.decode
     return vae_decoder if vae_decoder and _uses_vae(guider, model) else latents.latent_space(model, vae).colors
+
+
+def schedule_of(guider: Guider) -> ExpertSchedule | None:
+    """Return the intervals of a guider's experts or heads; None for a guider without them."""
+    return guider.net.schedule if isinstance(guider.net, ExpertBank | ReadoutNetwork) else None
 
 
 def active_guiders(terms: Sequence[GuidanceTerm], decoders: Sequence[Decode | None]) -> list[Guider]:

@@ -69,8 +69,9 @@ def _draw_bands(draw: "ImageDraw", row: IntervalRow, edges: Sequence[float], top
         draw.text(((left + right) / 2, top + BAND - 9), fits, INK, font(13), anchor="mm")
 
 
-def _tinted(expert: int) -> tuple[int, ...]:
-    return tuple(round(255 + TINT * (value - 255)) for value in color(expert))
+def _tinted(expert: int) -> tuple[int, int, int]:
+    red, green, blue = (round(255 + TINT * (value - 255)) for value in color(expert))
+    return red, green, blue
 
 
 def _draw_curve(draw: "ImageDraw", row: IntervalRow, edges: Sequence[float], top: int) -> None:

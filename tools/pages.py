@@ -141,7 +141,7 @@ class Page:
         """The page as a file of its own."""
         return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(self.nodes),
                 "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links, "groups": self.groups,
-                "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [20, 180]}, **self.app}, "version": 0.4}
+                "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [110, 180]}, **self.app}, "version": 0.4}
 
 
 def _input(slot: Slot) -> dict:

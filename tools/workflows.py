@@ -270,7 +270,7 @@ minute on a laptop: `examples/own_classifier.py` in the repository shows how.
 
 **Preview Guider** draws what it sees. **Aim at Class** takes a name: red, yellow, green, turquoise, blue, pink.""", (0, 0))
     world = _world(page)
-    page.group("2  The folder, and the class that is wanted")
+    page.group("2  A folder, and a class")
     guider = Out(page.add("PPAPLoadGuider", "Load Guider: a folder", guider_name="tinyworld-colours"))
     blue = Out(page.add("PPAPAimAtClass", guider=guider, classes="blue"))
     terms = Out(page.add("PPAPGuidanceTerm", guider=blue, weight=0.4, gradient="through the model"))

@@ -3,6 +3,7 @@
 PPAP_REFRESH_SWEEP=1 writes the answers into docs/compatibility.md instead of comparing them with it.
 """
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -37,6 +38,17 @@ def test_every_class_is_in_the_document(bench: Workbench):
     if (new := sweep.untried()) and not REFRESH:
         pytest.skip(f"classes of this ComfyUI that were never tried: {', '.join(new)}; give them recipes "
                     "in helpers/every_class.py")
+
+
+def test_the_document_counts_the_classes(bench: Workbench):
+    from comfyui_version import __version__ as version
+
+    counted, rows = f"ComfyUI {version.removesuffix('.0')} knows", sweep.documented()
+    section = " ".join(sweep.section().split())
+    if counted not in section:
+        pytest.skip(f"the document counts no classes of ComfyUI {version}")
+    guided = [name for name in names() if "yes" in rows.get(name, "")]
+    assert re.search(rf"{counted} {len(names())}\b[^0-9]* of which {len(guided)} d", section)
 
 
 def test_a_class_of_a_newer_comfyui_is_named(bench: Workbench, monkeypatch: pytest.MonkeyPatch):

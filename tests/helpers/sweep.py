@@ -105,9 +105,14 @@ def without_details(sentence: str) -> str:
     return re.sub(r" \(.*\)", "", sentence)
 
 
+def section() -> str:
+    """What the document says of all classes."""
+    return DOCUMENT.read_text(encoding="utf-8").partition(HEADING)[2].partition("\n## ")[0]
+
+
 def documented() -> dict[str, str]:
     """The rows of the document, by class."""
-    lines = DOCUMENT.read_text(encoding="utf-8").partition(HEADING)[2].partition("\n## ")[0].splitlines()
+    lines = section().splitlines()
     return {line.split("|")[1].strip(): line for line in lines if line.startswith("|")} if lines else {}
 
 

@@ -11,6 +11,7 @@
 #   make comfyui     start ComfyUI with this pack in it
 #   make bench       the short table of the benchmark
 #   make pictures    run every workflow at its full settings in ComfyUI, and make the pictures in docs of them
+#   make screenshots  run every workflow on ComfyUI's page in a browser, and keep pictures of the pages in runs/screenshots
 #   make drawings    draw the workflows of one story each and the blueprints again (needs a ComfyUI)
 #   make help-pages  write the inputs and outputs of the nodes into their help pages, and their translations (needs a ComfyUI)
 #   make sweep       ask every class of ComfyUI's models, and write their answers into docs/compatibility.md
@@ -30,8 +31,8 @@ VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
 VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
 	distill saved_work)
 
-.PHONY: demo test test-fast test-wide test-faults test-real test-frontend test-versions lint comfyui bench pictures drawings \
-	help-pages sweep symbols archive
+.PHONY: demo test test-fast test-wide test-faults test-real test-frontend test-versions lint comfyui bench pictures screenshots \
+	drawings help-pages sweep symbols archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -79,6 +80,10 @@ lint: .venv/ready
 pictures: .venv/ready .venv/comfyui
 	$(BIN)/python -m pytest tests/comfy/full_workflows.py
 	$(BIN)/python -m tools.banner
+
+screenshots: .venv/ready .venv/comfyui
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[frontend]"
+	PPAP_SCREENSHOTS=runs/screenshots $(BIN)/python -m pytest tests/frontend -m frontend -k dropped
 
 drawings: .venv/ready .venv/comfyui
 	$(BIN)/python -m tools.workflows "$(COMFYUI_PATH)"

@@ -1,8 +1,15 @@
-"""Each shipped workflow, dropped onto the page and run by its button, with classic nodes and with Vue nodes."""
+"""Each shipped workflow, dropped onto the page and run by its button, with classic nodes and with Vue nodes.
+
+`make screenshots` keeps a picture of each page, at full settings, in runs/screenshots.
+"""
+import os
+from pathlib import Path
+
 import pytest
 from helpers.frontend import FrontEnd
 from helpers.graphs import WORKFLOW_NAMES, page_of
 
+SCREENSHOTS = os.environ.get("PPAP_SCREENSHOTS")
 VUE_NODES = "Comfy.VueNodes.Enabled"
 
 
@@ -18,11 +25,14 @@ def test_a_dropped_workflow_opens_and_runs(front: FrontEnd, name: str):
         set_vue_nodes(front, vue)
         front.drop(name, workflow)
         assert front.nodes_in_red() == [] and front.complaints() == []
-        front.hurry()
+        if not SCREENSHOTS:
+            front.hurry()
         history = front.run()
         assert history["status"]["status_str"] == "success", history["status"]
         assert front.complaints() == []
         assert (front.page.locator("[data-node-id]").count() > 0) == vue
+        if SCREENSHOTS and not vue:
+            front.photograph(Path(SCREENSHOTS) / f"{name}.jpg")
     shown = [key for key, output in history["outputs"].items() if output.get("images")]
     assert shown
     front.page.wait_for_function("() => document.querySelector('[data-node-id] img')?.naturalWidth > 0")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 PATIENCE = 600  # seconds for what is queued: the browser draws beside it on the same processors
+SMALL, LARGE = {"width": 1400, "height": 900}, {"width": 2800, "height": 1800}  # of the page, in pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 READY = "() => window.app?.extensionManager && window.app.graph && document.querySelector('#graph-canvas')"
 DROP = """([name, text]) => {
@@ -45,7 +47,7 @@ def browser_page() -> Iterator["Page"]:
         pytest.skip(f"no browser: install one of {', '.join(BROWSERS)}")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=paths[0], args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1400, "height": 900}, locale="en-US")
+        page = browser.new_page(viewport=SMALL, locale="en-US")
         page.set_default_timeout(PATIENCE * 200)
         yield page
         browser.close()
@@ -70,6 +72,15 @@ class FrontEnd:
         ids = [node["id"] for node in workflow["nodes"]] if "nodes" in workflow else [*workflow]
         self.page.wait_for_function(HAS_ALL, arg=ids)
         self.page.wait_for_timeout(700)  # what is missing is looked for after the nodes are there
+
+    def photograph(self, file: Path) -> None:
+        """Save a picture of the page with all nodes in view, so large that they can be read."""
+        self.page.set_viewport_size(LARGE)
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(3000)  # the view glides, and pictures are loaded
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=file, type="jpeg", quality=70)
+        self.page.set_viewport_size(SMALL)
 
     def clear(self) -> None:
         """Open an empty workflow."""

@@ -14,6 +14,7 @@ from .experts.checkpoint import save_bank
 from .experts.distill import DistillConfig, distill, uses_warm_start
 from .experts.knowledge import describe_knowledge, measure_knowledge, remember
 from .experts.origin import remember_origin
+from .experts.presets import AS_SET, PRESETS, with_preset
 from .experts.processes import Crew, launched_crew
 from .experts.samples import SampleStore
 from .experts.source import load_source, schedule_for
@@ -46,6 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, default=8.0, help="the adapters are scaled by alpha / rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the teacher's logits; the paper: 0.25")
+    parser.add_argument("--preset", choices=[*PRESETS], default=AS_SET, help="how long to train, in place of --steps")
     parser.add_argument("--output", default="own", help="of the network: own, structure, style or embedding")
     parser.add_argument("--states", type=Path, help=f"where a stopped distillation is kept: {STATES} beside the folder of "
                         "the store, where the node keeps it as well")
@@ -76,6 +78,7 @@ def _run(options: Namespace, device: torch.device, crew: Crew, report: Report) -
                       source.space).to(device)
     config = DistillConfig(options.steps, options.batch, options.lr, options.seed, options.temperature,
                            uses_warm_start(options.view))
+    config = with_preset(config, options.preset)
     folder_of = partial(_folder_of, options, guider, bank, store, config)
     progress = _Progress(len(schedule), config, report)
     if crew.rank == 0:

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.sample
 import comfy.sd
@@ -14,8 +14,8 @@ from torch import Tensor
 from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ...ppap_core.experts.checkpoint import load_bank, save_bank
-from ...ppap_core.experts.distill import DistillConfig, distill
-from ...ppap_core.experts.knowledge import describe_knowledge, measure_knowledge, remember
+from ...ppap_core.experts.distill import Distillation, DistillConfig
+from ...ppap_core.experts.knowledge import KnowledgeTest, describe_knowledge, remember
 from ...ppap_core.experts.origin import Origin, describe_origin, remember_origin, shared_name
 from ...ppap_core.experts.readout import ReadoutNetwork, with_readout
 from ...ppap_core.experts.readout_file import is_readout_file, load_readout, save_readout
@@ -25,17 +25,19 @@ from ...ppap_core.experts.source import schedule_for as schedule_for_store
 from ...ppap_core.experts.states import distillation_digest, state_folder
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import LatentSpace, View
+from ...ppap_core.io.hashing import digest
 from ...ppap_core.rng import seeded_noise
 from ...ppap_core.schedules import ExpertSchedule, read_edges
 from . import latents, noise_levels, paths
 from .autograd import outside_inference_mode
+from .course import Course
 from .fingerprint import fingerprint_model, fingerprint_vae, origin_of
 from .foreign import Memory
 from .frames import choose_frames, frames_to_keep, take_frames
 from .hooks import SAMPLES, Feature
 from .latents import Patcher
 from .memory import load_to_train, module_of
-from .progress import LossProgress, Progress
+from .progress import Progress
 from .sampler import SamplerSettings
 from .tensors import image_from_comfy
 
@@ -155,41 +157,59 @@ def schedule_for(samples: Samples, experts: int, sigma_min: float, sigma_max: fl
     return schedule_for_store(samples.store, experts, sigma_min, sigma_max, read_edges(edges))
 
 
-def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig) -> dict[str, list[float]]:
-    """Train a bank on the steps that led to the samples, resuming where it was cancelled; returns the losses by interval.
+class Trained(NamedTuple):
+    """Result of a distillation: the losses by interval, and in words how far it went, where that is not as set."""
+
+    losses: dict[str, list[float]]
+    course: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a distillation begins and ends. Neutral: the defaults, anew and at its last step."""
+
+    start: Guider | None = None  # with the experts to go on from; None: the plain network
+    minutes: float = 0.0         # after which it ends with what is reached; 0: never
+
+
+def train_experts(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig,
+                  limits: Limits = Limits()) -> Trained:
+    """Train a bank on the steps that led to the samples, resuming where it was stopped.
 
     What the experts know by then is kept in the bank, and the plain network is used where none is needed.
     """
-    report = DistillationReport(bank.schedule, config.steps)
-    folder = state_folder(guider, bank, partial(_folder_of, samples, guider, bank, config))
+    former = former_experts(limits.start) if limits.start else None
+    folder = state_folder(guider, bank, partial(_folder_of, samples, guider, bank, config, former))
     load_to_train([module_of(guider), bank])
     with outside_inference_mode():
-        losses = distill(guider, bank, samples.store, config, folder, report.on_step)
-        remember(bank, measure_knowledge(guider, bank, samples.store, throw_exception_if_processing_interrupted))
+        distillation = Distillation(guider, bank, samples.store, config, folder)
+        if former:
+            distillation.begin_with(former)
+        course = Course(distillation, KnowledgeTest(guider, bank, samples.store, throw_exception_if_processing_interrupted),
+                        limits.minutes)
+        losses = distillation.run(course.watch())
+        remember(bank, course.knowledge)
     if samples.origin:
         remember_origin(bank, samples.origin)
-    return dict(zip(report.losses, losses, strict=True))
+    return Trained(dict(zip(course.names, losses, strict=True)), course.describe(losses))
 
 
-def _folder_of(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig, fingerprint: str,
-               lora: LoraSpec) -> Path:
+def former_experts(guider: Guider) -> ExpertBank:
+    """Return the experts of a guider. ValueError for a guider without."""
+    if not isinstance(guider.net, ExpertBank):
+        raise ValueError(f"{guider.name} has no experts to go on from: connect what comes out of Distill Experts or "
+                         "Load Experts to start, or nothing")
+    return guider.net
+
+
+def _folder_of(samples: Samples, guider: Guider, bank: ExpertBank, config: DistillConfig, former: ExpertBank | None,
+               fingerprint: str, lora: LoraSpec) -> Path:
     """Return the folder for the states of a distillation, whatever its network's layers are called."""
     identity = distillation_digest(guider, bank, samples.store, config, fingerprint, lora)
+    if former:
+        weights = [former.weights(index) for index in range(len(former.schedule))]
+        identity = digest([identity, former.schedule.edges, weights])
     return paths.output_folder("ppap_distillation", identity)
-
-
-class DistillationReport:
-    """The progress of a distillation, with the losses by interval."""
-
-    def __init__(self, schedule: ExpertSchedule, steps: int):
-        intervals = [schedule[index] for index in range(len(schedule))]
-        self.names, self.steps = [f"sigma {interval.lo:.3g} to {interval.hi:.3g}" for interval in intervals], steps
-        self.losses: dict[str, list[float]] = {name: [] for name in self.names}
-        self.progress = LossProgress(len(self.names) * steps)
-
-    def on_step(self, index: int, step: int, loss: float) -> None:
-        self.losses[self.names[index]].append(loss)
-        self.progress(index * self.steps + step + 1, self.losses)
 
 
 def new_bank(guider: Guider, schedule: ExpertSchedule, lora: LoraSpec, view: View, seed: int,

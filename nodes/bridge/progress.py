@@ -114,6 +114,11 @@ def show_note(text: str) -> dict[str, list[str]] | None:
     return {"text": [text]}
 
 
+def note(text: str) -> None:
+    """Show a text in the node that is running, until the next one."""
+    _send_text(text, _running_node())
+
+
 def _running_node() -> str | None:
     context = get_executing_context()
     return context.node_id if context else None

@@ -23,7 +23,8 @@ from ...ppap_core.noise import expand
 from ...ppap_core.schedules import ExpertSchedule
 from . import latents, paths
 from .autograd import outside_inference_mode
-from .distillation import DistillationReport, Samples, schedule_for
+from .course import Losses
+from .distillation import Samples, schedule_for
 from .features import InnerFeatures
 from .fingerprint import fingerprint_model
 from .foreign import Memory
@@ -82,7 +83,7 @@ class ReadoutDistillation:
         require_samples_of(model, samples)
         self.model, self.samples, self.guider, self.positive, self.config = model, samples, guider, positive, config
         self.schedule: ExpertSchedule = schedule_for(samples, heads, 0.0, 0.0)
-        self.report = DistillationReport(self.schedule, config.steps)
+        self.report = Losses(self.schedule, config.steps)
 
     def run(self) -> tuple[Guider, dict[str, list[float]]]:
         """Return the guider with its readout, and the losses by interval."""

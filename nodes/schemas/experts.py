@@ -4,10 +4,11 @@ from comfy_api.latest import io
 from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import with_experts
 from ...ppap_core.experts.distill import DistillConfig, uses_warm_start
+from ...ppap_core.experts.presets import AS_SET, PRESETS, with_preset
 from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY
 from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import distillation, paths, progress, tensors
-from ..bridge.distillation import SampleGenerator
+from ..bridge.distillation import Limits, SampleGenerator
 from ..bridge.readouts import ReadoutDistillation, describe_prompts
 from ..bridge.sampler import SamplerSettings
 from .inputs import also_found_as, folded, learning_rate_input, positive_input, sampler_inputs
@@ -102,20 +103,34 @@ class PPAPDistilExperts(io.ComfyNode):
                                     tooltip="Noise levels between the experts, ascending and separated by commas, such as "
                                             "0.3, 1, 4 for four. They take the place of equal shares and of the number of "
                                             "experts; Plot Intervals shows which steps lie between them. Neutral: empty.",
-                                    **folded())],
+                                    **folded()),
+                    io.Combo.Input("preset", options=[*PRESETS], default=AS_SET, optional=True,
+                                   tooltip="How long to train. A quick look takes 300 steps, good up to 1000 and thorough "
+                                           "up to 4000, in place of the number above; good and thorough end an expert early "
+                                           "where images held out show that it learns no more. These are fast, too: the "
+                                           "plain network answers once for each image, and the device computes in 16 bits "
+                                           "where it is good at that. Neutral: as set."),
+                    io.Float.Input("minutes", default=0.0, min=0.0, max=100_000.0, step=0.5, optional=True,
+                                   tooltip="End after so many minutes with what is reached, the time divided among the "
+                                           "experts. Queued again with more minutes, it goes on from there. Neutral: 0, no "
+                                           "limit.", **folded()),
+                    GuiderType.Input("start", optional=True,
+                                     tooltip="A guider with experts to go on from, with further images or more steps. "
+                                             "Without it, experts start as the plain network.")],
             outputs=[GuiderType.Output(display_name="guider", tooltip="The guider with its experts."),
                      LossesType.Output(display_name="losses", tooltip="The loss of every training step, for Plot Losses.")])
 
     @classmethod
     def execute(cls, samples, guider, view, experts, sigma_min, sigma_max, steps, batch_size, learning_rate, rank, alpha,
-                seed, temperature=1.0, edges=""):
+                seed, temperature=1.0, edges="", preset=AS_SET, minutes=0.0, start=None):
         schedule = distillation.schedule_for(samples, experts, sigma_min, sigma_max, edges)
         bank = distillation.new_bank(guider, schedule, LoraSpec(rank, alpha), view, seed, samples.space)
         config = DistillConfig(steps, batch_size, learning_rate, seed, temperature=temperature,
                                warm_start=uses_warm_start(view))
-        losses = distillation.train_experts(samples, guider, bank, config)
+        trained = distillation.train_experts(samples, guider, bank, with_preset(config, preset), Limits(start, minutes))
         experts = with_experts(guider, bank)
-        return io.NodeOutput(experts, losses, ui=progress.show_note(distillation.describe_experts(experts)))
+        words = (distillation.describe_experts(experts), trained.course)
+        return io.NodeOutput(experts, trained.losses, ui=progress.show_note("\n".join(filter(None, words))))
 
 
 class PPAPDistillReadout(io.ComfyNode):

@@ -223,20 +223,21 @@ class Distillation:
             answers.fill(watch.on_answers)
         return answers
 
-    def seconds_of_step(self) -> float:
-        """Seconds of a training step here and now: the median of a few at a learning rate of zero, which change nothing."""
-        config = replace(self.config, steps=TIMED, lr=0.0, patience=0)
-        lesson, seconds = _Lesson(self.guider, self.bank, 0, self.store, config), [time.monotonic()]
-        steps = draw_steps(self.store, self.bank.schedule, 0, _batch_spec(config, 0))
-        known = answer(self.guider, self.store.images_at(steps[:, 0]))
-        lesson.answers = partial(_known, known)
-        lesson.learn(RunOptions(on_step=lambda *_: seconds.append(time.monotonic()),
-                                is_enough=lambda step: step > 1 and seconds[-1] - seconds[1] > TIMING))
-        return median(after - before for before, after in pairwise(seconds[1:]))
+    def seconds_of_step(self, tick: Callable[[], None]) -> float:
+        """Seconds of a training step here and now: the median of a few at a learning rate of zero, which change nothing.
 
-    def steps_left(self) -> int:
-        """Steps that are still to be made at most, by the states in the folder."""
-        done = (steps_done(self.state_file(index)) for index in range(len(self.bank.schedule)))
+        tick: called after each; may raise to stop.
+        """
+        config = replace(self.config, steps=TIMED, lr=0.0, patience=0)
+        lesson, times = _Lesson(self.guider, self.bank, 0, self.store, config), [time.monotonic()]
+        steps = draw_steps(self.store, self.bank.schedule, 0, _batch_spec(config, 0))
+        lesson.answers = partial(_known, answer(self.guider, self.store.images_at(steps[:, 0])))
+        lesson.learn(RunOptions(on_step=partial(_note_time, times, tick), is_enough=partial(_are_enough, times)))
+        return median(after - before for before, after in pairwise(times[1:]))
+
+    def steps_left(self, first: int = 0) -> int:
+        """Steps that are still to be made at most by expert `first` and those after it, by the states in the folder."""
+        done = (steps_done(self.state_file(index)) for index in range(first, len(self.bank.schedule)))
         return sum(max(self.config.steps - steps, 0) for steps in done)
 
     def state_file(self, index: int) -> Path | None:
@@ -276,6 +277,15 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: Distil
 
 def _known(answers: Tensor, rows: Tensor) -> Tensor:
     return answers
+
+
+def _note_time(times: list[float], tick: Callable[[], None], *_: object) -> None:
+    times.append(time.monotonic())
+    tick()
+
+
+def _are_enough(times: list[float], step: int) -> bool:
+    return step > 1 and times[-1] - times[1] > TIMING
 
 
 def _is_late(deadline: float, step: int) -> bool:

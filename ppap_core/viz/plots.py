@@ -164,10 +164,23 @@ def _draw_line(draw: "ImageDraw", path: Sequence[tuple[float, float]], index: in
 
 def loss_plot(losses: Mapping[str, Sequence[float]],
               title: str = "Distillation: distance from the plain network's output on the clean image",
-              points: int = 60) -> Tensor:
-    """The losses of trainings over their steps, by name, each as about `points` means over neighbouring steps."""
+              points: int = 60, size: tuple[int, int] = (420, 720)) -> Tensor:
+    """The losses of trainings over their steps, by name, each as about `points` means over neighbouring steps.
+
+    size: (height, width) in pixels.
+    """
     return line_plot({name: _smooth(values, points) for name, values in losses.items()}, title,
-                     Axes("step", "loss", log_y=True))
+                     Axes("step", "loss", log_y=True), size)
+
+
+def agreement_plot(plain: Mapping[float, float], experts: Mapping[float, float]) -> Tensor:
+    """How often the plain network and the experts give the answer on the finished image, by noise level, as it was measured.
+
+    Values are in [0, 1], by the noise level in the middle of each interval.
+    """
+    lines = {"plain": sorted(plain.items()), "experts": sorted(experts.items())}
+    return line_plot(lines, "Agreement with the plain network's answer on the finished image",
+                     Axes("noise level", "agreement, on images held out", log_x=True), (300, 720))
 
 
 def _smooth(values: Sequence[float], points: int) -> Points:

@@ -186,18 +186,49 @@ One seed at every strength of **Steer**, to compare: off, soft, medium, strong, 
 every model: soft is 0.3, medium 0.7, strong 1 of what a new **Guidance Term** would take.
 
 Change `towards` in all of them to compare something else. Too strong looks burnt out, flat or noisy: go one step \
-back.""", (0, 0))
-    world = _world(page)
+back.
+
+**Image Grid** lays the images out with labels. **Compare Terms** makes a grid of guiders and strengths: what comes after \
+it runs once for each.""", (0, 0))
+    world, images = _world(page), {}
     page.group("2  The same seed at each strength")
     for title, strength, factor in (("Off", "soft", 0.0), ("Soft", "soft", 1.0), ("Medium", "medium", 1.0),
                                     ("Strong", "strong", 1.0), ("Too strong", "strong", 3.0)):
         page.column()
         model = Out(page.add("PPAPSteer", f"Steer: {title.lower()}", model=world[0], strength=strength, factor=factor,
                              towards="colours of a palette", **{"towards.palette": "#1d3557:5, #ffd166"}))
-        latent, _ = _sample(page, title, model, world, 8)
+        latent, images[title] = _sample(page, title, model, world, 8)
         if title == "Medium":
             medium = model, latent
-    _report(page, 3, *medium)
+    page.group("3  All in one picture")
+    first, *others = images.values()
+    grid = page.add("PPAPImageGrid", "Image Grid: strengths", images=first, row_labels="\n".join(images),
+                    **{f"images_{number}": each for number, each in enumerate(others, 2)})
+    page.add("PreviewImage", "Every strength", images=Out(grid))
+    _guiders_by_strengths(page, world)
+    _report(page, 5, *medium)
+
+
+def _guiders_by_strengths(page: Page, world: tuple[Out, Out, Out, Out]) -> None:
+    model, nothing, _, vae = world
+    page.group("4  Two guiders at four strengths")
+    palette = Out(page.add("PPAPPalette", colours="#1d3557:5, #ffd166"))
+    rule = Out(page.add("PPAPRule", "Rule: colours", rule="colours"))
+    colors = Out(page.add("PPAPAimAtImage", guider=rule, image=palette))
+    page.column()
+    mirrored = Out(page.add("PPAPRule", "Rule: symmetry", rule="symmetry left-right"))
+    terms = [Out(page.add("PPAPGuidanceTerm", f"Guidance Term: {name}", guider=guider))
+             for name, guider in (("colours", colors), ("symmetry", mirrored))]
+    page.column()
+    compared = page.add("PPAPCompareTerms", terms=terms[0], terms_2=terms[1], factors="0, 0.4, 1, 1.5")
+    few = Out(page.add("EmptySD3LatentImage", "Empty latent: two", width=128, height=128, batch_size=2))
+    sampled = Out(page.add("PPAPGuidedKSampler", model=model, terms=Out(compared), positive=nothing, negative=nothing,
+                           latent_image=few, seed=8, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple"))
+    page.column()
+    images = Out(page.add("VAEDecode", samples=sampled, vae=vae))
+    grid = Out(page.add("PPAPImageGrid", "Image Grid: guiders and strengths", images=images,
+                        row_labels=Out(compared, 1), column_labels=Out(compared, 2)))
+    page.add("PreviewImage", "Guiders and strengths", images=grid)
 
 
 def turbo(page: Page) -> None:

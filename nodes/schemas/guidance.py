@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ...ppap_core.guiders.latents import VIEWS
 from ...ppap_core.schedules import FALLING
-from ..bridge import guidance, progress
+from ..bridge import comparisons, guidance, progress
 from ..bridge.noise_levels import PercentSchedule
 from ..bridge.sampler import SamplerSettings
 from ..bridge.tensors import mask_from_comfy
@@ -92,6 +92,30 @@ class PPAPCombineTerms(io.ComfyNode):
         return io.NodeOutput((*first, *second))
 
 
+class PPAPCompareTerms(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPCompareTerms", display_name="Compare Terms", category=CATEGORY,
+            **also_found_as("XY plot", "grid of weights", "compare guiders", "compare strengths", "parameter sweep"),
+            description="Guides by each of up to four sets of terms at each of several strengths: what comes after this "
+                        "node runs once for each, and Image Grid shows all side by side.",
+            inputs=[TermsType.Input("terms", tooltip="The first set, from Guidance Term."),
+                    io.String.Input("factors", default="0, 0.5, 1, 2",
+                                    tooltip="Each multiplies the weights of all terms, and is a column of the grid. 0 is no "
+                                            "guidance. Neutral: 1, the weights as they are."),
+                    *(TermsType.Input(f"terms_{number}", optional=True, tooltip="Another set: a row of the grid.")
+                      for number in (2, 3, 4))],
+            outputs=[TermsType.Output(display_name="terms", is_output_list=True,
+                                      tooltip="For Guided KSampler or Apply Guidance, set after set, each at every factor."),
+                     io.String.Output(display_name="row_labels", tooltip="The guiders of each set, for Image Grid."),
+                     io.String.Output(display_name="column_labels", tooltip="The factors, for Image Grid.")])
+
+    @classmethod
+    def execute(cls, terms, factors, **others):
+        return io.NodeOutput(*comparisons.compare_terms([terms, *filter(None, others.values())], factors))
+
+
 class PPAPApplyGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -138,4 +162,4 @@ class PPAPGuidedKSampler(io.ComfyNode):
         return io.NodeOutput(latent, report, ui=progress.show_note(report.warnings()))
 
 
-NODES = [PPAPGuidanceTerm, PPAPCombineTerms, PPAPApplyGuidance, PPAPGuidedKSampler]
+NODES = [PPAPGuidanceTerm, PPAPCombineTerms, PPAPCompareTerms, PPAPApplyGuidance, PPAPGuidedKSampler]

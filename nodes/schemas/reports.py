@@ -3,7 +3,7 @@ from comfy_api.latest import io, ui
 
 from ...ppap_core.guiders.visualize import visualize
 from ...ppap_core.viz.plots import guidance_plot, loss_plot
-from ..bridge import guider_cache, intervals, progress, reports, tensors
+from ..bridge import comparisons, guider_cache, intervals, progress, reports, tensors
 from .inputs import also_found_as, scheduler_input
 from .io_types import GuiderType, LossesType, ReportType, TermsType
 
@@ -125,4 +125,30 @@ class PPAPLookThrough(io.ComfyNode):
         return io.NodeOutput(tensors.image_to_comfy(pictures))
 
 
-NODES = [PPAPPlotLosses, PPAPPlotGuidance, PPAPPlotIntervals, PPAPReadGuidance, PPAPGuidanceReport, PPAPLookThrough]
+class PPAPImageGrid(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPImageGrid", display_name="Image Grid", category=CATEGORY, is_input_list=True,
+            **also_found_as("XY plot", "compare images", "labeled grid", "contact sheet", "comparison grid"),
+            description="Lays images out in rows and columns with labels, to compare them: of several samplers, or of one "
+                        "that ran several times after Compare Terms.",
+            inputs=[io.Image.Input("images", tooltip="Each batch is a cell, with its images side by side. A single batch "
+                                                     "fills a cell with each of its images."),
+                    io.String.Input("row_labels", default="", multiline=True,
+                                    tooltip="A line for each row. Neutral: empty, none."),
+                    io.String.Input("column_labels", default="", multiline=True,
+                                    tooltip="A line for each column; there are as many columns as lines. Neutral: empty, "
+                                            "one column."),
+                    *(io.Image.Input(f"images_{number}", optional=True, tooltip="More images, for the next cell.")
+                      for number in range(2, 9))],
+            outputs=[io.Image.Output(tooltip="The grid.")])
+
+    @classmethod
+    def execute(cls, images, row_labels, column_labels, **others):
+        batches = [batch for several in (images, *others.values()) for batch in several or ()]
+        return io.NodeOutput(comparisons.grid_of(batches, "\n".join(row_labels), "\n".join(column_labels)))
+
+
+NODES = [PPAPPlotLosses, PPAPPlotGuidance, PPAPPlotIntervals, PPAPReadGuidance, PPAPGuidanceReport, PPAPLookThrough,
+         PPAPImageGrid]

@@ -41,6 +41,7 @@ BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
 def test_a_workflow_makes_its_picture(server: Server, name: str):
     outputs = server.run(workflow(name, server.get("/object_info")), seconds=1200)
     shown = {title: server.pictures(outputs[key]) for title, key in titled(name).items() if "images" in outputs.get(key, {})}
+    keep_grid(shown)
     rows = {title: pictures[:COLUMNS] for title, pictures in shown.items() if pictures[0].width <= LARGEST}
     assert len(rows) >= 2 and all(max(ImageStat.Stat(each).stddev) > 1 for pictures in rows.values() for each in pictures)
     sheet = contact_sheet({title: torch.stack([drawn(each) for each in pictures]) for title, pictures in rows.items()}, 1,
@@ -48,6 +49,12 @@ def test_a_workflow_makes_its_picture(server: Server, name: str):
     save_picture(sheet, WORKFLOWS.parent / "docs" / "pictures" / f"{name}.png")
     save_image(torch.stack([drawn(each) for title in BEFORE_AND_AFTER[name] for each in rows[title][:2]]),
                WORKFLOWS / f"{name}.jpg", nrow=2, padding=0, normalize=True, value_range=(-1, 1))
+
+
+def keep_grid(shown: dict[str, list[Image.Image]]) -> None:
+    """Save the grid of a workflow as it is."""
+    for grid in shown.get("Guiders and strengths", []):
+        grid.save(WORKFLOWS.parent / "docs" / "pictures" / "grid.png")
 
 
 def drawn(picture: Image.Image) -> torch.Tensor:

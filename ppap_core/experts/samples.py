@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..io.files import ensure_manifest
 from ..io.folders import claim
+from ..io.values import is_whole, shown
 from ..noise import to_vp
 from ..rng import seeded
 from ..sampling import Denoiser
@@ -23,6 +24,7 @@ HELD_OUT = "held_out"     # folder inside a store
 HELD_OUT_SEEDS = 2**32    # seeds from the first image to learn from to the first one held out
 HELD_OUT_SHARE = 8        # images to learn from for each one held out
 MOST_HELD_OUT = 512
+MOST_SEEDS = 2**62
 WAITING_SECONDS = 0.1     # between two looks at what other processes make
 
 log = logging.getLogger(__name__)
@@ -111,11 +113,14 @@ class SampleStore:
     def __init__(self, folder: Path | str, manifest: dict):
         self.folder, self.manifest = Path(folder), ensure_manifest(folder, manifest)
         self.shards = Shards(self.folder)
+        if not is_whole(seed := self.manifest.get("seed", 0), -MOST_SEEDS, MOST_SEEDS):
+            raise ValueError(f"{self.folder.name} says that its first seed is {shown(seed)}, expected a whole number: "
+                             "delete that folder, or choose another name")
 
     @property
     def first_seed(self) -> int:
         """Seed of the first image."""
-        return int(self.manifest.get("seed", 0))
+        return self.manifest.get("seed", 0)
 
     def __len__(self) -> int:
         return len(self.shards)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from ..io.files import load_tensors, read_json, read_shapes
 from ..io.folders import claim
+from ..io.values import bare
 from .samples import SampleStore
 from .shards import CHECKSUM, SHARD_SIZE
+
+MOST_NAMED = 8  # differences in a sentence
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ def _offset(store: SampleStore, other: SampleStore) -> int:
     differing = sorted(key for key in {**store.manifest, **other.manifest} if key != "seed"
                        and store.manifest.get(key, math.nan) != other.manifest.get(key, math.nan))
     if differing or rest or offset < 0:
-        reason = f"they differ in {', '.join(differing)}" if differing else (
+        reason = f"they differ in {', '.join(map(bare, differing[:MOST_NAMED]))}" if differing else (
             f"its first seed is {other.first_seed}, expected {store.first_seed} and a multiple of {SHARD_SIZE} more")
         raise ValueError(f"the images of {other.folder} do not go with those of {store.folder}: {reason}; keep them apart")
     return offset

@@ -13,9 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .folders import claim, make_folder, sync_folder
+from .values import bare, shown
 
 RENAMING_PAUSES = (0.05, 0.1, 0.2, 0.4)  # seconds between attempts: virus scanners and indexers let go of a file soon
 CLAIMING_SECONDS = 10.0  # to wait for another process that begins the same folder
+MOST_NAMED = 5  # differences in a sentence
 PART = ".part"  # ending of a file that is being written
 
 log = logging.getLogger(__name__)
@@ -180,8 +182,9 @@ def ensure_manifest(folder: Path | str, manifest: dict) -> dict:
         _begin(file, expected)
     saved = read_json(file)
     if saved != expected:
-        differences = "; ".join(f"{key} is {saved.get(key)!r}, expected {expected.get(key)!r}"
-                                for key in sorted({*saved, *expected}) if saved.get(key) != expected.get(key))
+        differing = [key for key in sorted({*saved, *expected}) if saved.get(key) != expected.get(key)]
+        differences = "; ".join(f"{bare(key)} is {shown(saved.get(key))}, expected {shown(expected.get(key))}"
+                                for key in differing[:MOST_NAMED])
         raise ValueError(f"{Path(folder).name} holds results of other settings ({differences}): choose another name, or "
                          "delete that folder")
     return expected

@@ -15,6 +15,11 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
+def bare(text: str) -> str:
+    """A text from a file for a sentence: short, one line, without quotation marks."""
+    return shown(text)[1:-1]
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number that a float can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e300

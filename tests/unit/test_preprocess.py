@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppap_core.guiders.cutouts import cut_outs
-from ppap_core.guiders.preprocess import FITS, Preprocess, processor_preprocess, timm_preprocess
+from ppap_core.guiders.preprocess import FITS, Preprocess, timm_preprocess
+from ppap_core.guiders.processor_config import processor_preprocess
 from ppap_core.io.hashing import digest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

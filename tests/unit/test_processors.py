@@ -13,7 +13,7 @@ import torch
 from helpers import says
 from torch import Tensor
 
-from ppap_core.guiders.preprocess import processor_preprocess
+from ppap_core.guiders.processor_config import processor_preprocess
 from ppap_core.guiders.resize import Size
 
 pytestmark = pytest.mark.slow  # all together take several seconds of the fast tests' minute

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ...io.packages import importing
+from ...io.values import shown
 from . import require_loadable
 from .contents import HEAD, INDEX, WHOLE, require_config, weight_names
 
@@ -37,7 +38,7 @@ class HubFile(NamedTuple):
 def folder_name(repo: str) -> str:
     """owner/name -> owner--name, the folder of a network. ValueError for anything else."""
     if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", repo, re.ASCII) or ".." in repo or "--" in repo:
-        raise ValueError(f"'{repo}' is not the name of a network on the hub: expected owner/name, such as "
+        raise ValueError(f"{shown(repo)} is not the name of a network on the hub: expected owner/name, such as "
                          "timm/resnet18.a1_in1k; copy it from the head of the network's page")
     return repo.replace("/", "--")
 

@@ -105,7 +105,7 @@ def tag_names(file: Path) -> list[str]:
     """The names in a table of tags, in their order. ValueError in words for a file that is no such table."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as rows:
-            return [row["name"] for row in csv.DictReader(rows)]
+            return [row["name"] or "" for row in csv.DictReader(rows)]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
         raise ValueError(f"{file.parent.name}/{file.name} cannot be read ({type(error).__name__}: {error}): expected a "
                          "table with a column 'name'; copy it again from the network's own page") from error

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ...io.files import read_json, read_safetensors
 from ...io.packages import importing
 from ..guider import Guider, IgnoreSigma
-from ..preprocess import Preprocess, processor_preprocess
+from ..preprocess import Preprocess
+from ..processor_config import processor_preprocess
 from .labels import Head, class_labels, read_head
 from .offline import settled
 from .texts import read_text, task_tokens, text_features, text_model

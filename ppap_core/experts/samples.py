@@ -24,7 +24,7 @@ HELD_OUT = "held_out"     # folder inside a store
 HELD_OUT_SEEDS = 2**32    # seeds from the first image to learn from to the first one held out
 HELD_OUT_SHARE = 8        # images to learn from for each one held out
 MOST_HELD_OUT = 512
-MOST_SEEDS = 2**62
+MOST_SEEDS = 2**64
 WAITING_SECONDS = 0.1     # between two looks at what other processes make
 
 log = logging.getLogger(__name__)

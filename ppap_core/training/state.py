@@ -1,6 +1,7 @@
 """State of a training: in its file, and the last good one in memory, which a lower learning rate goes back to."""
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
@@ -20,10 +21,12 @@ from ..io.files import (
     with_prefix,
     without_prefix,
 )
+from ..io.values import bare, is_number, is_whole, shown
 
 Losses = list[Any]
 """The loss of every step: a float each, or a list of floats where a loss has several parts."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 REMEMBER_EVERY = 10  # steps between two states that are remembered in memory
 EXPLODED = 10.0      # times the median loss: a state with a greater one is not worth going back to
 
@@ -50,25 +53,28 @@ class TrainingState:
 
         A damaged file is named in the log, and the training starts anew. ValueError for the state of another training.
         """
-        if self.file and self.file.exists():
-            try:
-                self._load(self.file)
-            except DamagedFileError as error:
-                log.warning("%s The training starts anew.", error)
-        elif self.file:
-            failed = next((each for each in _states_beside(self.file) if self._is_slower_than(_header(each))), None)
-            if failed:
-                self._load(failed)
+        if not self.file:
+            return
+        file = self.file if self.file.exists() else next(
+            (each for each in _states_beside(self.file) if self._is_slower_than(_header(each))), None)
+        try:
+            if file:
+                self._load(file)
+        except DamagedFileError as error:
+            log.warning("%s The training starts anew.", error)
 
     def _load(self, file: Path) -> None:
         tensors, header = load_tensors(file)
         run_id = dict(header)
         losses, failed = run_id.pop("losses", []), run_id.pop("failed", None)
+        if not isinstance(losses, list) or not all(map(_is_loss, losses)):
+            raise DamagedFileError(f"{file.name} does not hold the losses of a training.")
         if run_id != self.run_id:
             if not self._is_slower_than(header):
                 changed = next(key for key in {**self.run_id, **run_id} if run_id.get(key) != self.run_id.get(key))
-                raise ValueError(f"{file.name} is the state of another training ({changed} is {run_id.get(changed)}, "
-                                 f"expected {self.run_id.get(changed)}): delete it or use another folder")
+                raise ValueError(f"{file.name} is the state of another training ({bare(changed)} is "
+                                 f"{shown(run_id.get(changed))}, expected {shown(self.run_id.get(changed))}): delete it or "
+                                 "use another folder")
             tensors, losses = without_prefix("good", tensors), losses[:failed["step"]]
             log.warning("this training did not stay finite at a learning rate of %g: it goes on at %g from step %d, where "
                         "it was in order", failed["rate"], self.rate, failed["step"])
@@ -81,15 +87,17 @@ class TrainingState:
             if saved.keys() != own.keys():
                 raise ValueError(f"{name} holds {len(saved)} of {len(own)} {prefix} tensors, or others: "
                                  "delete it or use another folder")
+            if wrong := [key for key, value in saved.items() if value.shape != own[key].shape]:
+                raise DamagedFileError(f"{name} holds no {wrong[0]} of this training.")
             for key, value in saved.items():
                 own[key].data.copy_(value)
-        restore_optimizer(self.optimizer, without_prefix("optimizer", tensors))
+        _restore_optimizer(name, self.optimizer, without_prefix("optimizer", tensors))
 
     def _is_slower_than(self, other: dict) -> bool:
         """Whether a header is that of this training at a higher rate, at which it failed."""
         failed = other.get("failed")
         run_id = {key: value for key, value in other.items() if key not in ("losses", "failed")}
-        return (failed is not None and self.rate < failed["rate"]
+        return (_is_failure(failed) and self.rate < failed["rate"]
                 and _without_rate(run_id) == _without_rate(self.run_id))
 
     def remember(self, loss: Any) -> None:
@@ -143,6 +151,24 @@ def steps_done(file: Path | None) -> int:
     """Number of steps in the file of a state; 0 where there is none, or none that can be read."""
     losses = _header(file).get("losses", []) if file else []
     return len(losses) if isinstance(losses, list) else 0
+
+
+def _restore_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restore an optimiser, unless a file has other numbers for it than its parameters need."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = {f"{index}.{part}": parameter.shape for index, parameter in enumerate(parameters) for part in MOMENTS}
+    shapes |= {f"{index}.step": torch.Size() for index in range(len(parameters))}
+    if not all(shapes.get(key) == tensor.shape for key, tensor in tensors.items()):
+        raise DamagedFileError(f"{name} holds no state of this optimiser.")
+    restore_optimizer(optimizer, tensors)
+
+
+def _is_failure(value: Any) -> bool:
+    return isinstance(value, dict) and is_whole(value.get("step"), 0, math.inf) and is_number(value.get("rate"))
+
+
+def _is_loss(value: Any) -> bool:
+    return all(map(is_number, value)) if isinstance(value, list) else is_number(value)
 
 
 def all_finite(tensors: Any) -> bool:

@@ -166,7 +166,7 @@ def test_a_begun_download_that_is_refused_now_keeps_its_weights(hub, tmp_path):
 @pytest.mark.parametrize("name", ["", "resnet", "a/b/c", "https://huggingface.co/a/b", "../b", "a/..", "a/b c", "/a", "a/",
                                   "a/b\t", "-a/b", "a--b/c", "ä/b", "a\\b", "a/" + 97 * "x"])
 def test_only_owner_slash_name_names_a_repository(name, tmp_path):
-    with says(ValueError, f"'{name}'", "owner/name"):
+    with says(ValueError, repr(name), "owner/name"):
         download(name, tmp_path / "net", print)
 
 

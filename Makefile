@@ -4,6 +4,8 @@
 #   make test-fast   the tests of the core without those that train, sample or measure: under a minute
 #   make test-wide   every quantisation of every model, and every class of models, every image processor of transformers
 #   make test-faults kill, fill disks and cut files off while things are made: 220 kills, in minutes
+#   make fuzz        100,000 strange files and names for all that reads them: minutes
+#   make soak        500 prompts through one ComfyUI, whose memory has to stay flat: eight minutes
 #   make test-real   the tests with real pretrained networks: installs one, or takes the folder at PPAP_REAL
 #   make test-frontend  open and run the workflows on ComfyUI's page in a browser: needs chromium, installs playwright
 #   make test-versions  the tests of networks and experts with older releases of transformers and peft
@@ -31,8 +33,8 @@ VERSIONS := transformers-4.50.3 transformers-4.57.6 peft-0.18.0
 VERSION_TESTS := $(patsubst %,tests/unit/test_%.py,releases loaders families labels missing_weights offline download experts \
 	distill saved_work)
 
-.PHONY: demo test test-fast test-wide test-faults test-real test-frontend test-versions lint comfyui bench pictures screenshots \
-	drawings help-pages sweep symbols archive
+.PHONY: demo test test-fast test-wide test-faults fuzz soak test-real test-frontend test-versions lint comfyui bench pictures \
+	screenshots drawings help-pages sweep symbols archive
 
 demo: .venv/ready
 	$(BIN)/ppap demo
@@ -51,6 +53,12 @@ test-wide: .venv/ready .venv/comfyui
 
 test-faults: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_faults.py -m faults
+
+fuzz: .venv/ready
+	OMP_NUM_THREADS=1 PPAP_FUZZ=100000 $(BIN)/python -m pytest tests/unit/test_fuzz.py
+
+soak: .venv/ready .venv/comfyui
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/comfy/soak.py -s
 
 test-real: .venv/ready .venv/comfyui
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"

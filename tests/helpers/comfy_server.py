@@ -20,10 +20,11 @@ PACK = "ComfyUI-PPAP"
 
 
 class Server:
-    """The address of a ComfyUI and the folder it works in."""
+    """The address of a ComfyUI, the folder it works in, and its process."""
 
-    def __init__(self, port: int, folder: Path):
+    def __init__(self, port: int, folder: Path, pid: int):
         self.url, self.port, self.folder, self.client = f"http://127.0.0.1:{port}", port, folder, uuid.uuid4().hex
+        self.pid = pid
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path) as answer:
@@ -121,7 +122,7 @@ def running(comfyui: Path, folder: Path, settings: dict[str, Any] | None = None)
         process = subprocess.Popen([sys.executable, "main.py", "--cpu", "--base-directory", str(folder), "--port", str(port),
                                     "--disable-auto-launch", "--preview-method", "auto"],
                                    cwd=comfyui, stdout=log, stderr=subprocess.STDOUT)
-    server = Server(port, folder)
+    server = Server(port, folder, process.pid)
     try:
         _wait_for(server, process)
         yield server

@@ -18,7 +18,7 @@ pytest.importorskip("hypothesis", reason="hypothesis makes the inputs: pip insta
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-INPUTS = int(os.environ.get("PPAP_FUZZ", 400))  # of all tests together; `make fuzz` takes 100,000
+INPUTS = int(os.environ.get("PPAP_FUZZ", 200))  # of all tests together; `make fuzz` takes 100,000
 SECONDS, MEGABYTES = 2.0, 200                   # that one input may take
 LONGEST = 1500                                  # characters of a sentence
 
@@ -48,7 +48,9 @@ class _Watch:
         if event in NEVER:
             self.seen.append(f"{event} {args[:1]}")
         elif event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITES):
-            self.seen += [f"{event} {path}" for path in args[:1] if not self._allows(path)]
+            by_handle = event != "open" and isinstance(args[-1], int) and args[-1] >= 0  # of a folder that was opened before
+            paths = () if by_handle else args[:2 if event == "os.rename" else 1]
+            self.seen += [f"{event} {path}" for path in paths if not self._allows(path)]
 
     def _allows(self, path: object) -> bool:
         """A number is a file that was opened before."""

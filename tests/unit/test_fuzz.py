@@ -29,6 +29,7 @@ from ppap_core.experts.source import FILE, Source, load_source, save_source
 from ppap_core.experts.states import NOTE, state_folder
 from ppap_core.experts.upkeep import describe_store, merge_stores, open_store, verify_store
 from ppap_core.guiders.latents import LatentSpace
+from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.contents import INDEX, read_index, weight_files
 from ppap_core.guiders.loaders.hub import files_to_fetch, folder_name
 from ppap_core.guiders.loaders.labels import TAGS_FILE, class_labels, tag_names
@@ -130,14 +131,14 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", READERS)
-@inputs(0.08)
+@inputs(0.04)
 @given(st.data())
 def test_files_of_networks(whole: dict[str, bytes], place: Path, kind: str, data: st.DataObject):
     file = written(place / "x.safetensors", strange(data, whole[kind]))
     harmless(lambda: READERS[kind](file), place, *READ, names="x.safetensors")
 
 
-@inputs(0.1)
+@inputs(0.04)
 @given(st.data())
 def test_any_file_for_any_reader(whole: dict[str, bytes], place: Path, data: st.DataObject):
     """A file of another kind, or none at all."""
@@ -155,7 +156,7 @@ def read_store(folder: Path) -> None:
     assert all(map(len, (store.images_at([0, 1]), store.sigmas, store.denoised[:2])))
 
 
-@inputs(0.1)
+@inputs(0.04)
 @given(st.data())
 def test_shards(whole: dict[str, bytes], place: Path, data: st.DataObject):
     written(place / "store" / "manifest.json", whole["manifest"])
@@ -163,7 +164,7 @@ def test_shards(whole: dict[str, bytes], place: Path, data: st.DataObject):
     harmless(lambda: read_store(place / "store"), place, *READ)
 
 
-@inputs(0.08)
+@inputs(0.03)
 @given(st.data())
 def test_manifests(whole: dict[str, bytes], place: Path, data: st.DataObject):
     """Of a store that is read, one that is merged into another, and one that is gone on with."""
@@ -192,7 +193,7 @@ def learning(whole: dict[str, bytes], place: Path) -> SampleStore:
     return open_store(place / "learning")
 
 
-@inputs(0.05)
+@inputs(0.01)
 @given(st.data())
 def test_states(whole: dict[str, bytes], place: Path, learning: SampleStore, data: st.DataObject):
     """A training goes on from a strange state, begins anew, or says what is wrong with it."""
@@ -201,7 +202,7 @@ def test_states(whole: dict[str, bytes], place: Path, learning: SampleStore, dat
     harmless(lambda: distill(GUIDER, bank, learning, CONFIG, place / "training"), place, *READ)
 
 
-@inputs(0.02)
+@inputs(0.01)
 @given(st.data())
 def test_notes_of_other_releases(whole: dict[str, bytes], place: Path, data: st.DataObject):
     note = data.draw(st.one_of(changed(json.loads(whole["note"])), VALUES))
@@ -216,7 +217,7 @@ def test_notes_of_other_releases(whole: dict[str, bytes], place: Path, data: st.
 
 # Names
 
-@inputs(0.15)
+@inputs(0.2)
 @given(st.one_of(TEXTS, st.text(alphabet="ab-._/\\:\x00 é", max_size=20), st.tuples(TEXTS, TEXTS).map("/".join)))
 def test_names_on_the_hub(place: Path, name: str):
     """A name either names a folder inside the others, or nothing."""
@@ -231,7 +232,7 @@ NAMES = st.one_of(TEXTS, st.sampled_from(["config.json", "model.safetensors", IN
                                           "a/model.safetensors", "x.safetensors"]))
 
 
-@inputs(0.08)
+@inputs(0.15)
 @given(st.lists(NAMES, max_size=8))
 def test_files_on_the_hub(place: Path, names: list[str]):
     def inside() -> None:
@@ -239,7 +240,7 @@ def test_files_on_the_hub(place: Path, names: list[str]):
     harmless(inside, place, ValueError, FileNotFoundError)
 
 
-@inputs(0.05)
+@inputs(0.08)
 @given(st.one_of(VALUES, st.dictionaries(TEXTS, NAMES, max_size=4).map(lambda files: {"weight_map": files})))
 def test_indices_of_weights(whole: dict[str, bytes], place: Path, index: Any):
     folder = place / "indexed"
@@ -254,7 +255,7 @@ def test_indices_of_weights(whole: dict[str, bytes], place: Path, index: Any):
 
 # Folders of guiders
 
-@inputs(0.04)
+@inputs(0.1)
 @given(st.one_of(st.text(max_size=60), st.lists(st.lists(TEXTS, max_size=3), max_size=4).map(
     lambda rows: "\n".join(["tag_id,name", *(",".join(row) for row in rows)]))))
 def test_tables_of_tags(place: Path, text: str):
@@ -262,7 +263,7 @@ def test_tables_of_tags(place: Path, text: str):
     harmless(lambda: [name + "" for name in tag_names(file)], place, ValueError, names=TAGS_FILE)
 
 
-@inputs(0.05)
+@inputs(0.1)
 @given(st.one_of(VALUES, st.dictionaries(TEXTS, st.integers(-3, 9)), st.dictionaries(st.integers(-3, 9).map(str), VALUES)),
        VALUES, st.integers(1, 6))
 def test_names_of_classes(place: Path, names: Any, descriptions: Any, count: int):
@@ -270,6 +271,46 @@ def test_names_of_classes(place: Path, names: Any, descriptions: Any, count: int
         labels = class_labels("x", count, names, descriptions)
         assert len(labels) == count == len(set(labels)) and all(isinstance(label, str) for label in labels)
     harmless(labelled, place)
+
+
+def saved_by_timm(folder: Path) -> None:
+    import timm
+
+    settings = {"img_size": 32, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    net = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=5, **settings)
+    timm.models._hub.save_for_hf(net, folder, model_config={"label_names": list("abcde")}, model_args=settings,
+                                 safe_serialization=True)
+
+
+def saved_by_transformers(folder: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    ViTForImageClassification(ViTConfig(image_size=32, hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
+                                        intermediate_size=16, num_labels=5)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+
+
+LIBRARIES = {"timm": saved_by_timm, "transformers": saved_by_transformers}
+
+
+@pytest.fixture(scope="module", params=LIBRARIES)
+def folder(request: pytest.FixtureRequest, place: Path) -> Path:
+    pytest.importorskip(request.param)
+    LIBRARIES[request.param](folder := place / request.param)
+    return folder
+
+
+@inputs(0.003)
+@given(st.data())
+def test_folders_of_networks(place: Path, folder: Path, data: st.DataObject):
+    """config.json says other things than the weights."""
+    config = folder / "config.json"
+    whole = config.read_text()
+    config.write_text(json.dumps(data.draw(changed(json.loads(whole)))))
+    try:
+        harmless(lambda: load_guider(folder), place, *READ, ImportError)
+    finally:
+        config.write_text(whole)
 
 
 PROCESSOR = {"do_resize": True, "size": {"height": 16, "width": 20}, "do_center_crop": True, "crop_size": 14, "resample": 3,
@@ -284,7 +325,14 @@ def sees(config: dict, place: Path) -> None:
     assert processor_preprocess(config)(torch.zeros(1, 3, 9, 12)).isfinite().all()
 
 
-@inputs(0.08)
+@inputs(0.002)
+@given(OTHER_SIZES.flatmap(lambda size: changed(PROCESSOR | {"size": size, "image_processor_type": "ViTImageProcessor"})))
+def test_image_processors_of_the_library(place: Path, config: dict):
+    pytest.importorskip("transformers")
+    harmless(lambda: sees(config, place), place, ValueError)
+
+
+@inputs(0.12)
 @given(OTHER_SIZES.flatmap(lambda size: changed(PROCESSOR | {"size": size})))
 def test_image_processors_that_nobody_knows(place: Path, config: dict):
     harmless(lambda: sees(config, place), place, ValueError)

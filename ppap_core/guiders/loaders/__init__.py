@@ -3,9 +3,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from ...io.files import read_json
 from ..guider import Guider
-from .contents import file_names, read_index, require_config, weight_names
+from ..preprocess import OF_ANOTHER_KIND
+from .contents import file_names, read_config, read_index, require_config, weight_names
 from .timm import check_timm, load_timm
 from .transformers import check_transformers, load_transformers
 
@@ -20,6 +20,9 @@ class Loader(NamedTuple):
     load: Callable[[Path, str], Guider]
 
 
+UNREADABLE = (*OF_ANOTHER_KIND, AssertionError, RuntimeError)
+"""Errors of the libraries, and of networks that are tried, where files hold something else than they should."""
+
 LOADERS = {"architecture": Loader(check_timm, load_timm), "architectures": Loader(check_transformers, load_transformers)}
 """Key of config.json by which a library is recognised -> loader of its folders."""
 
@@ -33,7 +36,12 @@ def load_guider(folder: Path | str, output: str = "own") -> Guider:
     if output not in OUTPUTS:
         raise ValueError(f"there is no output '{output}': expected one of {', '.join(OUTPUTS)}")
     folder = Path(folder)
-    return require_loadable(folder, file_names(folder), folder.name).load(folder, output)
+    try:
+        return require_loadable(folder, file_names(folder), folder.name).load(folder, output)
+    except UNREADABLE as error:
+        raise ValueError(f"the files of {folder.name} do not say what they should ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:200]}): copy the folder again from the network's own page"
+                         ) from error
 
 
 def require_loadable(folder: Path, names: Collection[str], name: str) -> Loader:
@@ -44,7 +52,7 @@ def require_loadable(folder: Path, names: Collection[str], name: str) -> Loader:
     """
     if folder.is_dir():
         require_config(name, names)
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     loader = next((loader for key, loader in LOADERS.items() if key in config), None)
     if loader is None:
         raise ValueError(f"{name}/config.json has the keys {', '.join(list(config)[:6])}: expected 'architecture' (timm) "

@@ -1,10 +1,13 @@
 """Files that make a network's folder, judged by their names before a weight is read or fetched."""
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from ...io.files import read_header, read_json
+from ...io.values import bare, is_whole, shown
 
+MAX_NUMBER = 2**20  # the longest vocabulary has a quarter of it
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = r"[\w.-]+-\d+-of-\d+\.safetensors"
 HEAD = "head.safetensors"  # of an aesthetic score, beside the network
@@ -13,6 +16,28 @@ OTHERS = {"model_index.json": "a whole pipeline of diffusers", "open_clip_config
           "adapter_config.json": "an adapter, which changes another network"}
 """File that tells what a folder holds which is no network of timm or transformers -> what that is."""
 ELSEWHERE = r"(open_clip|adapter)_[\w.-]*"  # weights of those
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a folder. ValueError for one that is damaged, or names numbers that no network has."""
+    config = read_json(folder / "config.json")
+    try:
+        large = next(_too_large(config), None)
+    except RecursionError:
+        large = "values inside one another"
+    if large:
+        raise ValueError(f"{folder.name}/config.json has {large}: expected the description of a network, with whole numbers "
+                         f"up to {MAX_NUMBER:,}; copy it again from the network's own page")
+    return config
+
+
+def _too_large(value: object, name: str = "a list") -> Iterator[str]:
+    """Yield the names of whole numbers that would take the memory of a machine, as a number of layers or of classes."""
+    if is_whole(value, MAX_NUMBER + 1, math.inf):
+        yield f"{bare(name)} {shown(value)}"
+    inner = value.items() if isinstance(value, dict) else ((name, each) for each in value) if isinstance(value, list) else ()
+    for name, each in inner:
+        yield from _too_large(each, name)
 
 
 def require_config(name: str, names: Collection[str]) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...io.files import read_json
 from ...io.packages import importing
 from ..guider import Guider, IgnoreSigma, with_input
 from ..preprocess import timm_preprocess
+from .contents import read_config
 from .labels import TAGS_FILE, Head, imagenet_labels, read_head
 from .offline import offline
 from .timm_layouts import best_layout, without_tables
-from .weights import Loaded, read_weights, require_unused, tensors_without_weights
+from .weights import Loaded, no_larger_than, read_weights, require_unused, tensors_without_weights
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def load_timm(folder: Path, output: str = "own") -> Guider:
 
 
 def _guider(folder: Path, net: Any, config: dict[str, Any], output: str) -> Guider:
-    guider = partial(Guider, f"timm/{folder.name}", preprocess=timm_preprocess(_data_config(config, net)))
+    guider = partial(Guider, f"timm/{folder.name}", preprocess=timm_preprocess(_data_config(folder, config, net)))
     if output == "own" and net.num_classes > 0:
         head = _head(folder, config, net.num_classes)
         own = guider(IgnoreSigma(net), task=head.task, labels=head.labels)
@@ -142,7 +142,7 @@ def check_timm(folder: Path, name: str) -> None:
 
     ImportError without timm; ValueError for an architecture that it does not know, or settings that are none.
     """
-    _architecture(read_json(folder / "config.json"), name)
+    _architecture(read_config(folder), name)
 
 
 def _architecture(config: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
@@ -163,23 +163,23 @@ def _architecture(config: Mapping[str, Any], name: str) -> tuple[str, dict[str, 
 
 
 def _load(folder: Path) -> tuple[Loaded, dict[str, Any]]:
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     architecture, options = _architecture(config, folder.name)
     import timm
 
+    weights = read_weights(folder)
     try:
-        with offline():
+        with offline(), no_larger_than(weights):
             net = timm.create_model(architecture, pretrained=False, **options)
     except Exception as error:  # of each architecture another one
         raise ValueError(f"{folder.name}/config.json describes a network that timm {timm.__version__} cannot make of "
                          f"{architecture} ({' '.join(str(error).split())[:200]}): copy the folder again; another timm may "
                          "make it") from error
-    return Loaded(net, _load_weights(net, folder, architecture)), config
+    return Loaded(net, _load_weights(net, weights, folder, architecture)), config
 
 
-def _load_weights(net: Any, folder: Path, architecture: str) -> dict[str, Tensor]:
-    """Fill a network from a folder, and return its tensors that the files do not hold."""
-    saved = read_weights(folder)
+def _load_weights(net: Any, saved: dict[str, Tensor], folder: Path, architecture: str) -> dict[str, Tensor]:
+    """Fill a network with what a folder holds, and return its tensors that the files do not hold."""
     weights = best_layout(net, saved, architecture)
     if weights.keys() != without_tables(net, saved).keys():
         log.warning("%s: the names of its weights are of another layout; they were changed to timm's of today", folder.name)
@@ -199,10 +199,14 @@ def _misfit(folder: Path, architecture: str) -> str:
     return f"{folder.name}/model.safetensors does not fit {architecture}"
 
 
-def _data_config(config: Mapping[str, Any], net: nn.Module) -> dict[str, Any]:
+def _data_config(folder: Path, config: Mapping[str, Any], net: nn.Module) -> dict[str, Any]:
     from timm.data import resolve_data_config
 
-    data = resolve_data_config({**config, **_pretrained(config)}, model=net)  # old files have it all at the top
+    try:
+        data = resolve_data_config({**config, **_pretrained(config)}, model=net)  # old files have it all at the top
+    except Exception as error:  # of any kind, and without words: timm trusts its files
+        raise ValueError(f"{folder.name}/config.json says of images what timm cannot read ({type(error).__name__}: "
+                         f"{str(error)[:150]}): copy the folder again") from error
     size = getattr(getattr(net, "patch_embed", None), "img_size", None)  # the file may say that of the network it came from
     return data | {"input_size": (3, *size)} if size else data
 

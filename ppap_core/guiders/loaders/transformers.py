@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ...io.files import read_json, read_safetensors
 from ...io.packages import importing
+from ...io.values import bare, shown
 from ..guider import Guider, IgnoreSigma
 from ..preprocess import Preprocess
 from ..processor_config import processor_preprocess
+from .contents import read_config
 from .labels import Head, class_labels, read_head
 from .offline import settled
 from .texts import read_text, task_tokens, text_features, text_model
@@ -62,7 +64,7 @@ def load_transformers(folder: Path, output: str = "own") -> Guider:
     output: "own" is what the network was made to predict; "structure" or "embedding" are read inside it. ValueError or
     FileNotFoundError for a folder that does not fit, and where the network has no such output.
     """
-    architecture = _architecture(read_json(folder / "config.json"), folder.name)
+    architecture = _architecture(read_config(folder), folder.name)
     model, missing = load_model(folder, architecture)
     guider = _guider(folder, model, architecture, output)
     text = partial(text_features, text_model(model), torch.zeros(1, 1, dtype=torch.long)) if guider.read_text else None
@@ -118,7 +120,7 @@ def _with_task_head(guider: MakeGuider, folder: Path, model: Any, architecture: 
 
 def _head(folder: Path, count: int, task: str) -> Head:
     """Task and labels of a network by its outputs: one segment is a mask, one number of a classifier is no class."""
-    said = read_json(folder / "config.json")
+    said = read_config(folder)
     if task == "class":
         return read_head(folder, count, said.get("problem_type"), _names(folder.name, said))
     if task == "segmentation" and count > 1:
@@ -145,7 +147,7 @@ def check_transformers(folder: Path, name: str) -> None:
 
     ImportError without transformers; ValueError or FileNotFoundError for what cannot guide, whatever its weights are.
     """
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     _architecture(config, name)
     settled(config, name)
     _preprocess(folder, name)
@@ -154,18 +156,19 @@ def check_transformers(folder: Path, name: str) -> None:
 def _architecture(config: Mapping[str, Any], name: str) -> str:
     with importing("transformers", "this guider needs", "transformers>=4.50.3"):
         import transformers
-    architecture = (config.get("architectures") or ["none"])[0]
+    names = config.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else "none"
     supported = (*DUAL_ENCODERS, PROMPTED, *BACKBONES)
     if architecture not in supported and not architecture.endswith(tuple(TASK_HEADS)):
-        raise ValueError(f"{name}/config.json says the architecture is {architecture}, which answers nothing that "
+        raise ValueError(f"{name}/config.json says the architecture is {bare(architecture)}, which answers nothing that "
                          f"can guide: expected one such as ...{', ...'.join(TASK_HEADS)}, {', '.join(supported)}")
     with importing("transformers", f"{architecture} needs", "transformers>=4.50.3"):  # only now is its module imported
         known = hasattr(transformers, architecture)
     if not known:
         raise ValueError(f"transformers {transformers.__version__} knows no {architecture} (from {name}/config.json)"
                          ": expected one it knows; a newer transformers may have it")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    if quantization := config.get("quantization_config"):
+        method = shown(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
         raise ValueError(f"the weights of {name} are quantised ({method}), and no gradient passes through them: expected "
                          "plain numbers; choose the network that they were made from")
     return architecture

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...io.files import read_json, write_json
+from ...io.files import write_json
 from ...io.packages import release
+from .contents import read_config
 from .labels import count_labels
 from .offline import offline, settled
-from .weights import Loaded, read_weights, tensors_without_weights, unwrapped
+from .weights import Loaded, no_larger_than, read_weights, tensors_without_weights, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,10 @@ def load_model(folder: Path, architecture: str) -> Loaded:
 
     ImportError without a package that it needs; ValueError or FileNotFoundError for weights that do not fit.
     """
-    config = settled(read_json(folder / "config.json"), folder.name)
+    config = settled(read_config(folder), folder.name)
     weights = read_weights(folder)
     try:
-        with offline():
+        with offline(), no_larger_than(weights):
             model, loading = _with_all_labels(architecture, _config(architecture, config), weights)
     except ImportError as error:  # a part of the network is of another package
         raise ImportError(f"{folder.name} needs a package that is missing, or that does not fit "

@@ -1,11 +1,14 @@
 """Weights of a network's folder: read as they were saved, laid out as the network names them, and asked for if they lack."""
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...io.files import read_safetensors
 from ..guider import Guider
@@ -13,6 +16,7 @@ from .contents import weight_files
 
 log = logging.getLogger(__name__)
 
+MOST_TIMES, SMALL_PARTS, SMALL_NUMBERS = 4, 10_000, 2**24
 SIDES = (32, 42, 56, 64, 84, 96, 112, 128, 160, 192, 224, 256, 384, 512)  # pixels; the first that fits is quickest
 
 
@@ -27,6 +31,29 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors in a folder's safetensors, numbers in single precision, whatever they were saved in."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor
             for file in weight_files(folder) for name, tensor in read_safetensors(file)[0].items()}
+
+
+@contextmanager
+def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context manager: let this thread make networks of up to four times as many parameters as some weights.
+
+    ValueError before memory is taken for more. Small networks are made in any case.
+    """
+    most_parts = max(MOST_TIMES * len(weights), SMALL_PARTS)
+    most_numbers = max(MOST_TIMES * sum(tensor.numel() for tensor in weights.values()), SMALL_NUMBERS)
+    thread, made = threading.get_ident(), [0, 0]
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and threading.get_ident() == thread:
+            made[:] = made[0] + 1, made[1] + parameter.numel()
+            if made[0] > most_parts or made[1] > most_numbers:
+                raise ValueError(f"its config.json describes more than {most_numbers:,} parameters in {most_parts:,} "
+                                 f"tensors, and its files hold {len(weights)} tensors")
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def unwrapped(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -66,7 +66,8 @@ class TrainingState:
     def _load(self, file: Path) -> None:
         tensors, header = load_tensors(file)
         run_id = dict(header)
-        losses, failed = run_id.pop("losses", []), run_id.pop("failed", None)
+        losses: Any = run_id.pop("losses", [])
+        failed: Any = run_id.pop("failed", None)
         if not isinstance(losses, list) or not all(map(_is_loss, losses)):
             raise DamagedFileError(f"{file.name} does not hold the losses of a training.")
         if run_id != self.run_id:

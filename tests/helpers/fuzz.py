@@ -111,17 +111,15 @@ def harmless(read: Callable[[], object], folder: Path, *errors: type[Exception],
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
-    """A new empty folder, in which temporary files are made as well."""
+def keeping_to(folder: Path) -> Iterator[Path]:
+    """Context manager: a folder in which temporary files are made as well, and none of compiled Python."""
     before, compiled = tempfile.tempdir, sys.dont_write_bytecode
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "place"
-        (place / "tmp").mkdir(parents=True)
-        tempfile.tempdir, sys.dont_write_bytecode = str(place / "tmp"), True
-        try:
-            yield place
-        finally:
-            tempfile.tempdir, sys.dont_write_bytecode = before, compiled
+    (folder / "tmp").mkdir()
+    tempfile.tempdir, sys.dont_write_bytecode = str(folder / "tmp"), True
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir, sys.dont_write_bytecode = before, compiled
 
 
 # Values

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import disturb, images, made_up_trajectories, randn, small_guider
-from helpers.fuzz import TEXTS, VALUES, changed, harmless, inputs, spoilt, with_header, workplace
+from helpers.fuzz import TEXTS, VALUES, changed, harmless, inputs, keeping_to, spoilt, with_header
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,8 +47,8 @@ READ = (ValueError, FileNotFoundError, DamagedFileError)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place() -> Iterator[Path]:
-    with workplace() as folder:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with keeping_to(tmp_path_factory.mktemp("place")) as folder:
         yield folder
 
 

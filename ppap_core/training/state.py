@@ -96,7 +96,7 @@ class TrainingState:
 
     def _is_slower_than(self, other: dict) -> bool:
         """Whether a header is that of this training at a higher rate, at which it failed."""
-        failed = other.get("failed")
+        failed: Any = other.get("failed")
         run_id = {key: value for key, value in other.items() if key not in ("losses", "failed")}
         return (_is_failure(failed) and self.rate < failed["rate"]
                 and _without_rate(run_id) == _without_rate(self.run_id))

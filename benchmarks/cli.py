@@ -20,6 +20,7 @@ from . import (
     rules,
     speed,
     tables,
+    throughput,
     tours,
     transfer,
 )
@@ -51,6 +52,8 @@ BENCHMARKS = {
         restoration.RestorationBench(), folder / "restoration", report), restoration.table, restoration.sheet),
     "rules": Benchmark(lambda folder, report, only: rules.rules_bench(rules.RulesBench(), report), rules.table),
     "speed": Benchmark(lambda folder, report, only: speed.speed(report), speed.table),
+    "throughput": Benchmark(lambda folder, report, only: throughput.throughput_bench(
+        throughput.ThroughputBench(), folder / "throughput", report), throughput.table),
     "tours": Benchmark(lambda folder, report, only: tours.tour_bench(tours.TourBench(), report), tours.table),
     "transfer": Benchmark(lambda folder, report, only: transfer.transfer_bench(
         transfer.TransferBench(), folder / "transfer", report, only), transfer.table, transfer.plot),

@@ -18,7 +18,8 @@ BENCHMARKS = ("class, depth, segmentation, strength, falling, falling_depth, imp
               "prior; labelmaps: label maps found for pictures; photographs: a real network under noise; faces: a real "
               "model and real networks; restoration: faces from measurements of them; tours: the travelling salesman; "
               "latent: the latent world; fewsteps: a flow and its turbo LoRA in 4, 8 and 16 steps; transfer: experts of one "
-              "model guide another; speed: the cost of a guided step at full size")
+              "model guide another; speed: the cost of a guided step at full size; throughput: images a second of "
+              "distillation")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import full_size
+from benchmarks import full_size, throughput
 from benchmarks import speed as module
 from benchmarks.costs import gradient_of
 from benchmarks.full_size import NETWORKS
@@ -161,3 +161,12 @@ def test_a_missing_package_is_one_sentence(package: str, tiny, monkeypatch, caps
     with pytest.raises(SystemExit) as error:
         main(["bench", "speed"])
     assert error.value.code == 1 and f"pip install {package}>=" in capsys.readouterr().err
+
+
+def test_throughput_is_measured_beside_the_floor(tiny, tmp_path):
+    """All loops train, and nothing is faster than the passes that they contain, but for the noise of few rounds."""
+    bench = throughput.ThroughputBench(pixels=64, batch=4, budget=0.0)
+    rows = {row["way"]: row for row in throughput.throughput_bench(bench, tmp_path, lambda line: None)}
+    assert rows.keys() == throughput.ROWS.keys() and rows["original"]["to_original"] == rows["floor"]["of_floor"] == 1
+    assert all(row["images_a_second"] > 0 for row in rows.values()) and rows["as set"]["of_floor"] < 1.5
+    assert len(throughput.table([*rows.values()]).splitlines()) == 6

@@ -12,7 +12,7 @@ from ...ppap_core.guidance.terms import Term, TermRecord
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.visualize import draw_output
 from ...ppap_core.guiders.watched import seen_by, watched
-from ...ppap_core.viz.drawing import captioned_row, note_picture, to_pillow
+from ...ppap_core.viz.drawing import captioned_tiles, note_picture, to_pillow
 from .progress import SamplerPreview, previews_changed
 from .terms import schedule_of
 
@@ -79,9 +79,9 @@ class LivePreview:
         file_format, image, _ = preview
         pictures = [(f"step {self.step} of {self.total}", image)]
         pictures += [picture for sight in self.sights for picture in sight.pictures()]
-        row = captioned_row(pictures, min(max(image.height, SIDES[0]), SIDES[1]))
+        tiles = captioned_tiles(pictures, min(max(image.height, SIDES[0]), SIDES[1]))
         self.drawn = time.monotonic()
-        return file_format, row, max(row.size)
+        return file_format, tiles, max(tiles.size)
 
 
 def with_live_preview(callback: Any, feature: Any, guidance: Sequence[Any]) -> Any:

@@ -28,14 +28,15 @@ class Report:
     levels: int                       # number of noise levels at which the model ran
     notes: tuple[Note, ...] = ()      # what else there is to warn of, by the index of a term
     remarks: tuple[Note, ...] = ()    # what is worth knowing of a term, but no fault
+    off: tuple[int, ...] = ()         # indices of terms of weight 0
 
     def summary(self) -> str:
         """Return what each term did, in words."""
         return summarize_guidance(self.names, self.records, self.levels, (*self.remarks, *self.notes))
 
     def warnings(self) -> str:
-        """Return a line for each term that did nothing, or less than it should; "" where all is well."""
-        return guidance_warnings(self.names, self.records, self.levels, self.notes)
+        """Return a line for each term that did nothing although its weight is not 0, or less than it should; "" for none."""
+        return guidance_warnings(self.names, self.records, self.levels, self.notes, self.off)
 
 
 class FinishedRun(NamedTuple):
@@ -63,6 +64,7 @@ def report_of(model: Patcher, latent: dict) -> Report:
     sigmas: set[float] = set()
     notes: list[Note] = []
     remarks: list[Note] = []
+    off: list[int] = []
     key = samples_key(latent["samples"], latent["samples"].dtype)
     for guided in features_of(model, GUIDANCE):
         run = guided.finished.get(key)
@@ -74,11 +76,12 @@ def report_of(model: Patcher, latent: dict) -> Report:
             for index, (term, decode) in enumerate(zip(guided.terms, guided.decoders, strict=True), len(names)):
                 said = (*_remarks(term, model), describe_seen(term, decode, model, frames))
                 remarks += [(index, text) for text in said if text]
+            off += [index for index, term in enumerate(guided.terms, len(names)) if not term.weight]
             names += [f"{len(names) + i}: {term.guider.name}" for i, term in enumerate(guided.terms, 1)]
     if not names:
         raise ValueError("this latent was not sampled with this guided model: connect the model that comes out of Apply "
                          "Guidance and the latent that a sampler made with it")
-    return Report(tuple(names), tuple(records), len(sigmas), tuple(notes), tuple(remarks))
+    return Report(tuple(names), tuple(records), len(sigmas), tuple(notes), tuple(remarks), tuple(off))
 
 
 def _remarks(term: GuidanceTerm, model: Patcher) -> list[str]:

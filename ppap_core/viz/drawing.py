@@ -1,4 +1,5 @@
 """Pictures drawn with Pillow, as image tensors (1, 3, H, W) in [-1, 1]. Sizes are (height, width) in pixels."""
+import math
 import textwrap
 from collections.abc import Sequence
 from functools import cache
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
 INK, PAPER, GRID, BAR = (40, 40, 46), (255, 255, 255), (225, 225, 230), (170, 200, 245)
+CAPTION = 40  # height in pixels of two lines below a picture
 
 
 @cache
@@ -74,17 +76,20 @@ def contact_sheet(rows: dict[str, Tensor], scale: int = 3, columns: int = 8, hea
     return from_pillow(picture)
 
 
-def captioned_row(pictures: "Sequence[tuple[str, Image]]", height: int) -> "Image":
-    """Pillow pictures beside each other, all of one height in pixels, each above its caption of up to two lines."""
+def captioned_tiles(pictures: "Sequence[tuple[str, Image]]", height: int) -> "Image":
+    """Pillow pictures in nearly as many rows as columns, each above its caption of up to two lines.
+
+    height: of each picture, in pixels.
+    """
     tiles = [picture.resize((max(1, round(picture.width * height / picture.height)), height)) for _, picture in pictures]
-    row, draw = new_canvas(height + 40, sum(tile.width for tile in tiles))
-    left = 0
-    for (caption, _), tile in zip(pictures, tiles, strict=True):
-        row.paste(tile, (left, 0))
-        lines = [fitting(line, tile.width - 8) for line in caption.splitlines()]
-        draw.multiline_text((left + 4, height + 3), "\n".join(lines), INK, font(13), spacing=3)
-        left += tile.width
-    return row
+    columns, width = math.ceil(len(tiles) ** 0.5), max(tile.width for tile in tiles)
+    canvas, draw = new_canvas(-(-len(tiles) // columns) * (height + CAPTION), columns * width)
+    for index, (caption, _) in enumerate(pictures):
+        left, top = index % columns * width, index // columns * (height + CAPTION)
+        canvas.paste(tiles[index], (left, top))
+        lines = [fitting(line, width - 8) for line in caption.splitlines()]
+        draw.multiline_text((left + 4, top + height + 3), "\n".join(lines), INK, font(13), spacing=3)
+    return canvas
 
 
 def fitting(text: str, width: int, size: int = 13) -> str:

@@ -1,5 +1,5 @@
 """Guidance in words."""
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .plots import Record
 
@@ -19,14 +19,15 @@ def summarize_guidance(names: Sequence[str], records: Sequence[Record], levels: 
                      for name, of_term, said in _by_term(names, records, notes))
 
 
-def guidance_warnings(names: Sequence[str], records: Sequence[Record], levels: int, notes: Sequence[Note] = ()) -> str:
+def guidance_warnings(names: Sequence[str], records: Sequence[Record], levels: int, notes: Sequence[Note] = (),
+                      off: Collection[int] = ()) -> str:
     """One line for each term that did nothing, or not in all steps in which it was at work; "" where all is well.
 
-    The arguments are those of `summarize_guidance`.
+    The other arguments are those of `summarize_guidance`. off: indices of terms that were switched off, which is no fault.
     """
     lines = []
-    for name, of_term, said in _by_term(names, records, notes):
-        idle = [] if of_term else [f"at work in none of {levels} steps"]
+    for index, (name, of_term, said) in enumerate(_by_term(names, records, notes)):
+        idle = [] if of_term or index in off else [f"at work in none of {levels} steps"]
         if warnings := [*idle, *_failures(of_term), *said]:
             lines.append(f"warning: {name}: {'; '.join(warnings)}")
     return "\n".join(lines) if levels else ""

@@ -1,10 +1,13 @@
 """What the guiders see is shown while a model is sampled, beside the preview that ComfyUI draws."""
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from helpers.comfy_server import Server
+from helpers.graphs import WORLD, node, sampling, weighing
 from helpers.worlds import PixelWorld
 from PIL import Image
 
@@ -38,7 +41,9 @@ def guided(comfy, pixels: PixelWorld, terms: tuple, live_preview: bool = True) -
 
 
 def tile(preview: Image.Image, index: int) -> Image.Image:
-    return preview.crop((index * SIDE, 0, (index + 1) * SIDE, SIDE))
+    """One of up to four pictures, which stand two by two."""
+    left, top = index % 2 * SIDE, index // 2 * (SIDE + CAPTION)
+    return preview.crop((left, top, left + SIDE, top + SIDE))
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
@@ -88,9 +93,24 @@ def test_all_guidance_of_a_model_is_shown_at_once(comfy, pixels: PixelWorld, sen
     [model] = comfy("PPAPApplyGuidance", model=model, terms=pixels.term(), max_rms=0.0)
     [model] = comfy("PPAPApplyGuidance", model=model, terms=pixels.term(), max_rms=0.0, live_preview=True)
     pixels.sample(model, steps=STEPS)
-    assert [preview.size for preview in sent] == [(3 * SIDE, SIDE + CAPTION)] * STEPS
+    assert [preview.size for preview in sent] == [(2 * SIDE, 2 * (SIDE + CAPTION))] * STEPS
     assert len({tile(preview, 1).tobytes() for preview in sent[-3:]}) == 1
     assert len({tile(preview, 2).tobytes() for preview in sent}) == STEPS
+
+
+def test_the_page_is_sent_the_pictures(server: Server):
+    """The last one whatever the time: two tiles, at the node that samples."""
+    graph = WORLD | {
+        "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),
+        "3": node("PPAPAimAtClass", guider=["2", 0], classes="star"),
+        "4": node("PPAPGuidanceTerm", **weighing(["3", 0])),
+        "5": node("PPAPGuidedKSampler", terms=["4", 0], max_rms=0.0, live_preview=True, **sampling()),
+        "6": node("PreviewAny", source=["5", 1])}
+    with server.listen() as until:
+        server.queue(graph)
+        received = [data for kind, data in until("execution_success") if kind == "preview" and data[:4] == b"\0\0\0\1"]
+    picture = Image.open(BytesIO(received[-1][8:]))  # behind the kinds of the message and of the picture
+    assert picture.size == (2 * SIDE, SIDE + CAPTION)
 
 
 def test_a_preview_is_drawn_a_few_times_in_a_second(comfy, pixels: PixelWorld, sent: list, live: Any,
@@ -103,7 +123,7 @@ def test_a_preview_is_drawn_a_few_times_in_a_second(comfy, pixels: PixelWorld, s
 @pytest.mark.parametrize("kind", ["experts", pytest.param("readout", marks=pytest.mark.wide)])
 def test_experts_are_named_in_the_caption(comfy, pixels: PixelWorld, live: Any, monkeypatch: pytest.MonkeyPatch, kind: str):
     captions: list[str] = []
-    monkeypatch.setattr(live, "captioned_row", lambda pictures, height: captions.append(pictures[1][0]) or pictures[0][1])
+    monkeypatch.setattr(live, "captioned_tiles", lambda pictures, height: captions.append(pictures[1][0]) or pictures[0][1])
     sight = comfy.pack.nodes.bridge.live_preview.LivePreview
     guider = experts(comfy, pixels) if kind == "experts" else readout(comfy, pixels)
     model = guided(comfy, pixels, pixels.term(guider, weight=0.3, strength="balanced"))
@@ -125,5 +145,5 @@ def readout(comfy, pixels: PixelWorld) -> Any:
 
 
 def test_nothing_is_drawn_where_previews_are_off(comfy, pixels: PixelWorld, live: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(live, "captioned_row", lambda *args: pytest.fail("drawn"))
+    monkeypatch.setattr(live, "captioned_tiles", lambda *args: pytest.fail("drawn"))
     pixels.sample(guided(comfy, pixels, pixels.term()), steps=2)

@@ -58,6 +58,13 @@ def test_guidance_that_works_warns_of_nothing(comfy, pixels: PixelWorld):
     assert sampled.ui is None and reported.ui is None and ";" not in summary
 
 
+def test_a_weight_of_0_is_no_fault_and_an_empty_mask_is_one(comfy, pixels: PixelWorld):
+    terms = pixels.term(mask=torch.zeros(1, 32, 32), terms=pixels.term(weight=0.0))
+    _, report = comfy("PPAPGuidedKSampler", model=pixels.model, terms=terms, max_rms=0.0, **pixels.settings(steps=2))
+    assert report.summary().count("at work in none of 2 steps") == 2
+    assert report.warnings() == "warning: 2: tinyworld/guider_class: at work in none of 2 steps"
+
+
 def test_fallbacks_and_failed_steps_are_counted(comfy, pixels: PixelWorld, monkeypatch: pytest.MonkeyPatch):
     """The tiny world itself cannot compute in float16; its guider is asked to."""
     monkeypatch.setattr(comfy.pack.nodes.bridge.guidance, "compute_type", lambda model: torch.float16)

@@ -13,7 +13,7 @@ from ppap_core.guiders.targets import image_target, map_target, number_target
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.guiders.visualize import visualize
 from ppap_core.viz.colors import color, depth_picture, label_picture, labels_of_picture
-from ppap_core.viz.drawing import bar_chart, contact_sheet, note_picture, save_picture
+from ppap_core.viz.drawing import bar_chart, contact_sheet, fitting, font, note_picture, save_picture
 from ppap_core.viz.intervals import HEAD, MARGIN, IntervalRow, interval_plot
 from ppap_core.viz.plots import Axes, guidance_plot, line_plot, loss_plot
 
@@ -221,3 +221,10 @@ def test_a_band_is_as_wide_as_the_steps_of_its_expert():
     at_rest, expert, plain, margin = (line[:, 12 + place] for place in (87, 261, 609, -6))
     assert [int((line == tint[:, None]).all(0).sum()) for tint in (expert, plain)] == pytest.approx([348, 174], abs=2)
     assert torch.equal(at_rest, margin) and len({tuple(tint.tolist()) for tint in (at_rest, expert, plain)}) == 3
+
+
+@pytest.mark.parametrize("text", ["short", "a/very/long/name-of-some-network.that_does_not_fit", "x" * 300])
+def test_a_text_is_shortened_in_its_middle(text: str):
+    shown = fitting(text, 120)
+    assert font(13).getlength(shown) <= 120 and shown[0] == text[0] and shown[-1] == text[-1]
+    assert (shown == text) == (text == "short") and fitting(text, 10_000) == text

@@ -6,12 +6,14 @@ import pytest
 import torch
 from helpers import SmallNet, fixed_weights, images, randn, says, small_guider
 
+from ppap_core.guidance.gradients import energy_gradient, slice_guider
 from ppap_core.guidance.terms import TermRecord
 from ppap_core.guiders.guider import IgnoreSigma, clean
 from ppap_core.guiders.rules import RULES, rule_guider
 from ppap_core.guiders.targets import image_target, map_target, number_target
 from ppap_core.guiders.tasks import TASKS
-from ppap_core.guiders.visualize import visualize
+from ppap_core.guiders.visualize import draw_output, visualize
+from ppap_core.guiders.watched import seen_by, watched
 from ppap_core.viz.colors import color, depth_picture, label_picture, labels_of_picture
 from ppap_core.viz.drawing import bar_chart, contact_sheet, fitting, font, note_picture, save_picture
 from ppap_core.viz.intervals import HEAD, MARGIN, IntervalRow, interval_plot
@@ -153,6 +155,21 @@ def test_what_any_guider_sees_is_one_picture_for_each_image(task, count):
     aimed, free = visualize(guider, image), visualize(replace(guider, target=None), image)
     assert is_batch(aimed, count) and is_batch(free, count)
     assert torch.equal(aimed, free) == (TASKS[task].preview is not None)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_watched_guider_is_drawn_without_being_asked_again(task):
+    """Not a bit of its energy and gradient changes, and its cut-outs are not what is drawn."""
+    whole, image, sigma = ask(small_guider(task)), images(), torch.full((3,), 0.5)
+    guider = replace(whole, cutouts=2 if TASKS[task].croppable else 0)
+    watching = watched(guider)
+    with says(ValueError, "has seen nothing yet", "watched"):
+        seen_by(watching)
+    for one, other in zip(energy_gradient(guider, image, sigma), energy_gradient(watching, image, sigma), strict=True):
+        assert torch.equal(one, other)
+    first = slice_guider(whole, slice(0, 1), 3)
+    drawn = draw_output(first, *seen_by(watching), lambda: first.energy(image[:1], sigma[:1]))
+    torch.testing.assert_close(drawn, visualize(whole, image)[:1], rtol=0, atol=0.02)
 
 
 def test_several_numbers_are_shown_under_their_names():

@@ -64,13 +64,12 @@ def previews_changed(change: Change) -> Iterator[None]:
 
     change: a preview -> the preview to send, or None to leave the one on the page as it is.
     """
-    bar = comfy.utils.ProgressBar
-    send = bar.update_absolute
-    bar.update_absolute = partialmethod(_send_changed, send, change)
+    send = comfy.utils.ProgressBar.update_absolute
+    comfy.utils.ProgressBar.update_absolute = partialmethod(_send_changed, send, change)
     try:
         yield
     finally:
-        bar.update_absolute = send
+        comfy.utils.ProgressBar.update_absolute = send
 
 
 def _send_changed(bar: Any, send: Any, change: Change, value: int, total: int | None = None,

@@ -27,6 +27,7 @@ from .io_types import GuiderType, ReportType, TermsType
 
 CATEGORY = "PPAP/guidance"
 BALANCED, RAW = "balanced", "raw"
+ANOTHER_SET = "Another set: a row of the grid."
 
 
 class PPAPGuidanceTerm(io.ComfyNode):
@@ -104,16 +105,18 @@ class PPAPCompareTerms(io.ComfyNode):
                     io.String.Input("factors", default="0, 0.5, 1, 2",
                                     tooltip="Each multiplies the weights of all terms, and is a column of the grid. 0 is no "
                                             "guidance. Neutral: 1, the weights as they are."),
-                    *(TermsType.Input(f"terms_{number}", optional=True, tooltip="Another set: a row of the grid.")
-                      for number in (2, 3, 4))],
+                    TermsType.Input("terms_2", optional=True, tooltip=ANOTHER_SET),
+                    TermsType.Input("terms_3", optional=True, tooltip=ANOTHER_SET),
+                    TermsType.Input("terms_4", optional=True, tooltip=ANOTHER_SET)],
             outputs=[TermsType.Output(display_name="terms", is_output_list=True,
                                       tooltip="For Guided KSampler or Apply Guidance, set after set, each at every factor."),
                      io.String.Output(display_name="row_labels", tooltip="The guiders of each set, for Image Grid."),
                      io.String.Output(display_name="column_labels", tooltip="The factors, for Image Grid.")])
 
     @classmethod
-    def execute(cls, terms, factors, **others):
-        return io.NodeOutput(*comparisons.compare_terms([terms, *filter(None, others.values())], factors))
+    def execute(cls, terms, factors, terms_2=(), terms_3=(), terms_4=()):
+        sets = [terms, *filter(None, (terms_2, terms_3, terms_4))]
+        return io.NodeOutput(*comparisons.compare_terms(sets, factors))
 
 
 class PPAPApplyGuidance(io.ComfyNode):

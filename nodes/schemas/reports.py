@@ -8,6 +8,7 @@ from .inputs import also_found_as, scheduler_input
 from .io_types import GuiderType, LossesType, ReportType, TermsType
 
 CATEGORY = "PPAP/reports"
+MORE_IMAGES = "More images, for the next cell."
 
 
 class PPAPPlotLosses(io.ComfyNode):
@@ -140,13 +141,20 @@ class PPAPImageGrid(io.ComfyNode):
                     io.String.Input("column_labels", default="", multiline=True,
                                     tooltip="A line for each column; there are as many columns as lines. Neutral: empty, "
                                             "one column."),
-                    *(io.Image.Input(f"images_{number}", optional=True, tooltip="More images, for the next cell.")
-                      for number in range(2, 9))],
+                    io.Image.Input("images_2", optional=True, tooltip=MORE_IMAGES),
+                    io.Image.Input("images_3", optional=True, tooltip=MORE_IMAGES),
+                    io.Image.Input("images_4", optional=True, tooltip=MORE_IMAGES),
+                    io.Image.Input("images_5", optional=True, tooltip=MORE_IMAGES),
+                    io.Image.Input("images_6", optional=True, tooltip=MORE_IMAGES),
+                    io.Image.Input("images_7", optional=True, tooltip=MORE_IMAGES),
+                    io.Image.Input("images_8", optional=True, tooltip=MORE_IMAGES)],
             outputs=[io.Image.Output(tooltip="The grid.")])
 
     @classmethod
-    def execute(cls, images, row_labels, column_labels, **others):
-        batches = [batch for several in (images, *others.values()) for batch in several or ()]
+    def execute(cls, images, row_labels, column_labels, images_2=(), images_3=(), images_4=(), images_5=(), images_6=(),
+                images_7=(), images_8=()):
+        lists = images, images_2, images_3, images_4, images_5, images_6, images_7, images_8
+        batches = [batch for several in lists for batch in several or ()]
         return io.NodeOutput(comparisons.grid_of(batches, "\n".join(row_labels), "\n".join(column_labels)))
 
 

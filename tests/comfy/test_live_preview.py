@@ -62,6 +62,23 @@ def test_each_step_shows_what_a_guider_sees_and_no_bit_changes(comfy, pixels: Pi
     assert len({tile(preview, 1).tobytes() for preview in previews}) == STEPS
 
 
+def test_progress_bars_are_left_as_they_were(comfy, pixels: PixelWorld, sent: list, monkeypatch: pytest.MonkeyPatch):
+    """Where a sampling ends well, and where Cancel ends it from inside the progress bar."""
+    from comfy import utils
+    from comfy.model_management import InterruptProcessingException as Interrupted
+
+    def cancel(value: int, total: int, preview: Any, node_id: str | None = None) -> None:
+        raise Interrupted
+
+    before, model = utils.ProgressBar.update_absolute, guided(comfy, pixels, pixels.term())
+    pixels.sample(model, steps=2)
+    assert utils.ProgressBar.update_absolute is before and len(sent) == 2
+    monkeypatch.setattr(utils, "PROGRESS_BAR_HOOK", cancel)
+    with pytest.raises(Interrupted):
+        pixels.sample(model, steps=2)
+    assert utils.ProgressBar.update_absolute is before
+
+
 GUIDERS = {
     "class": lambda comfy, pixels: pixels.guider,
     "depth": lambda comfy, pixels: like(comfy, pixels, comfy("PPAPLoadGuider", guider_name="tinyworld/depth")[0]),

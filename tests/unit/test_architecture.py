@@ -116,10 +116,11 @@ def test_wrappers_take_what_later_versions_add():
                 if not (function.args.vararg and function.args.kwarg)]
 
 
-def test_comfyui_is_patched_in_one_context_manager_alone():
-    """`StreamedWeights` puts back what it replaces, as tests/comfy/test_dynamic_vram.py shows."""
+def test_comfyui_is_patched_in_two_context_managers_alone():
+    """Both put back what they replace, as tests/comfy/test_dynamic_vram.py and test_live_preview.py show."""
     foreign = FOREIGN["ppap_core"] | {"execution", "latent_preview", "torch"}
     targets = {(str(file), ast.unparse(target)) for file in SHIPPED for target in parts(file, ast.Attribute)
                if isinstance(target.ctx, ast.Store) and ast.unparse(target).split(".")[0] in foreign}
-    assert targets == {("nodes/bridge/streaming.py", "comfy.ops.uncast_bias_weight")}
+    assert targets == {("nodes/bridge/streaming.py", "comfy.ops.uncast_bias_weight"),
+                       ("nodes/bridge/progress.py", "comfy.utils.ProgressBar.update_absolute")}
     assert not [*(ROOT / "web").rglob("*.js")], "a script on the page could change nodes of other packs"

@@ -15,6 +15,7 @@ from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ...ppap_core.experts.checkpoint import load_bank, save_bank
 from ...ppap_core.experts.distill import Distillation, DistillConfig
+from ...ppap_core.experts.estimate import Estimate, describe_seconds
 from ...ppap_core.experts.knowledge import KnowledgeTest, describe_knowledge, remember
 from ...ppap_core.experts.origin import Origin, describe_origin, remember_origin, shared_name
 from ...ppap_core.experts.readout import ReadoutNetwork, with_readout
@@ -26,7 +27,7 @@ from ...ppap_core.experts.states import distillation_digest, state_folder
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import LatentSpace, View
 from ...ppap_core.io.hashing import digest
-from ...ppap_core.rng import seeded_noise
+from ...ppap_core.rng import seeded, seeded_noise
 from ...ppap_core.schedules import ExpertSchedule, read_edges
 from . import latents, noise_levels, paths
 from .autograd import outside_inference_mode
@@ -37,9 +38,11 @@ from .frames import choose_frames, frames_to_keep, take_frames
 from .hooks import SAMPLES, Feature
 from .latents import Patcher
 from .memory import load_to_train, module_of
-from .progress import Progress
+from .progress import Progress, note
 from .sampler import SamplerSettings
 from .tensors import image_from_comfy
+
+PROMPT = 4  # key of the draw of a prompt among those of a seed
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class SampleGenerator(Feature):
 
     latent: an empty LATENT, whose batch is sampled at once. vae: decodes the samples; None for pixels. settings: of every
     image but its seed, since image i has seed + i; they are new images, whatever `denoise` says. Of videos, `kept` frames
-    each become images, and have the seed of the first of them.
+    each become images, and have the seed of the first of them. draws_prompts: whether each image has one of the positive
+    prompts, drawn by its seed, and not all of them.
     ValueError for a model that experts cannot be distilled for.
     """
 
@@ -64,8 +68,9 @@ class SampleGenerator(Feature):
     progress: Progress
     chosen: Tensor  # frames of the videos that are being sampled, (B, kept)
 
-    def __init__(self, model: Patcher, vae: comfy.sd.VAE | None, latent: dict, settings: SamplerSettings):
-        self.model, self.vae, self.settings = model, vae, settings
+    def __init__(self, model: Patcher, vae: comfy.sd.VAE | None, latent: dict, settings: SamplerSettings,
+                 draws_prompts: bool = False):
+        self.model, self.vae, self.settings, self.draws_prompts = model, vae, settings, draws_prompts
         self.space = space_to_distil(model, vae)
         empty = latents.resize_empty_latent(model, latent)
         self.shape, self.frames = tuple(empty.shape), latents.frame_count(empty)
@@ -84,9 +89,13 @@ class SampleGenerator(Feature):
         held_out = store.held_out if len(store) else store.hold_out()
         wanted = [(store, count)] if held_out is None else [(store, count), (held_out, held_out_count(count))]
         self.done = sum(len(part) for part, _ in wanted)
-        self.progress = Progress(sum(images for _, images in wanted) * self.settings.steps)
+        total = sum(images for _, images in wanted) * self.settings.steps
+        self.progress = Progress(total)
+        self.estimate = Estimate({"pass": total - self.done * self.settings.steps}, {"pass": 0.0})
         for part, images in wanted:
             part.fill(images, self.generate, on_wait=throw_exception_if_processing_interrupted)
+        if self.estimate.counts["pass"]:
+            note(f"{len(store)} images; {describe_seconds(self.estimate.spent())}")
         samples = Samples(store, self.space, origin_of(self.model))
         save_source(store, Source(samples.space, samples.origin))
         return samples
@@ -95,9 +104,11 @@ class SampleGenerator(Feature):
         """Return what the images are made from, as JSON values."""
         settings = self.settings
         of_videos = {"frames": self.kept} if self.frames > 1 else {}
+        prompts = {"prompts": "drawn"} if self.draws_prompts else {}
         return {**fingerprint_model(self.model, settings.positive, settings.negative), "vae": fingerprint_vae(self.vae),
                 "shape": list(self.shape), "cfg": settings.cfg, "steps": settings.steps, "sampler": settings.sampler_name,
-                "scheduler": settings.scheduler, "seed": settings.seed, **of_videos}
+                "scheduler": settings.scheduler, "seed": settings.seed, **of_videos,
+                **prompts}
 
     def on_sample(self, executor: Any, cfg_guider: Any, sigmas: Tensor, extra_args: dict, *args: Any,
                   **kwargs: Any) -> Tensor:
@@ -115,29 +126,44 @@ class SampleGenerator(Feature):
 
     def generate(self, seeds: list[int]) -> tuple[Tensor, Trajectories]:
         """Return the images of some seeds, (B, 3, H, W) in [-1, 1], and the steps that led to them."""
-        batch = self.shape[0] * self.kept
-        batches = [self._sample(seeds[i:i + batch]) for i in range(0, len(seeds), batch)]
+        batch, groups = self.shape[0] * self.kept, self._by_prompt(seeds)
+        batches = [self._sample([seeds[place] for place in places[i:i + batch]], positive)
+                   for positive, places in groups for i in range(0, len(places), batch)]
         samples, frames, trajectories = zip(*batches, strict=True)
         images = torch.cat([self._decode(*part) for part in zip(samples, frames, strict=True)])
-        return images, Trajectories(*map(torch.cat, zip(*trajectories, strict=True)))
+        order = torch.tensor([place for _, places in groups for place in places]).argsort()
+        return images[order], Trajectories(*(torch.cat(part)[order] for part in zip(*trajectories, strict=True)))
+
+    def _by_prompt(self, seeds: list[int]) -> list[tuple[list, list[int]]]:
+        """Return a conditioning for each prompt, with the places of the seeds whose images have it; a video has one."""
+        positive = self.settings.positive
+        if not self.draws_prompts:
+            return [(positive, list(range(len(seeds))))]
+        chosen = [int(torch.randint(len(positive), (1,), generator=seeded(seeds[place - place % self.kept], PROMPT)))
+                  for place in range(len(seeds))]
+        return [([prompt], places) for number, prompt in enumerate(positive)
+                if (places := [place for place, each in enumerate(chosen) if each == number])]
 
     def _decode(self, samples: Tensor, chosen: Tensor) -> Tensor:
         if self.vae is None:
             return take_frames(samples, chosen)
         return image_from_comfy(latents.decode_frames(self.vae, samples, chosen))
 
-    def _sample(self, seeds: list[int]) -> tuple[Tensor, Tensor, Trajectories]:
+    def _sample(self, seeds: list[int], positive: list) -> tuple[Tensor, Tensor, Trajectories]:
         """Sample the images of some seeds; returns what was sampled, the frames of it that are images, and the steps."""
         first_seeds = seeds[::self.kept]
         self.chosen = choose_frames(first_seeds, self.frames, self.kept)
         settings, noise = self.settings, seeded_noise(first_seeds, self.shape[1:])
+        negative = positive if settings.negative is settings.positive else settings.negative  # without, cfg has no effect
         samples = comfy.sample.sample(self.recording_model, noise, settings.steps, settings.cfg, settings.sampler_name,
-                                      settings.scheduler, settings.positive, settings.negative, torch.zeros_like(noise),
+                                      settings.scheduler, positive, negative, torch.zeros_like(noise),
                                       seed=seeds[0], disable_pbar=True, callback=partial(self._on_step, len(seeds)))
         self.done += len(seeds)
         return samples, self.chosen, self.recorder.trajectories(seeds)
 
     def _on_step(self, batch: int, step: int, denoised: Tensor, *unused: Any) -> None:
+        self.estimate.done("pass", batch)
+        note(f"about {describe_seconds(self.estimate.remaining())} left")
         self.progress(self.done * self.settings.steps + (step + 1) * batch, latents.preview(self.model, denoised[:1]))
 
 

@@ -43,7 +43,11 @@ class PPAPGenerateSamples(io.ComfyNode):
                                           tooltip="What the model should avoid. Without it, cfg has no effect."),
                     io.Vae.Input("vae", optional=True,
                                  tooltip="The model's VAE, for a latent model: the plain guider looks at the decoded "
-                                         "image.")],
+                                         "image."),
+                    io.Boolean.Input("draw_prompts", default=False, optional=True,
+                                     tooltip="Makes each image with one of the positive prompts, drawn by its seed, where "
+                                             "several come together from Conditioning (Combine). Neutral: off, each image "
+                                             "is made with all of them.", **folded())],
             outputs=[SamplesType.Output(display_name="samples",
                                         tooltip="The images and the steps that led to them, for Distill Experts."),
                      io.Image.Output(tooltip=f"The first {PREVIEW_COUNT} of them.")])
@@ -54,9 +58,9 @@ class PPAPGenerateSamples(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent_image, name, count, steps, cfg, sampler_name, scheduler, seed, negative=None,
-                vae=None):
+                vae=None, draw_prompts=False):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative or positive)
-        samples = SampleGenerator(model, vae, latent_image, settings).fill(name, count)
+        samples = SampleGenerator(model, vae, latent_image, settings, draw_prompts).fill(name, count)
         return io.NodeOutput(samples, tensors.image_to_comfy(samples.store.images_at(range(PREVIEW_COUNT))))
 
 

@@ -88,6 +88,20 @@ def test_a_sampler_that_asks_twice_a_step_is_heard_both_times(pixels: PixelWorld
     assert not torch.equal(second, third) and not torch.equal(first, second)
 
 
+def test_each_image_has_a_prompt_of_its_own(latents: LatentWorld):
+    """Drawn by its seed: the image is that of the prompt alone, and its trajectory stands beside it."""
+    prompts = [latents.nothing, latents.star]
+    alone = [latents.samples("flow", f"prompt {index}", positive=each).store for index, each in enumerate(prompts)]
+    drawn = latents.samples("flow", "drawn", positive=[*latents.nothing, *latents.star], draw_prompts=True).store
+    distances = torch.stack([(drawn.denoised - each.denoised).float().square().flatten(1).mean(1) for each in alone])
+    chosen = distances.argmin(0)
+    assert 16 < int(chosen.sum()) < 48 and distances.amin(0).max() < 1e-4 < distances.amax(0).min()
+    for index, each in enumerate(alone):
+        rows = chosen == index
+        torch.testing.assert_close(drawn.images[rows].int(), each.images[rows].int(), atol=2, rtol=0)
+    assert drawn.manifest["prompts"] == "drawn" and "prompts" not in alone[0].manifest
+
+
 @pytest.mark.parametrize("view", ["noisy", "denoised"])
 def test_distillation_never_asks_the_diffusion_model(comfy, pixels: PixelWorld, latents: LatentWorld, view: str):
     settings = {"view": view, "experts": 2, "sigma_min": 0.0, "sigma_max": 0.0, "steps": 3, "batch_size": 4,
@@ -116,7 +130,7 @@ def test_experts_span_the_samples_without_pure_noise(comfy, pixels: PixelWorld, 
     assert [sum(low < level < high for level in levels[1:-1]) for low, high in pairwise(edges)] == [0, 1, 1], "equal shares"
     assert schedule_for(samples, 1, 0.5, 0.0).edges == (0.5, highest)
     assert schedule_for(samples, 1, 0.0, 7.0).edges == (lowest, 7.0)
-    assert schedule_for(samples, 9, 0.0, 0.0, " 2,3.5 ").edges == (lowest, 2.0, 3.5, highest)
+    assert schedule_for(samples, 9, 0.0, 0.0, " 2,30.5 ").edges == (lowest, 2.0, 30.5, highest)
     flow = comfy("PPAPGenerateSamples", name="reach flow", count=64, steps=4, cfg=1.0, sampler_name="euler", seed=0,
                  scheduler="simple", model=latents.model("flow"), positive=latents.nothing, vae=latents.vae,
                  latent_image={"samples": torch.zeros(32, 16, HEIGHT, WIDTH)})[0]

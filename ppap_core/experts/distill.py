@@ -119,7 +119,8 @@ class _Lesson:
             self.answers = TeacherAnswers(self.guider, self.store)
         with torch.inference_mode(False), self.bank.trainable(self.index) as parameters:
             if config.patience:
-                plateau = Plateau(PlateauRule(config.steps, CHECK_EVERY, config.patience), config.lr, self.check())
+                plateau = Plateau(PlateauRule(config.steps, CHECK_EVERY, config.patience), config.lr,
+                                  partial(options.team.of_first, self.check()))
                 rate, options = AdamW(plateau.rate), plateau.added_to(options)
             weights: dict[str, Tensor] = dict(zip(self.bank.weights(self.index), parameters, strict=True))
             return optimize(weights, partial(self.mean_loss, options.team), config.steps, rate,

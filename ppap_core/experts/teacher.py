@@ -58,20 +58,24 @@ class TeacherAnswers:
         A folder that cannot be written is told in the log, and nothing is kept.
         """
         try:
-            for index in self._missing():
-                self._make(index)
-                if on_shard:
-                    on_shard()
+            for seconds in (0.0, WAITING):  # first those that no other process computes
+                for index in self._missing():
+                    if self._make(index, seconds) and on_shard:
+                        on_shard()
         except OSError as error:
             log.warning("%s The answers of %s are computed in each step.", error, self.guider.name)
             self.is_kept = False
 
-    def _make(self, index: int) -> None:
-        with claim(self.shards.file(index), WAITING):
+    def _make(self, index: int, seconds: float) -> bool:
+        """Compute a file, unless another process does so now, for longer than some seconds; returns whether it is there."""
+        with claim(self.shards.file(index), seconds) as is_ours:
+            if not is_ours and not seconds:
+                return False
             if self.shards.describe_damage(index):
                 rows = torch.arange(index * SHARD_SIZE, (index + 1) * SHARD_SIZE)
                 parts = [answer(self.guider, self.store.images_at(part)).cpu() for part in rows.split(BATCH)]
                 self.shards.write(index, {FOLDER: torch.cat(parts)})
+        return True
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Outputs for some images, (n, ...), on the device of the network. rows: their numbers, (n,) long."""

@@ -1,5 +1,5 @@
 """Processes that train one thing together: each takes a part of every batch, and their gradients are summed."""
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,14 @@ class Team:
             raise ValueError(f"{self.size} processes train together, and are at other steps than {step}: expected a folder "
                              "for states that all of them read")
         return total / count.detach()
+
+    def of_first(self, measure: Callable[[], float]) -> float:
+        """A number that the first process measures, for all of them: rounding may differ, and what follows must not."""
+        if self.size == 1:
+            return measure()
+        value = torch.tensor([measure() if self.is_first else 0.0], dtype=torch.float64)
+        dist.broadcast(value, dist.get_global_rank(self.group, 0), self.group)
+        return value.item()
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum the gradients of parameters over the processes, in place."""

@@ -30,7 +30,7 @@ def noise(seeds: list[int]) -> tuple[torch.Tensor, Trajectories]:
 
 
 def images_per_second(crew: Crew, steps: int) -> tuple[float, float]:
-    """Train five experts for some steps each, after a few that are not counted; by the clock, and by the processor's time."""
+    """Train five experts for some steps each, after a few that are not counted; by the clock, and by the processor."""
     guider, warm_up = load_guider("class"), DistillConfig(3, BATCH)
     with TemporaryDirectory() as folder:
         store = SampleStore(Path(folder), {"seed": 0})

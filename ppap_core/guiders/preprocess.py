@@ -105,6 +105,7 @@ def _with_mirrored_border(image: Tensor) -> Tensor:
 
 
 NO_LIMIT = 10**6  # an edge that no image reaches
+LARGEST = 1e6     # number to normalize by
 MAX_EDGE = 4096   # pixels of what a network reads: beyond all that there are
 
 OF_ANOTHER_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
@@ -113,7 +114,9 @@ OF_ANOTHER_KIND = (TypeError, KeyError, AttributeError, IndexError, ArithmeticEr
 
 def require_sound(preprocess: Preprocess, file: str) -> Preprocess:
     """The preprocessing, if what it asks for can be done. ValueError naming the file that it was read from."""
-    if not (all(map(is_number, (*preprocess.mean, *preprocess.std, *preprocess.fill))) and all(preprocess.std)
+    numbers = *preprocess.mean, *preprocess.std, *preprocess.fill
+    if not (all(is_number(value) and abs(value) <= LARGEST for value in numbers)
+            and all(abs(value) >= 1 / LARGEST for value in preprocess.std)
             and is_number(preprocess.multiple) and 1e-4 <= preprocess.multiple <= MAX_EDGE
             and is_whole(preprocess.pad_multiple, 1, MAX_EDGE) and _has_sound_size(preprocess)):
         raise ValueError(f"{file} makes of images {shown(preprocess.to_dict())}: expected sides from 1 to {MAX_EDGE}, and "

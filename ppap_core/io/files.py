@@ -150,8 +150,8 @@ def _opened(path: Path | str) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise DamagedFileError(f"{path.name} cannot be read ({error}): expected a whole safetensors file; copy or make it "
-                               "again.") from error
+        raise DamagedFileError(f"{path.name} cannot be read ({bare(str(error))}): expected a whole safetensors file; "
+                               "copy or make it again.") from error
 
 
 def write_json(path: Path | str, value: object) -> None:

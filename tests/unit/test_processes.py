@@ -133,7 +133,8 @@ def launched(launcher: str, processes: int, store: SampleStore, out: Path, *more
 
 @pytest.mark.wide
 @pytest.mark.parametrize("launcher, processes, more", [
-    ("torchrun", 2, []), ("accelerate", 2, []), ("torchrun", 5, []), ("torchrun", 2, ["--view", "noisy"])], ids=range(4))
+    ("torchrun", 2, []), ("accelerate", 2, []), ("torchrun", 5, []), ("torchrun", 2, ["--view", "noisy"]),
+    ("torchrun", 2, ["--preset", "as set, fast"])], ids=range(5))
 def test_processes_end_as_a_single_one(store: SampleStore, tmp_path: Path, launcher: str, processes: int, more: list):
     """Experts of a process alone are the same to the bit, and shared ones but for rounding."""
     alone, together = tmp_path / "alone.safetensors", tmp_path / "together.safetensors"
@@ -147,7 +148,8 @@ def test_processes_end_as_a_single_one(store: SampleStore, tmp_path: Path, launc
     shared = {expert for expert, ranks in assign(3, processes, 9, "noisy" in more) if len(ranks) > 1}
     for name, tensor in expected.items():
         expert = int(name.partition(".")[0].removeprefix("expert_"))
-        assert torch.equal(found[name], tensor) if expert not in shared else torch.allclose(found[name], tensor, atol=2e-4)
+        distance = float((found[name] - tensor).norm() / tensor.norm())
+        assert distance < 0.02 if expert in shared else distance == 0, name
 
 
 @pytest.mark.wide

@@ -63,8 +63,8 @@ def weight_names(name: str, names: Collection[str], weight_map: Mapping[str, str
     if len(tensors) == 1 and not re.fullmatch(SHARD, tensors[0]):
         return tensors
     if tensors:
-        raise FileNotFoundError(f"{name} has no {WHOLE}, but {', '.join(tensors[:3])}, and no {INDEX} that says how "
-                                "they belong together: expected one file of weights, or the index; copy it from the "
+        raise FileNotFoundError(f"{name} has no {WHOLE}, but {', '.join(map(bare, tensors[:3]))}, and no {INDEX} that says "
+                                "how they belong together: expected one file of weights, or the index; copy it from the "
                                 "network's own page")
     return _all_there(name, [WHOLE], names)
 
@@ -72,9 +72,9 @@ def weight_names(name: str, names: Collection[str], weight_map: Mapping[str, str
 def _all_there(name: str, files: list[str], names: Collection[str]) -> list[str]:
     for file in files:
         if file not in names:
-            pickle = next((f", only {other}, a pickle, which can hold code" for other in sorted(names)
+            pickle = next((f", only {bare(other)}, a pickle, which can hold code" for other in sorted(names)
                            if other.endswith(PICKLES)), "")
-            raise FileNotFoundError(f"{name} has no weights in safetensors under the name {file}{pickle}"
+            raise FileNotFoundError(f"{name} has no weights in safetensors under the name {bare(file)}{pickle}"
                                     f"{_other_kind(names)}: copy them from the network's own page, or choose another "
                                     "network, or a copy of this one that has them")
     return files

@@ -191,6 +191,9 @@ def linear_head(file: Path) -> nn.Sequential:
     """
     tensors, _ = read_safetensors(file)
     names = sorted((name for name in tensors if name.endswith("weight")), key=_numeric_key)
+    if wrong := [name for name in names if not _is_linear(tensors, name)]:
+        raise ValueError(f"{file.parent.name}/{file.name} has the weight {bare(wrong[0])} of shape "
+                         f"{tuple(tensors[wrong[0]].shape)}: expected matrices of linear layers, with a bias for each row")
     layers = [_linear(tensors, name) for name in names]
     sizes = [(layer.in_features, layer.out_features) for layer in layers]
     if not sizes or sizes[-1][1] != 1 or any(a[1] != b[0] for a, b in pairwise(sizes)):
@@ -203,9 +206,18 @@ def _numeric_key(name: str) -> list[int | str]:
     return [int(part) if part.isdecimal() else part for part in name.removesuffix(".weight").split(".")]
 
 
+def _bias_of(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
+
+
+def _is_linear(tensors: Mapping[str, Tensor], name: str) -> bool:
+    weight = tensors[name]
+    return weight.ndim == 2 and weight.numel() > 0 and tensors.get(_bias_of(name), weight[:, 0]).shape == weight.shape[:1]
+
+
 def _linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear:
     weight = tensors[name].float()
-    bias = tensors.get(name.removesuffix("weight") + "bias", torch.zeros(len(weight)))
+    bias = tensors.get(_bias_of(name), torch.zeros(len(weight)))
     layer = nn.Linear(weight.shape[-1], weight.shape[0])
     layer.load_state_dict({"weight": weight, "bias": bias.float()})
     return layer

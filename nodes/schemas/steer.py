@@ -79,7 +79,7 @@ class PPAPSteer(io.ComfyNode):
             description="Steers a model towards one thing: colours, light, symmetry, seamless tiling, the layout or depth "
                         "of an image, a class, a text. Put it before any sampler; several in a row steer together.",
             **also_found_as("color match", "palette", "recolor", "color grading", "seamless texture", "tileable", "mirror",
-                            "depth control", "classifier guidance", "CLIP guidance", "simple guidance", "easy", "simple"),
+                            "depth control", "classifier guidance", "CLIP guidance", "simple guidance", "easy"),
             inputs=[model_input(),
                     io.Combo.Input("strength", options=list(steer.STRENGTHS), default="medium",
                                    tooltip="How strongly it steers: soft nudges, medium steers, strong forces."),

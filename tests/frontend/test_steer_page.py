@@ -40,8 +40,7 @@ def test_a_blueprint_is_found_and_becomes_a_node(front: FrontEnd, name: str, kin
     with front.search() as search:
         assert search.names(name)[0] == name
         search.field.press("Enter")
-        front.page.wait_for_function("() => app.graph.nodes.length == 1")
-        front.page.mouse.click(600, 400)
+        front.put_down()
     queued = front.page.evaluate("async () => (await app.graphToPrompt()).output")
     assert {"PPAPApplyGuidance", "PPAPGuidanceTerm", kind} <= {each["class_type"] for each in queued.values()}
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 PATIENCE = 600  # seconds for what is queued: the browser draws beside it on the same processors
 SMALL, LARGE = {"width": 1400, "height": 900}, {"width": 2800, "height": 1800}  # of the page, in pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-READY = "() => window.app?.extensionManager && window.app.graph && document.querySelector('#graph-canvas')"
+READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow && window.app.graph
+    && document.querySelector('#graph-canvas')"""  # what was open before is loaded last
+# The page fades its curtain out when it is ready; where little is drawn, this never ends, and no click gets through.
+LIFT_CURTAIN = "() => document.querySelectorAll('.p-blockui-mask').forEach(each => each.remove())"
+FOLLOWS_THE_MOUSE = "() => app.canvas.state.ghostNodeId != null"
+ATTEMPTS = 10  # at what a busy page may not have been ready for
 DROP = """([name, text]) => {
     const dataTransfer = new DataTransfer();
     dataTransfer.items.add(new File([text], name, {type: "application/json"}));
@@ -65,6 +70,8 @@ class FrontEnd:
             self.server.post(f"/settings/{name.replace('_', '.')}", value)
         self.page.goto(self.server.url)
         self.page.wait_for_function(READY)
+        self.page.wait_for_timeout(1000)
+        self.page.evaluate(LIFT_CURTAIN)
 
     def drop(self, name: str, workflow: dict) -> None:
         """Drag a workflow file, of the page or of the API, onto the canvas, and wait until all its nodes are there."""
@@ -135,6 +142,15 @@ class FrontEnd:
         self.page.mouse.dblclick(500, 560)
         yield Search(self.page)
         self.page.keyboard.press("Escape")
+
+    def put_down(self) -> None:
+        """Click where the node shall stand that was found, and follows the mouse."""
+        self.page.wait_for_function("() => app.graph.nodes.length == 1")
+        for _ in range(ATTEMPTS):
+            self.page.mouse.click(600, 400)
+            self.page.wait_for_timeout(500)
+            if not self.page.evaluate(FOLLOWS_THE_MOUSE):
+                break
 
 
 class Search:

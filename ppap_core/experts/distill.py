@@ -27,7 +27,7 @@ from .check import AgreementCheck
 from .fast import fast_output
 from .processes import SINGLE, Crew, assign
 from .samples import BatchSpec, Pairs, SampleStore, draw_steps, inputs_at, trajectory_pairs
-from .teacher import TeacherAnswers, answer
+from .teacher import TeacherAnswers, answer, kept_answers
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class _Lesson:
         config, rate = self.config, AdamW(partial(cosine, self.config.lr, self.config.steps))
         options = options.identified(_run_id(self.guider, self.bank, self.index, self.store, config))
         if config.fast and self.answers is None:
-            self.answers = TeacherAnswers(self.guider, self.store)
+            self.answers = kept_answers(self.guider, self.store)
         with torch.inference_mode(False), self.bank.trainable(self.index) as parameters:
             if config.patience:
                 plateau = Plateau(PlateauRule(config.steps, CHECK_EVERY, config.patience), config.lr,
@@ -220,9 +220,7 @@ class Distillation:
     def answers(self, watch: Watch) -> TeacherAnswers:
         """The teacher's answers for all images, made where they are not there yet."""
         with torch.inference_mode(False):
-            answers = TeacherAnswers(self.guider, self.store)
-            answers.fill(watch.on_answers)
-        return answers
+            return kept_answers(self.guider, self.store, watch.on_answers)
 
     def seconds_of_step(self, tick: Callable[[], None]) -> float:
         """Seconds of a training step here and now: the median of a few at a learning rate of zero, which change nothing.

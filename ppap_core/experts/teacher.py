@@ -82,3 +82,10 @@ class TeacherAnswers:
         if not self.is_kept:
             return answer(self.guider, self.store.images_at(rows))
         return self.shards.read(FOLDER, rows).to(next(base_network(self.guider).parameters()).device)
+
+
+def kept_answers(guider: Guider, store: SampleStore, on_shard: Callable[[], None] | None = None) -> TeacherAnswers:
+    """A guider's answers for a store, computed where they are missing. on_shard: called after each; may raise to stop."""
+    answers = TeacherAnswers(guider, store)
+    answers.fill(on_shard)
+    return answers

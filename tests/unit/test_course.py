@@ -10,7 +10,7 @@ from helpers import disturb, images, made_up_trajectories, randn, same, says, sm
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.check import AgreementCheck
-from ppap_core.experts.distill import Distillation, DistillConfig, Watch, distill
+from ppap_core.experts.distill import Distillation, DistillConfig, Watch, distill, distill_expert
 from ppap_core.experts.estimate import Estimate, estimate_distillation
 from ppap_core.experts.knowledge import KnowledgeTest
 from ppap_core.experts.presets import AS_SET, PRESETS, with_preset
@@ -165,7 +165,9 @@ def test_the_teacher_answers_once_for_each_image(store, monkeypatch):
 def test_a_fast_training_resumes_to_the_bit(store, tmp_path):
     guider = small_guider()
     straight, again = make_bank(guider), make_bank(guider)
+    alone = distill_expert(guider, make_bank(guider), 0, store, FAST)
     losses = distill(guider, straight, store, FAST)
+    assert alone == losses[0]
     with pytest.raises(Stop):
         distill(guider, make_bank(guider), store, FAST, tmp_path / "states", stop_at(4))
     assert distill(guider, again, SampleStore(store.folder, store.manifest), FAST, tmp_path / "states") == losses

@@ -2,7 +2,8 @@
 from reprlib import Repr
 from typing import TypeGuard
 
-MAX_NAME = 500  # characters
+MAX_NAME = 500   # characters
+MAX_SHOWN = 400  # characters of a value in a sentence
 
 _short = Repr()
 _short.maxstring = _short.maxother = 200
@@ -12,7 +13,8 @@ _short.maxlong = 30
 
 def shown(value: object) -> str:
     """A value as Python writes it, but short and one line, whatever it is."""
-    return _short.repr(value)
+    text = _short.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 4:]}"
 
 
 def bare(text: str) -> str:

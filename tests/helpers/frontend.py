@@ -139,8 +139,12 @@ class FrontEnd:
     def search(self) -> Iterator["Search"]:
         """Double-click on the empty canvas and search for nodes."""
         self.clear()
-        self.page.mouse.dblclick(500, 560)
-        yield Search(self.page)
+        search = Search(self.page)
+        for _ in range(ATTEMPTS):
+            self.page.mouse.dblclick(500, 560)
+            if search.opens():
+                break
+        yield search
         self.page.keyboard.press("Escape")
 
     def put_down(self) -> None:
@@ -154,11 +158,18 @@ class FrontEnd:
 
 
 class Search:
-    """The open node search."""
+    """The node search."""
 
     def __init__(self, page: "Page"):
         self.page, self.field = page, page.get_by_role("combobox").and_(page.locator("[aria-controls=results-list]"))
-        self.field.wait_for()
+
+    def opens(self) -> bool:
+        """Whether it is open within 20 seconds."""
+        for _ in range(40):
+            if self.field.is_visible():
+                return True
+            self.page.wait_for_timeout(500)
+        return False
 
     def names(self, phrase: str) -> list[str]:
         """The display names of the nodes that are found, best first."""

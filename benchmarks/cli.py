@@ -10,6 +10,7 @@ from torch import Tensor
 from ppap_core.viz.drawing import save_picture
 
 from . import (
+    baking,
     face_sheet,
     faces,
     few_steps,
@@ -38,6 +39,8 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
+    "baking": Benchmark(lambda folder, report, only: baking.baking_bench(
+        baking.BakingBench(), folder / "baking", report, only), baking.table),
     "faces": Benchmark(lambda folder, report, only: faces.face_bench(faces.FaceBench(), folder / "faces", report, only),
                        faces.table, faces.plot, partial(face_sheet.face_sheet, faces.FaceBench())),
     "fewsteps": Benchmark(lambda folder, report, only: few_steps.few_step_bench(

@@ -61,6 +61,11 @@ def to_vp(x: Tensor, sigma: Tensor) -> Tensor:
     return x / (1 + expand(sigma, x) ** 2).sqrt()
 
 
+def from_vp(x: Tensor, sigma: Tensor) -> Tensor:
+    """Undo `to_vp`: the VE state (B, C, H, W) at sigma (B,) of one on the variance-preserving scale."""
+    return x * (1 + expand(sigma, x) ** 2).sqrt()
+
+
 def flow_to_ve(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """VE state and noise level of a rectified-flow state x = (1 - t) image + t noise: x / (1 - t), sigma = t / (1 - t).
 

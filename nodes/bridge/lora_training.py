@@ -1,6 +1,7 @@
 """Fine-tuning of a MODEL by a LoRA, in the place of a sampler: ComfyUI loads the model and prepares its conditioning."""
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import comfy.samplers
 import comfy.sd
@@ -25,7 +26,39 @@ from .progress import LossProgress
 from .sampler import new_cfg_guider, run_inside_sampler
 from .shared_weights import uncompiled, without_layers
 
+Result = TypeVar("Result")
 CHECKPOINT_FRACTIONS = (16, 4)  # early states are saved after a sixteenth and a quarter of the steps
+
+
+class Trainee(NamedTuple):
+    """A MODEL that is loaded to be trained."""
+
+    net: torch.nn.Module
+    sampling: Any
+    denoise: Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> prediction, in ComfyUI's own noise levels
+    gradient_pass: GradientPass
+    device: torch.device
+
+
+def train_inside_sampler(model: Patcher, positive: list, shape: tuple[int, ...], seed: int,
+                         train: Callable[[Trainee], Result]) -> Result:
+    """Return the result of `train`, with a MODEL loaded and made differentiable. shape: of what it is given at once."""
+    trained = for_gradients(model)
+    memory = GradientMemory([], through_model=True, key=LORA)
+    attach(trained, LORA, Hooks({WrappersMP.PREPARE_SAMPLING: memory.reserve}))
+    cfg_guider = new_cfg_guider(trained, positive, positive, 1.0)
+    return run_inside_sampler(cfg_guider, shape, seed, partial(_train_loaded, cfg_guider, train))
+
+
+def _train_loaded(cfg_guider: comfy.samplers.CFGGuider, train: Callable[[Trainee], Result], denoise: Any, noise: Tensor,
+                  extra_args: dict) -> Result:
+    make_differentiable(cfg_guider, extra_args)
+    inner = cfg_guider.inner_model
+    memory = Memory(inner.diffusion_model, extra_args["model_options"])
+    denoise = partial(memory.apart, partial(denoise, **extra_args))
+    with outside_inference_mode(), uncompiled():
+        return train(Trainee(inner.diffusion_model, inner.model_sampling, denoise, GradientPass(*networks_of(cfg_guider)),
+                             noise.device))
 
 
 class LoraTraining:
@@ -48,28 +81,17 @@ class LoraTraining:
 
     def run(self) -> tuple[Patcher, list[float]]:
         """Train and save the LoRA; returns the MODEL with it, and the loss of every step."""
-        trained = for_gradients(self.model)
-        memory = GradientMemory([], through_model=True, key=LORA)
-        attach(trained, LORA, Hooks({WrappersMP.PREPARE_SAMPLING: memory.reserve}))
-        cfg_guider = new_cfg_guider(trained, self.positive, self.positive, 1.0)
         shape = (self.config.batch, *self.images.shape[1:])
-        adapters, losses = run_inside_sampler(cfg_guider, shape, self.config.seed, partial(self._train, cfg_guider))
+        adapters, losses = train_inside_sampler(self.model, self.positive, shape, self.config.seed, self._train)
         lora = as_lora(adapters, DIFFUSION_MODEL_PREFIX)
         for file_name, tensors in {self.name: lora, **self.unsaved}.items():
             save_lora(file_name, tensors)
-        with without_layers(self.model):
-            return comfy.sd.load_lora_for_models(self.model, None, lora, 1.0, 0.0)[0], losses
+        return with_lora(self.model, lora), losses
 
-    def _train(self, cfg_guider: comfy.samplers.CFGGuider, denoise: Any, noise: Tensor,
-               extra_args: dict) -> tuple[dict[str, LoraUpdate], list[float]]:
-        make_differentiable(cfg_guider, extra_args)
-        net = cfg_guider.inner_model.diffusion_model
-        memory = Memory(net, extra_args["model_options"])
-        denoise = partial(memory.apart, partial(denoise, **extra_args))
-        predict = partial(predict_noised, cfg_guider.inner_model.model_sampling, denoise)
-        with outside_inference_mode(), uncompiled():
-            return fine_tune(net, predict, self.images.to(noise), self.config, latents.sigma_data_of(self.model),
-                             self._run_options(GradientPass(*networks_of(cfg_guider))))
+    def _train(self, trainee: Trainee) -> tuple[dict[str, LoraUpdate], list[float]]:
+        predict = partial(predict_noised, trainee.sampling, trainee.denoise)
+        return fine_tune(trainee.net, predict, self.images.to(trainee.device), self.config,
+                         latents.sigma_data_of(self.model), self._run_options(trainee.gradient_pass))
 
     def _run_options(self, gradient_pass: GradientPass) -> RunOptions:
         run_id = {**fingerprint_model(self.model, self.positive), "data": digest(self.images)}
@@ -104,6 +126,12 @@ def predict_noised(sampling: Any, denoise: Any, images: Tensor, noise: Tensor, s
     sigma = torch.tensor(levels, device=images.device)
     noised = sampling.noise_scaling(sigma.reshape(-1, *(1,) * (images.ndim - 1)), noise, images)
     return denoise(noised, sigma), noise_levels.to_ve(sampling, images, sigma)[1]
+
+
+def with_lora(model: Patcher, lora: dict[str, Tensor]) -> Patcher:
+    """Clone a MODEL with a LoRA at full strength."""
+    with without_layers(model):
+        return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 
 def save_lora(name: str, lora: dict[str, Tensor]) -> None:

@@ -52,33 +52,49 @@ def fine_tune(net: nn.Module, predict: Predict, images: Tensor, config: FineTune
               options: RunOptions = RunOptions()) -> tuple[dict[str, LoraUpdate], list[float]]:
     """Train low-rank updates of a network on images and return them with the loss of every step.
 
-    The loss is EDM's (Karras et al. 2022, eq. 8): that of noise prediction at low noise, of velocity at high noise.
-
     net: the network inside `predict`; its weights stay as they are. images: (n, C, H, W). sigma_data: their std.
     options: run_id is completed by the settings and the shape of the images; on_step gets the updates by layer.
     ValueError if the network has no layer that could be updated.
     """
     with torch.inference_mode(False):
-        updates = initial_updates(net, config.rank, config.seed, images.device)
         images = images.clone()
-        adapters = {name: [update] for name, update in updates.items()}
 
-        def loss(step: int) -> Tensor:
-            generator = seeded(config.seed, step, 1)
-            chosen = images[torch.randint(len(images), (config.batch,), generator=generator)]
-            noise = torch.randn(chosen.shape, generator=generator).to(chosen)
-            share = torch.rand(config.batch, generator=generator)
-            with with_adapters(net, adapters):
-                denoised, sigma = predict(chosen, noise, share)
-            weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-            return (expand(weight, chosen) * (denoised - chosen).square()).mean()
+    def loss(step: int) -> Tensor:
+        generator = seeded(config.seed, step, 1)
+        chosen = images[torch.randint(len(images), (config.batch,), generator=generator)]
+        noise = torch.randn(chosen.shape, generator=generator).to(chosen)
+        denoised, sigma = predict(chosen, noise, torch.rand(config.batch, generator=generator))
+        return denoising_loss(denoised, chosen, sigma, sigma_data)
 
-        parameters = {f"{name}.{part}": getattr(update, part) for name, update in updates.items() for part in ("up", "down")}
-        options = options.identified({"config": dict(vars(config)), "images": list(images.shape)}).reporting(updates)
-        losses = optimize(parameters, loss, config.steps, config.lr, "the fine-tuning", options)
+    return train_updates(net, loss, config, images.device, "the fine-tuning",
+                         options.identified({"config": dict(vars(config)), "images": list(images.shape)}))
+
+
+def train_updates(net: nn.Module, loss: Callable[[int], Tensor], config: FineTune, device: torch.device, name: str,
+                  options: RunOptions) -> tuple[dict[str, LoraUpdate], list[float]]:
+    """Train low-rank updates of a network by loss(step) and return them with the loss of every step.
+
+    device: where the network computes. name: of the training, for error messages. options: on_step gets the updates.
+    ValueError if the network has no layer that could be updated.
+    """
+    with torch.inference_mode(False):
+        updates = initial_updates(net, config.rank, config.seed, device)
+        parameters = {f"{layer}.{part}": getattr(update, part)
+                      for layer, update in updates.items() for part in ("up", "down")}
+        with with_adapters(net, {layer: [update] for layer, update in updates.items()}):
+            losses = optimize(parameters, loss, config.steps, config.lr, name, options.reporting(updates))
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return updates, losses
+
+
+def denoising_loss(denoised: Tensor, target: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """EDM's loss (Karras et al. 2022, eq. 8): that of noise prediction at low noise, of velocity at high noise.
+
+    denoised, target: (B, C, ...). sigma: (B,). sigma_data: std of the images.
+    """
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return (expand(weight, target) * (denoised - target).square()).mean()
 
 
 def as_lora(updates: dict[str, LoraUpdate], prefix: str) -> dict[str, Tensor]:

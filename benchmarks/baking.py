@@ -1,0 +1,176 @@
+"""Guidance baked into a LoRA, in both tiny worlds: how much of it remains, at what cost, and by which training."""
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppap_core import Guider, SampleStore, Term, rule_guider
+from ppap_core.experts.bake import Learned, bake, guided_error, held_out_of
+from ppap_core.guiders.guider import clean
+from ppap_core.tinyworld.latents import SPACE
+from ppap_core.tinyworld.scenes import CLASSES, draw
+from ppap_core.training.finetune import FineTune
+from ppap_core.training.loop import RunOptions
+from ppap_core.training.lora import LoraUpdate, with_adapters
+
+from .evaluation import Evaluator
+from .few_steps import load_few_step_world
+from .report import Column, Report, cached_json, markdown
+from .report import Row as Result
+from .rules import deviation
+from .tiny_world import NOISE, load_world
+from .training import config_hash
+
+STAR = CLASSES.index("star")
+PALETTE_OF = 11_000_000  # number of the scene whose colours are wanted
+WORLDS: dict[str, Callable[[], Any]] = {"pixels": load_world, "latents": partial(load_few_step_world, "flow")}
+AIMS = ("star", "palette", "symmetry")
+WHOLE, SHORT, SMALL = FineTune(600, 16, 16), FineTune(150, 16, 16), FineTune(600, 2, 16)
+
+
+@dataclass(frozen=True)
+class BakingBench:
+    """Everything that a result depends on, besides the weights of the worlds."""
+
+    images: int = 128
+    scenes: int = 5000   # real scenes for Frechet distances
+    samples: int = 512   # images of the guided model to learn from
+    steps: int = 16      # of the sampler
+    batch: int = 64      # images that are sampled at once
+    trainings: tuple[FineTune, ...] = (WHOLE, SHORT, SMALL)  # the later ones for stars of pixels only
+
+
+@dataclass(frozen=True)
+class Case:
+    """One aim in one world."""
+
+    bench: BakingBench
+    world: Any
+    name: str  # of the world
+    aim: str
+    folder: Path
+
+    @property
+    def rule(self) -> Guider:
+        """What a rule's images are measured by, in pixels."""
+        if self.aim == "symmetry":
+            return rule_guider("symmetry left-right")
+        colors = rule_guider("colours")
+        return colors.aim(colors.predict(wanted := draw([PALETTE_OF]).image, clean(wanted)))
+
+    @property
+    def term(self) -> Term:
+        """What guides."""
+        if self.aim == "star":
+            return Term(self.world.guider.aim(torch.tensor([STAR])), 0.3, normalized=True, backprop_through_model=True)
+        return Term(replace(self.rule, decode=SPACE.colors if self.name == "latents" else None), 0.5, normalized=True)
+
+    def store(self, report: Report) -> SampleStore:
+        """Images of the guided model, and others held out."""
+        store = SampleStore(self.folder / "samples", {"model": self.world.name, "aim": self.aim, "steps": self.bench.steps,
+                                                      "seed": self.world.store_seed})
+        for part, count in ((store, self.bench.samples), (store.hold_out(), 64)):
+            part.fill(count, lambda seeds: self.world.sample_recorded(seeds, self.bench.steps, [self.term]),
+                      lambda have, _: report(f"samples: {have}"))
+        return store
+
+    def measure(self, images: Tensor, evaluator: Evaluator) -> dict[str, float]:
+        """How far images are where they should be, and their Frechet distance."""
+        scores = evaluator.evaluate(lambda numbers, _: images[numbers[0]:numbers[-1] + 1], range(len(images)))
+        if self.aim == "star":
+            return {"score": scores.score, "frechet": scores.frechet}
+        return {"score": float(deviation(self.rule, images).mean()), "frechet": scores.frechet}
+
+    def images(self, terms: Sequence[Term] = ()) -> tuple[Tensor, float]:
+        """Images (n, 3, H, W), and the seconds that they took."""
+        seeds, started = [NOISE + number for number in range(self.bench.images)], time.monotonic()
+        parts = [self.world.sample(seeds[start:start + self.bench.batch], self.bench.steps, terms)
+                 for start in range(0, len(seeds), self.bench.batch)]
+        seconds = time.monotonic() - started
+        decode = getattr(self.world, "decode", nn.Identity())
+        return torch.cat([decode(part) for part in parts]), seconds
+
+
+def train(case: Case, config: FineTune, report: Report) -> tuple[dict[str, LoraUpdate], dict[str, float]]:
+    """The baked LoRA of a case, and how much of the guidance it learned; read from the folder where it is finished."""
+    folder, store = case.folder / config_hash(asdict(config)), case.store(report)
+
+    def predict(x: Tensor, sigma: Tensor) -> Tensor:
+        return case.world.denoise(x.requires_grad_(torch.is_grad_enabled()), sigma)  # autograd is on where x asks for it
+
+    def on_step(step: int, loss: float, _: Any) -> None:
+        if (step + 1) % 50 == 0:
+            report(f"step {step + 1}: {loss:.4f}")
+
+    net, device = case.world.denoiser, case.world.device
+    measure = partial(guided_error, predict, held_out_of(store), config.batch, case.world.sigma_data, device)
+    started, without = time.monotonic(), measure()
+    updates, _ = bake(net, predict, store, config, case.world.sigma_data,
+                      RunOptions({"case": case.aim}, folder / "state.safetensors", on_step=on_step), device)
+    minutes = (time.monotonic() - started) / 60
+    with adapted(case, updates, 1.0):
+        learned = Learned(without, measure())
+    return updates, cached_json(folder / "learned.json", lambda: {"learned": learned.share, "minutes": minutes})
+
+
+def adapted(case: Case, updates: dict[str, LoraUpdate], strength: float) -> AbstractContextManager[None]:
+    """The world of a case with a LoRA at a strength."""
+    changed = {name: [replace(update, scale=strength)] for name, update in updates.items()}
+    return with_adapters(case.world.denoiser, changed) if strength else nullcontext()
+
+
+def _prefixed(report: Report, name: str, line: str) -> None:
+    report(f"{name}: {line}")
+
+
+def rows_of(case: Case, report: Report) -> dict[str, list[Result]]:
+    """A row for each way: unguided, guided, and baked at two strengths and by further trainings."""
+    evaluator = replace(case.world.evaluator(case.bench.scenes), label=STAR if case.aim == "star" else None)
+    plain, plain_seconds = case.images()
+    guided, guided_seconds = case.images([case.term])
+    rows = [{"way": "unguided", "ratio": 1.0, **case.measure(plain, evaluator)},
+            {"way": "guided", "ratio": guided_seconds / plain_seconds, **case.measure(guided, evaluator)}]
+    trainings = case.bench.trainings if (case.name, case.aim) == ("pixels", "star") else case.bench.trainings[:1]
+    for config in trainings:
+        updates, learned = train(case, config, report)
+        for strength in (1.0, 0.5) if config == trainings[0] else (1.0,):
+            with adapted(case, updates, strength):
+                images, seconds = case.images()
+            way = f"baked, {config.steps} steps, rank {config.rank}, strength {strength:g}"
+            rows.append({"way": way, "ratio": seconds / plain_seconds, **case.measure(images, evaluator), **learned})
+            report(f"{rows[-1]}")
+    return {"rows": [{"world": case.name, "aim": case.aim, **row} for row in rows]}
+
+
+def baking_bench(bench: BakingBench, folder: Path, report: Report, only: Sequence[str] = ()) -> list[Result]:
+    """Rows of all aims in both worlds, or of those named "world: aim"; finished ones are read from the folder.
+
+    ValueError for a name that no case has.
+    """
+    names = [f"{world}: {aim}" for world in WORLDS for aim in AIMS]
+    if unknown := {*only} - {*names}:
+        raise ValueError(f"there is no case '{min(unknown)}': expected some of {'; '.join(names)}")
+    rows = []
+    for name in (name for name in names if not only or name in only):
+        world, aim = name.split(": ")
+        case = Case(bench, WORLDS[world](), world, aim, folder / f"{world}_{aim}")
+        rows += cached_json(case.folder / f"rows_{config_hash(asdict(bench))}.json",
+                            partial(rows_of, case, partial(_prefixed, report, name)))["rows"]
+    return rows
+
+
+COLUMNS = (Column("world", "{world}", numeric=False), Column("aim", "{aim}", numeric=False),
+           Column("way", "{way}", numeric=False), Column("stars, or off by", "{score:.3g}"),
+           Column("Fréchet", "{frechet:.3g}"), Column("time, times plain", "{ratio:.2f}"),
+           Column("learned on held-out steps", "{learned_text}"))
+
+
+def table(rows: Sequence[Result]) -> str:
+    """Rows in Markdown."""
+    return markdown(COLUMNS, [row | {"learned_text": f"{row['learned']:.0%}" if "learned" in row else ""} for row in rows])

@@ -80,21 +80,20 @@ class Case:
                       lambda have, _: report(f"samples: {have}"))
         return store
 
-    def measure(self, images: Tensor, evaluator: Evaluator) -> dict[str, float]:
-        """How far images are where they should be, and their Frechet distance."""
-        scores = evaluator.evaluate(lambda numbers, _: images[numbers[0]:numbers[-1] + 1], range(len(images)))
+    def measure(self, samples: Tensor, evaluator: Evaluator) -> dict[str, float]:
+        """How far samples are where they should be, and their Frechet distance."""
+        scores = evaluator.evaluate(lambda numbers, _: samples[numbers[0]:numbers[-1] + 1], range(len(samples)))
         if self.aim == "star":
             return {"score": scores.score, "frechet": scores.frechet}
+        images = getattr(self.world, "decode", nn.Identity())(samples)
         return {"score": float(deviation(self.rule, images).mean()), "frechet": scores.frechet}
 
-    def images(self, terms: Sequence[Term] = ()) -> tuple[Tensor, float]:
-        """Images (n, 3, H, W), and the seconds that they took."""
+    def samples(self, terms: Sequence[Term] = ()) -> tuple[Tensor, float]:
+        """What the world samples, (n, C, H, W), and the seconds that it took."""
         seeds, started = [NOISE + number for number in range(self.bench.images)], time.monotonic()
         parts = [self.world.sample(seeds[start:start + self.bench.batch], self.bench.steps, terms)
                  for start in range(0, len(seeds), self.bench.batch)]
-        seconds = time.monotonic() - started
-        decode = getattr(self.world, "decode", nn.Identity())
-        return torch.cat([decode(part) for part in parts]), seconds
+        return torch.cat(parts), time.monotonic() - started
 
 
 def train(case: Case, config: FineTune, report: Report) -> tuple[dict[str, LoraUpdate], dict[str, float]]:
@@ -132,8 +131,8 @@ def _prefixed(report: Report, name: str, line: str) -> None:
 def rows_of(case: Case, report: Report) -> dict[str, list[Result]]:
     """A row for each way: unguided, guided, and baked at two strengths and by further trainings."""
     evaluator = replace(case.world.evaluator(case.bench.scenes), label=STAR if case.aim == "star" else None)
-    plain, plain_seconds = case.images()
-    guided, guided_seconds = case.images([case.term])
+    plain, plain_seconds = case.samples()
+    guided, guided_seconds = case.samples([case.term])
     rows = [{"way": "unguided", "ratio": 1.0, **case.measure(plain, evaluator)},
             {"way": "guided", "ratio": guided_seconds / plain_seconds, **case.measure(guided, evaluator)}]
     trainings = case.bench.trainings if (case.name, case.aim) == ("pixels", "star") else case.bench.trainings[:1]
@@ -141,9 +140,9 @@ def rows_of(case: Case, report: Report) -> dict[str, list[Result]]:
         updates, learned = train(case, config, report)
         for strength in (1.0, 0.5) if config == trainings[0] else (1.0,):
             with adapted(case, updates, strength):
-                images, seconds = case.images()
+                samples, seconds = case.samples()
             way = f"baked, {config.steps} steps, rank {config.rank}, strength {strength:g}"
-            rows.append({"way": way, "ratio": seconds / plain_seconds, **case.measure(images, evaluator), **learned})
+            rows.append({"way": way, "ratio": seconds / plain_seconds, **case.measure(samples, evaluator), **learned})
             report(f"{rows[-1]}")
     return {"rows": [{"world": case.name, "aim": case.aim, **row} for row in rows]}
 

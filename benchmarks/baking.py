@@ -1,7 +1,7 @@
 """Guidance baked into a LoRA, in both tiny worlds: how much of it remains, at what cost, and by which training."""
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from ppap_core.tinyworld.latents import SPACE
 from ppap_core.tinyworld.scenes import CLASSES, draw
 from ppap_core.training.finetune import FineTune
 from ppap_core.training.loop import RunOptions
-from ppap_core.training.lora import LoraUpdate, with_adapters
+from ppap_core.training.lora import LoraUpdate, named_layers, with_adapters
 
+from .costs import ratio_in_turn
 from .evaluation import Evaluator
 from .few_steps import load_few_step_world
 from .report import Column, Report, cached_json, markdown
@@ -31,6 +32,7 @@ STAR = CLASSES.index("star")
 PALETTE_OF = 11_000_000  # number of the scene whose colours are wanted
 WORLDS: dict[str, Callable[[], Any]] = {"pixels": load_world, "latents": partial(load_few_step_world, "flow")}
 AIMS = ("star", "palette", "symmetry")
+TIMED = 16  # images whose sampling is timed
 WHOLE, SHORT, SMALL = FineTune(600, 16, 16), FineTune(150, 16, 16), FineTune(600, 2, 16)
 
 
@@ -43,7 +45,8 @@ class BakingBench:
     samples: int = 512   # images of the guided model to learn from
     steps: int = 16      # of the sampler
     batch: int = 64      # images that are sampled at once
-    trainings: tuple[FineTune, ...] = (WHOLE, SHORT, SMALL)  # the later ones for stars of pixels only
+    trainings: tuple[FineTune, ...] = (TIMED = 16  # images whose sampling is timed
+WHOLE, SHORT, SMALL)  # the later ones for stars of pixels only
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,16 @@ class Case:
         images = getattr(self.world, "decode", nn.Identity())(samples)
         return {"score": float(deviation(self.rule, images).mean()), "frechet": scores.frechet}
 
-    def samples(self, terms: Sequence[Term] = ()) -> tuple[Tensor, float]:
-        """What the world samples, (n, C, H, W), and the seconds that it took."""
-        seeds, started = [NOISE + number for number in range(self.bench.images)], time.monotonic()
-        parts = [self.world.sample(seeds[start:start + self.bench.batch], self.bench.steps, terms)
-                 for start in range(0, len(seeds), self.bench.batch)]
-        return torch.cat(parts), time.monotonic() - started
+    def samples(self, terms: Sequence[Term] = ()) -> Tensor:
+        """What the world samples, (n, C, H, W)."""
+        seeds = [NOISE + number for number in range(self.bench.images)]
+        return torch.cat([self.world.sample(seeds[start:start + self.bench.batch], self.bench.steps, terms)
+                          for start in range(0, len(seeds), self.bench.batch)])
+
+    def time_ratio(self, other: "Case", terms: Sequence[Term] = ()) -> float:
+        """The time of sampling, over that of another case without terms."""
+        seeds, steps = range(NOISE, NOISE + TIMED), self.bench.steps
+        return ratio_in_turn(partial(self.world.sample, seeds, steps, terms), partial(other.world.sample, seeds, steps), 3)
 
 
 def train(case: Case, config: FineTune, report: Report) -> tuple[dict[str, LoraUpdate], dict[str, float]]:
@@ -113,15 +120,19 @@ def train(case: Case, config: FineTune, report: Report) -> tuple[dict[str, LoraU
     updates, _ = bake(net, predict, store, config, case.world.sigma_data,
                       RunOptions({"case": case.aim}, folder / "state.safetensors", on_step=on_step), device)
     minutes = (time.monotonic() - started) / 60
-    with adapted(case, updates, 1.0):
+    with with_adapters(net, {name: [update] for name, update in updates.items()}):
         learned = Learned(without, measure())
     return updates, cached_json(folder / "learned.json", lambda: {"learned": learned.share, "minutes": minutes})
 
 
-def adapted(case: Case, updates: dict[str, LoraUpdate], strength: float) -> AbstractContextManager[None]:
-    """The world of a case with a LoRA at a strength."""
-    changed = {name: [replace(update, scale=strength)] for name, update in updates.items()}
-    return with_adapters(case.world.denoiser, changed) if strength else nullcontext()
+def merged(case: Case, updates: dict[str, LoraUpdate], strength: float) -> Case:
+    """A case whose model has a LoRA in its weights, at a strength."""
+    net = deepcopy(case.world.denoiser)
+    layers = named_layers(net)
+    for name, update in updates.items():
+        weight = layers[name].weight
+        weight.data += strength * (update.up @ update.down.flatten(1)).view_as(weight)
+    return replace(case, world=replace(case.world, denoiser=net))
 
 
 def _prefixed(report: Report, name: str, line: str) -> None:
@@ -131,18 +142,16 @@ def _prefixed(report: Report, name: str, line: str) -> None:
 def rows_of(case: Case, report: Report) -> dict[str, list[Result]]:
     """A row for each way: unguided, guided, and baked at two strengths and by further trainings."""
     evaluator = replace(case.world.evaluator(case.bench.scenes), label=STAR if case.aim == "star" else None)
-    plain, plain_seconds = case.samples()
-    guided, guided_seconds = case.samples([case.term])
-    rows = [{"way": "unguided", "ratio": 1.0, **case.measure(plain, evaluator)},
-            {"way": "guided", "ratio": guided_seconds / plain_seconds, **case.measure(guided, evaluator)}]
+    rows = [{"way": "unguided", "ratio": 1.0, **case.measure(case.samples(), evaluator)},
+            {"way": "guided", "ratio": case.time_ratio(case, [case.term]),
+             **case.measure(case.samples([case.term]), evaluator)}]
     trainings = case.bench.trainings if (case.name, case.aim) == ("pixels", "star") else case.bench.trainings[:1]
     for config in trainings:
         updates, learned = train(case, config, report)
         for strength in (1.0, 0.5) if config == trainings[0] else (1.0,):
-            with adapted(case, updates, strength):
-                samples, seconds = case.samples()
+            baked = merged(case, updates, strength)
             way = f"baked, {config.steps} steps, rank {config.rank}, strength {strength:g}"
-            rows.append({"way": way, "ratio": seconds / plain_seconds, **case.measure(samples, evaluator), **learned})
+            rows.append({"way": way, "ratio": baked.time_ratio(case), **case.measure(baked.samples(), evaluator), **learned})
             report(f"{rows[-1]}")
     return {"rows": [{"world": case.name, "aim": case.aim, **row} for row in rows]}
 

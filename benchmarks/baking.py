@@ -45,8 +45,7 @@ class BakingBench:
     samples: int = 512   # images of the guided model to learn from
     steps: int = 16      # of the sampler
     batch: int = 64      # images that are sampled at once
-    trainings: tuple[FineTune, ...] = (TIMED = 16  # images whose sampling is timed
-WHOLE, SHORT, SMALL)  # the later ones for stars of pixels only
+    trainings: tuple[FineTune, ...] = (WHOLE, SHORT, SMALL)  # the later ones for stars of pixels only
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,14 @@ def trained_twin(world: LatentWorld, latent: dict) -> Tensor:
     return world.sample(world.comfy("PPAPTrainLora", **inputs, **settings, seed=0)[0], steps=3)
 
 
-@pytest.mark.parametrize("use", [autoguided_twin, searched_twin, trained_twin])
+def baked_twin(world: LatentWorld, latent: dict) -> Tensor:
+    settings = {"name": f"baked twin {latent['samples'].ndim}", "steps": 2, "rank": 2, "batch_size": 2, "seed": 0}
+    samples = world.samples("flow", "flow" if latent["samples"].ndim == 4 else "twin")
+    inputs = {"model": world.model("flow"), "positive": world.star, "samples": samples}
+    return world.sample(world.comfy("PPAPBakeGuidance", **inputs, **settings, learning_rate=1e-2)[0], steps=3)
+
+
+@pytest.mark.parametrize("use", [autoguided_twin, searched_twin, trained_twin, baked_twin])
 def test_a_twin_with_time_does_all_else_alike(worlds: tuple[LatentWorld, FilmWorld], use: Callable[..., Tensor]):
     """Autoguidance, priors and Train LoRA of (B, C, 1, h, w) are those of (B, C, h, w), bit for bit."""
     of_images, of_frames = worlds

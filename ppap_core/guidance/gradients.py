@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..guiders.guider import Guider, has_network
 from ..guiders.tasks import TASKS
+from ..guiders.variety import VarietyGuider
 from ..noise import expand, to_vp
 from ..sampling import Denoiser
 
@@ -61,7 +62,8 @@ def energy_gradient(guider: Guider, point: Tensor, sigma: Tensor,
 
     point (B, C, H, W): the noisy state x for the noisy view, the prediction for the denoised view; sigma (B,).
     compute_dtype: type that the network computes in; None or float32 changes nothing.
-    A batch that does not fit into memory is done in parts, which changes no result: each image has its own energy.
+    A batch that does not fit into memory is done in parts, which changes no result: each image has its own energy, and a
+    guider of variety is told of the others.
     torch.OutOfMemoryError if a single image does not fit.
     """
     start, size, parts = 0, len(point), []
@@ -78,8 +80,22 @@ def energy_gradient(guider: Guider, point: Tensor, sigma: Tensor,
         else:
             log.info("%s runs out of memory with %d images at once: continuing with fewer", guider.name, size)
             size = (size + 1) // 2
+            guider = _among_batch(guider, point, sigma, compute_dtype, size)
     energies, gradients = zip(*parts, strict=True)
     return torch.cat(energies), torch.cat(gradients)
+
+
+@torch.no_grad()
+def _among_batch(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None, size: int) -> Guider:
+    """The guider for parts of a batch, if it is one that judges images by the others."""
+    if not isinstance(guider, VarietyGuider):
+        return guider
+    outputs = []
+    for start in range(0, len(point), size):
+        part = slice(start, start + size)
+        seeing, image = _seen(slice_guider(guider, part, len(point)), point[part], sigma[part], compute_dtype)
+        outputs.append(seeing.predict(image, sigma[part]))
+    return guider.among(torch.cat(outputs))
 
 
 def slice_guider(guider: Guider, part: slice, batch_size: int) -> Guider:
@@ -134,10 +150,16 @@ def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch
 
 def _energy_and_image_size(guider: Guider, point: Tensor, sigma: Tensor,
                            compute_dtype: torch.dtype | None) -> tuple[Tensor, int]:
+    guider, image = _seen(guider, point, sigma, compute_dtype)
+    return _at_least_float32(guider.energy(image, sigma)), image[0].numel()
+
+
+def _seen(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None) -> tuple[Guider, Tensor]:
+    """The guider as it computes, and the image that it looks at."""
     image = guider.to_image(to_vp(point, sigma) if guider.view == "noisy" else point, sigma)
     if compute_dtype in HALF and has_network(guider) and torch.amp.is_autocast_available(point.device.type):
         guider = replace(guider, net=Autocast(guider.net, compute_dtype, point.device.type))
-    return _at_least_float32(guider.energy(_at_least_float32(image), sigma)), image[0].numel()
+    return guider, _at_least_float32(image)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ...ppap_core.viz.colors import palette
 from . import guider_cache, paths, tensors
 from .autograd import outside_inference_mode
 from .noise_levels import PercentSchedule
-from .targets import aim_at_image
+from .targets import aim_at_image, aim_at_variety
 from .terms import GuidanceTerm
 
 STRENGTHS = {"soft": 0.3, "medium": 0.7, "strong": 1.0}
@@ -74,6 +74,7 @@ CHOICES: dict[str, Choice] = {
     "a class": Choice(("classifier", "classes"), _class),
     "a text": Choice(("text_network", "text"), _text),
     "depth or regions of an image": Choice(("map_network", "image"), _seen_by),
+    "unlike each other": Choice((), partial(aim_at_variety, None, None)),
 }
 """Name of a choice, as saved workflows have it -> what it means. New ones stand at the end."""
 

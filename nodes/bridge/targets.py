@@ -4,6 +4,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...ppap_core.guiders.guider import Guider
+from ...ppap_core.guiders.rules import rule_guider
+from ...ppap_core.guiders.variety import unlike
 from . import guider_cache, tensors
 from .autograd import outside_inference_mode
 
@@ -16,3 +18,14 @@ def aim_at_image(guider: Guider, image: Tensor, target_of: Callable[[Guider, Ten
     picture = tensors.image_from_comfy(image).to(guider_cache.load_to_device(guider))
     with outside_inference_mode():
         return guider.aim(target_of(guider, picture))
+
+
+def aim_at_variety(guider: Guider | None, images: Tensor | None) -> Guider:
+    """Return a guider that keeps the images of a batch unlike each other, and unlike further ones, in what another sees.
+
+    guider: None for light, dark and colour at the same places. images: IMAGE; None: only each other.
+    """
+    guider = guider or rule_guider("layout")
+    pictures = None if images is None else tensors.image_from_comfy(images).to(guider_cache.load_to_device(guider))
+    with outside_inference_mode():
+        return unlike(guider, pictures)

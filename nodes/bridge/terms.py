@@ -13,6 +13,7 @@ from ...ppap_core.experts.readout import ReadoutNetwork, reading, reads_features
 from ...ppap_core.guidance.terms import Term
 from ...ppap_core.guiders.guider import Decode, Guider
 from ...ppap_core.guiders.latents import View
+from ...ppap_core.guiders.variety import VarietyGuider
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.schedules import ExpertSchedule
 from . import latents
@@ -132,8 +133,11 @@ def watch_frames(terms: Sequence[Term], frames: Tensor, count: int) -> None:
 
 
 def require_one_frame(terms: Sequence[GuidanceTerm], count: int) -> None:
-    """ValueError if readouts would judge videos of several frames, of which the model's features are those of all."""
+    """ValueError if a guider cannot judge videos frame by frame: a readout, and variety, which would keep frames apart."""
     for term in terms:
+        if count > 1 and isinstance(term.guider, VarietyGuider):
+            raise ValueError(f"{term.guider.name} keeps images unlike each other, and would do so with the {count} frames "
+                             "of this latent: use a latent of one frame")
         if count > 1 and reads_features(term.guider):
             raise ValueError(f"the readout of {term.guider.name} knows single images, but this latent has {count} frames: "
                              "use the plain guider, which judges frame by frame, or a latent of one frame")

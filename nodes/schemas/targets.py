@@ -13,7 +13,7 @@ from ...ppap_core.guiders.targets import (
 from ...ppap_core.guiders.tasks import TASKS
 from ...ppap_core.viz.colors import palette
 from ..bridge import autograd, paths, tensors
-from ..bridge.targets import aim_at_image
+from ..bridge.targets import aim_at_image, aim_at_variety
 from .inputs import also_found_as
 from .io_types import GuiderType
 
@@ -137,6 +137,29 @@ class PPAPAimAtNumber(io.ComfyNode):
             return io.NodeOutput(guider.aim(number_target(guider, number, name)))
 
 
+class PPAPVariety(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPVariety", display_name="Variety", category=CATEGORY,
+            **also_found_as("diversity", "particle guidance", "different images", "same face every seed", "unlike images",
+                            "more variation"),
+            description="Keeps the images of a batch unlike each other, for models that give nearly the same picture for "
+                        "every seed. Each image is guided away from the others of its batch, and from further images, in "
+                        "what a guider sees.",
+            inputs=[GuiderType.Input("guider", optional=True,
+                                     tooltip="In what the images should differ: the outputs of any guider, which needs no "
+                                             "target. Without it, in layout: light, dark and colour at the same places."),
+                    io.Image.Input("unlike", optional=True,
+                                   tooltip="Further images to be unlike, such as those of earlier runs. Without them, only "
+                                           "each other.")],
+            outputs=[aimed_output()])
+
+    @classmethod
+    def execute(cls, guider=None, unlike=None):
+        return io.NodeOutput(aim_at_variety(guider, unlike))
+
+
 class PPAPPalette(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -180,4 +203,5 @@ class PPAPCutOuts(io.ComfyNode):
         return io.NodeOutput(with_cutouts(guider, count))
 
 
-NODES = [PPAPAimAtClass, PPAPAimAtText, PPAPAimAtImage, PPAPAimAtMask, PPAPAimAtNumber, PPAPPalette, PPAPCutOuts]
+NODES = [PPAPAimAtClass, PPAPAimAtText, PPAPAimAtImage, PPAPAimAtMask, PPAPAimAtNumber, PPAPVariety, PPAPPalette,
+         PPAPCutOuts]

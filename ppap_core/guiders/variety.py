@@ -42,7 +42,7 @@ def unlike(guider: Guider, images: Tensor | None = None) -> VarietyGuider:
     ValueError for a network that waits for a text.
     """
     values = {field.name: getattr(guider, field.name) for field in fields(Guider)}
-    made = VarietyGuider(**values | {"name": f"variety of {guider.name}"})
+    made = VarietyGuider(**values | {"name": f"variety of {guider.name}", "target": torch.zeros(1, 1)})  # aimed at itself
     if images is None:
         return made
     with torch.no_grad():

@@ -59,7 +59,7 @@ def chain(comfy, name: str, image: torch.Tensor) -> tuple[dict, Any]:
                 comfy("PPAPAimAtClass", guider=guider, classes="star, ring")[0])
     if name == "depth or regions of an image":
         return {"map_network": "tinyworld/depth", "image": image}, like(comfy, network(comfy, "tinyworld/depth"), image)
-    return {}, rule(comfy, name)
+    return {}, comfy("PPAPVariety")[0] if name == "unlike each other" else rule(comfy, name)
 
 
 def steered(comfy, model: Any, name: str, values: dict, **changes: Any) -> Any:
@@ -68,11 +68,11 @@ def steered(comfy, model: Any, name: str, values: dict, **changes: Any) -> Any:
 
 
 CHOICES = ("colours of a palette", "colours of an image", "layout of an image", "edges of an image", *NUMBERS, "symmetry",
-           "seamless tiling", "smoothness", "a class", "depth or regions of an image")
+           "seamless tiling", "smoothness", "a class", "depth or regions of an image", "unlike each other")
 
 
 def test_the_choices_are_those_that_are_tested(steer: Any):
-    assert [*steer.CHOICES] == [*CHOICES[:-2], "a class", "a text", CHOICES[-1]]
+    assert [*steer.CHOICES] == [*CHOICES[:-2], "a text", *CHOICES[-2:]]
     assert steer.STRENGTHS == WEIGHTS
 
 

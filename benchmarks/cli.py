@@ -24,6 +24,7 @@ from . import (
     throughput,
     tours,
     transfer,
+    variety,
 )
 from .report import Report, Row, write_report
 from .runs import run_table
@@ -60,6 +61,8 @@ BENCHMARKS = {
     "tours": Benchmark(lambda folder, report, only: tours.tour_bench(tours.TourBench(), report), tours.table),
     "transfer": Benchmark(lambda folder, report, only: transfer.transfer_bench(
         transfer.TransferBench(), folder / "transfer", report, only), transfer.table, transfer.plot),
+    "variety": Benchmark(lambda folder, report, only: variety.variety_bench(
+        variety.VarietyBench(), folder / "variety", report), variety.table),
 }
 
 

@@ -369,9 +369,68 @@ def _pixels(page: Page, title: str, world: int, latent: Out, model: Out) -> Out:
     return sampled
 
 
+def baked(page: Page) -> None:
+    page.note("Read me", """## Guidance as a LoRA
+Guidance costs time in each image. Baked into a LoRA it costs none, and the LoRA works in any graph, without this pack.
+
+1. **Steer** asks for the colours of a palette.
+2. **Generate Samples** makes images with the steered model, and keeps what it predicted on the way.
+3. **Bake Guidance** teaches the model *without* Steer to predict the same. It says how much it has learned, and writes \
+`models/loras/palette.safetensors`.
+
+All this takes minutes, once; cancel it and queue again, and it goes on. Then delete the nodes of 2 and 3, and use the LoRA \
+with the stock loader, at any strength.
+
+For your own model: 512 samples of your usual size and prompt, 600 steps, rank 16. Baking needs the memory of a LoRA \
+training.""", (0, 0))
+    world = _world(page)
+    model, nothing, _, vae = world
+    page.group("2  Steered, and samples of it")
+    steered = Out(page.add("PPAPSteer", model=model, towards="colours of a palette", strength="strong",
+                           **{"towards.palette": "#1d3557:5, #ffd166"}))
+    batch = Out(page.add("EmptySD3LatentImage", "Empty latent: made at once", width=128, height=128, batch_size=32))
+    samples = Out(page.add("PPAPGenerateSamples", model=steered, positive=nothing, latent_image=batch, vae=vae,
+                           name="steered_palette", count=256, steps=20, scheduler="simple"))
+    page.group("3  The model learns it")
+    learned = page.add("PPAPBakeGuidance", model=model, samples=samples, positive=nothing, name="palette", steps=400)
+    page.add("PreviewImage", "How it learned", images=Out(learned, 1))
+    page.group("4  The same seed without, steered and baked")
+    for title, each, shown in (("Without", model, "PreviewImage"), ("Steered", steered, "PreviewImage"),
+                               ("Baked, without Steer", Out(learned), "SaveImage")):
+        _sample(page, title, each, world, 8, shown)
+        page.column()
+
+
+def variety(page: Page) -> None:
+    page.note("Read me", """## Seeds that do not look alike
+Turbo models give nearly the same picture for every seed. **Variety** keeps the images of a batch unlike each other: each \
+moves away from the others while its layout is still being decided.
+
+In what they should differ is up to the guider that you connect to Variety: without one, in layout; the rule *colours* \
+spreads palettes, a classifier subjects. Connect the pictures of earlier runs as *unlike*, and new ones keep away from them \
+too.
+
+**Steer** has the same as *unlike each other*.""", (0, 0))
+    model, _, latent, vae = _world(page, 8)
+    model = Out(page.add("LoraLoaderModelOnly", "The turbo LoRA", model=model, lora_name="tinyworld_turbo.safetensors",
+                         strength_model=1.0))
+    star = Out(page.add("PPAPClassConditioning", "Class Conditioning: a star", classes="star"))
+    world = (model, star, latent, vae)
+    page.group("2  Unlike each other")
+    apart = Out(page.add("PPAPVariety"))
+    terms = Out(page.add("PPAPGuidanceTerm", guider=apart, weight=0.3))
+    varied = Out(page.add("PPAPApplyGuidance", model=model, terms=terms))
+    page.group("3  The same seeds without and with it")
+    _sample(page, "Without", world[0], world, 8, steps=4)
+    page.column()
+    sampled, _ = _sample(page, "Unlike each other", varied, world, 8, "SaveImage", steps=4)
+    _report(page, 4, varied, sampled)
+
+
 STORIES: dict[str, Callable[[Page], None]] = {"steer": steer, "series": series, "seamless": seamless, "masks": masks,
                                               "strengths": strengths, "turbo": turbo, "one_frame": one_frame,
-                                              "own_classifier": own_classifier, "readout": readout}
+                                              "own_classifier": own_classifier, "readout": readout, "baked": baked,
+                                              "variety": variety}
 
 
 def with_own_model(page: dict, at: tuple[int, int] = (-460, 0)) -> dict:

@@ -16,6 +16,7 @@ from ppap_core.viz.drawing import contact_sheet, save_picture
 SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger ones are plots, which the sheet leaves out
 
 BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
+                    "baked": ("Without", "Baked, without Steer"),
                     "depth": ("Without guidance", "Same depth as the reference"),
                     "latent": ("Without guidance", "Steered towards stars"),
                     "latent_experts": ("Without guidance", "By the experts"),
@@ -34,6 +35,7 @@ BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "steer": ("Without", "With these colours"),
                     "strengths": ("Off", "Strong"),
                     "turbo": ("Without guidance", "Steered towards stars"),
+                    "variety": ("Without", "Unlike each other"),
                     "with_controlnet": ("ControlNet alone", "Both")}
 
 

@@ -28,7 +28,7 @@ from PIL import ImageChops, ImageColor, ImageStat
 
 NODES = {page.stem for page in (WORKFLOWS.parent / "web" / "docs").glob("PPAP*.md")}  # each node has a help page
 SMALLEST_WITH_PREVIEW = {"KSampler": 480, "PPAPGuidedKSampler": 550, "SamplerCustomAdvanced": 340,
-                         "PPAPGenerateSamples": 530, "PPAPDistilExperts": 540, "PPAPTrainLora": 440,
+                         "PPAPGenerateSamples": 530, "PPAPDistilExperts": 540, "PPAPTrainLora": 440, "PPAPBakeGuidance": 440,
                          "PPAPPlugAndPlayPrior": 550, "PPAPSteer": 480}  # height in pixels
 GUIDED = WORLD | {
     "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),

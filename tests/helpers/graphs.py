@@ -10,7 +10,8 @@ WORLD = {"1": {"class_type": "PPAPTinyWorld", "inputs": {"batch_size": 2}}}
 MODEL, CONDITIONING, LATENT, VAE = (["1", slot] for slot in range(4))
 QUICK = {"KSampler": {"steps": 4}, "PPAPGuidedKSampler": {"steps": 4}, "PPAPGenerateSamples": {"count": 64, "steps": 8},
          "PPAPDistilExperts": {"steps": 2, "batch_size": 4}, "PPAPDistillReadout": {"steps": 2, "batch_size": 4},
-         "PPAPAutoguidanceToy": {"steps": 64}, "PPAPTrainLora": {"steps": 4}, "PPAPPlugAndPlayPrior": {"steps": 8}}
+         "PPAPAutoguidanceToy": {"steps": 64}, "PPAPTrainLora": {"steps": 4}, "PPAPPlugAndPlayPrior": {"steps": 8},
+         "PPAPBakeGuidance": {"steps": 4}}
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 

@@ -393,6 +393,7 @@ training.""", (0, 0))
                            name="steered_palette", count=256, steps=20, scheduler="simple"))
     page.group("3  The model learns it")
     learned = page.add("PPAPBakeGuidance", model=model, samples=samples, positive=nothing, name="palette", steps=400)
+    page.column()
     page.add("PreviewImage", "How it learned", images=Out(learned, 1))
     page.group("4  The same seed without, steered and baked")
     for title, each, shown in (("Without", model, "PreviewImage"), ("Steered", steered, "PreviewImage"),

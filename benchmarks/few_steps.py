@@ -25,7 +25,7 @@ from ppap_core.guiders.guider import clean
 from ppap_core.noise import expand
 from ppap_core.rng import seeded_noise
 from ppap_core.tinyworld.latents import CHANNELS, SIZE, SPACE, load_autoencoder, load_flow, unscale_latent
-from ppap_core.tinyworld.loaders import condition, load_guider
+from ppap_core.tinyworld.loaders import CONDITIONS, load_guider
 from ppap_core.tinyworld.networks.autoencoder import TinyAutoencoder
 from ppap_core.tinyworld.networks.flow import TinyFlow
 from ppap_core.tinyworld.scenes import Scenes, draw
@@ -56,25 +56,20 @@ def few_sigmas(steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FewStepWorld:
-    """A flow of latents and the guider of classes, which sees latents through their linear colours.
-
-    label: the class that the flow is conditioned on; None: unconditional.
-    """
+    """A flow of latents and the guider of classes, which sees latents through their linear colours."""
 
     denoiser: TinyFlow
     guider: Guider
     autoencoder: TinyAutoencoder
     name: str
     subject: str = "class"
-    label: int | None = None
     device: torch.device = torch.device("cpu")
     store_seed: ClassVar[int] = 60_000_000
     sigma_data: ClassVar[float] = 1.0
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Predict latents in bfloat16; differentiable where x requires a gradient."""
-        t, labels = sigma / (1 + sigma), torch.full((len(x),), -1 if self.label is None else self.label)
-        given = condition(labels).to(x)
+        """Predict latents without a class in bfloat16; differentiable where x requires a gradient."""
+        t, given = sigma / (1 + sigma), x.new_zeros(len(x), CONDITIONS)
         state = (1 - expand(t, x)) * x
         with torch.set_grad_enabled(x.requires_grad), torch.autocast(self.device.type, torch.bfloat16):
             velocity = self.denoiser(state, t, given[:, None], given)
@@ -124,8 +119,8 @@ class FewStepWorld:
     def evaluator(self, scenes: int) -> "DecodedEvaluator":
         """Judges of this world, with so many real scenes for Frechet distances."""
         judges = load_judge("class"), load_held_out_judge("class")
-        real = reference(judges[0], scenes, SIZE // 4, self.device, label=self.label)
-        return DecodedEvaluator(judges, load_guider("class"), real, self.device, self.label, decode=self.decode)
+        real = reference(judges[0], scenes, SIZE // 4, self.device)
+        return DecodedEvaluator(judges, load_guider("class"), real, self.device, decode=self.decode)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Variety: batches of one class whose images repel each other, by the flow of latents and its student of few steps."""
+"""Variety: batches of one class whose images repel each other, by the conditional model of the pixel world."""
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,18 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppap_core import Guider, Term, rule_guider
+from ppap_core import Guider, NoiseInterval, Term, rule_guider
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.variety import unlike
-from ppap_core.tinyworld.latents import SPACE
+from ppap_core.noise import EVERYWHERE
+from ppap_core.schedules import FALLING, Ramp, Schedule
+from ppap_core.tinyworld.loaders import SIGMA_MAX, SIGMA_MIN, condition
 from ppap_core.tinyworld.scenes import CLASSES
 
 from .costs import ratio_in_turn
-from .few_steps import FewStepWorld, load_few_step_world
-from .networks import load_judge
+from .networks import load_conditional_denoiser, load_judge
 from .report import Column, Report, cached_json, markdown
 from .report import Row as Result
-from .tiny_world import NOISE
+from .tiny_world import NOISE, TinyWorld, load_world
 from .training import config_hash
 
 STAR = CLASSES.index("star")
@@ -33,9 +34,10 @@ class VarietyBench:
 
     batches: int = 16
     batch: int = 16
-    scenes: int = 4096             # real scenes for precision, recall and Frechet distances
-    models: tuple[tuple[str, int], ...] = (("flow", 16), ("turbo", 4))  # with the number of steps
-    weights: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 0.7)
+    scenes: int = 5000             # real scenes for precision, recall and Frechet distances
+    cfg: float = 4.0
+    counts: tuple[int, ...] = (16, 8)  # of steps
+    weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)
 
 
 class Attributes(NamedTuple):
@@ -63,16 +65,28 @@ def distinct(found: Attributes) -> int:
     return len({*zip(found.hue.tolist(), found.quarter.tolist(), strict=True)})
 
 
-def row(world: FewStepWorld, bench: VarietyBench, steps: int, weight: float) -> Result:
-    """Measurements of one weight with one model, which is conditioned on stars."""
-    evaluator = replace(world.evaluator(bench.scenes), batch=bench.batch)
+def star_world(cfg: float) -> TinyWorld:
+    """The pixel world with a model of stars by classifier-free guidance, which costs variety."""
+    denoiser, star = load_conditional_denoiser(), condition(torch.tensor([STAR]))
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        given = star.expand(len(x), -1)
+        with_class, without = denoiser(x, sigma, given), denoiser(x, sigma, torch.zeros_like(given))
+        return without + cfg * (with_class - without)
+    return load_world().with_model(denoise)
+
+
+def row(world: TinyWorld, bench: VarietyBench, steps: int, weight: float) -> Result:
+    """Measurements of one weight at one number of steps."""
+    evaluator = replace(world.evaluator(bench.scenes, STAR), batch=bench.batch)
     judge, counts = load_judge("segmentation"), list[int]()
-    guidance = [Term(replace(unlike(rule_guider("layout")), decode=SPACE.colors), weight, normalized=True)]
+    falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(SIGMA_MIN, SIGMA_MAX), *FALLING))  # as a new term has it
+    guidance = [Term(unlike(rule_guider("layout")), weight, falling, normalized=True)]
 
     def sample(numbers: Sequence[int], _: object) -> Tensor:
-        latents = world.sample([NOISE + number for number in numbers], steps, guidance)
-        counts.append(distinct(attributes(judge, world.decode(latents))))
-        return latents
+        images = world.sample([NOISE + number for number in numbers], steps, guidance)
+        counts.append(distinct(attributes(judge, images)))
+        return images
 
     scores = evaluator.evaluate(sample, range(bench.batch * bench.batches))
     seeds = range(NOISE, NOISE + bench.batch)
@@ -82,19 +96,17 @@ def row(world: FewStepWorld, bench: VarietyBench, steps: int, weight: float) -> 
 
 
 def variety_bench(bench: VarietyBench, folder: Path, report: Report) -> list[Result]:
-    """A row for each weight with each model; finished ones are read from the folder."""
-    rows = []
-    for name, steps in bench.models:
-        world = replace(load_few_step_world(name), label=STAR)
+    """A row for each weight at each number of steps; finished ones are read from the folder."""
+    world, rows = star_world(bench.cfg), []
+    for steps in bench.counts:
         for weight in bench.weights:
-            identity = {"bench": str(replace(bench, weights=(), models=())), "model": name, "steps": steps, "weight": weight}
-            result = cached_json(folder / f"{config_hash(identity)}.json", partial(row, world, bench, steps, weight))
-            rows.append({"model": name, **result})
+            name = config_hash({"bench": str(replace(bench, weights=(), counts=())), "steps": steps, "weight": weight})
+            rows.append(cached_json(folder / f"{name}.json", partial(row, world, bench, steps, weight)))
             report(f"{rows[-1]}")
     return rows
 
 
-COLUMNS = (Column("model", "{model}", numeric=False), Column("steps", "{steps}"), Column("weight", "{weight:g}"),
+COLUMNS = (Column("steps", "{steps}"), Column("weight", "{weight:g}"),
            Column("distinct of 24, in batches of 16", "{distinct:.1f}"), Column("recall", "{recall:.2f}"),
            Column("precision", "{precision:.2f}"), Column("stars", "{stars:.0%}"), Column("Fréchet", "{frechet:.3g}"),
            Column("time, times plain", "{ratio:.2f}"))

@@ -404,7 +404,7 @@ training.""", (0, 0))
 
 def variety(page: Page) -> None:
     page.note("Read me", """## Seeds that do not look alike
-Turbo models give nearly the same picture for every seed. **Variety** keeps the images of a batch unlike each other: each \
+High cfg, LoRAs and turbo models cost variety, up to nearly the same picture for every seed. **Variety** keeps the images of a batch unlike each other: each \
 moves away from the others while its layout is still being decided.
 
 In what they should differ is up to the guider that you connect to Variety: without one, in layout; the rule *colours* \
@@ -412,14 +412,13 @@ spreads palettes, a classifier subjects. Connect the pictures of earlier runs as
 too.
 
 **Steer** has the same as *unlike each other*.""", (0, 0))
-    model, _, latent, vae = _world(page, 8)
+    model, nothing, latent, vae = _world(page, 8)
     model = Out(page.add("LoraLoaderModelOnly", "The turbo LoRA", model=model, lora_name="tinyworld_turbo.safetensors",
                          strength_model=1.0))
-    star = Out(page.add("PPAPClassConditioning", "Class Conditioning: a star", classes="star"))
-    world = (model, star, latent, vae)
+    world = (model, nothing, latent, vae)
     page.group("2  Unlike each other")
     apart = Out(page.add("PPAPVariety"))
-    terms = Out(page.add("PPAPGuidanceTerm", guider=apart, weight=0.3))
+    terms = Out(page.add("PPAPGuidanceTerm", guider=apart, weight=0.2))
     varied = Out(page.add("PPAPApplyGuidance", model=model, terms=terms))
     page.group("3  The same seeds without and with it")
     _sample(page, "Without", world[0], world, 8, steps=4)

@@ -17,7 +17,7 @@ from .targets import aim_at_image, aim_at_variety
 from .terms import GuidanceTerm
 
 STRENGTHS = {"soft": 0.3, "medium": 0.7, "strong": 1.0}
-"""Weights of balanced terms, by their names in saved workflows."""
+"""Shares of a choice's weight, by their names in saved workflows."""
 NETWORKS = ("classifier", "text_network", "map_network")
 AXES = ("left-right", "top-bottom", "half turn")
 
@@ -57,6 +57,7 @@ class Choice(NamedTuple):
 
     inputs: tuple[str, ...]
     guider: Callable[..., Guider]  # of the values of the inputs, in their order
+    weight: float = 1.0            # of its term at strong
 
 
 CHOICES: dict[str, Choice] = {
@@ -74,7 +75,7 @@ CHOICES: dict[str, Choice] = {
     "a class": Choice(("classifier", "classes"), _class),
     "a text": Choice(("text_network", "text"), _text),
     "depth or regions of an image": Choice(("map_network", "image"), _seen_by),
-    "unlike each other": Choice((), partial(aim_at_variety, None, None)),
+    "unlike each other": Choice((), partial(aim_at_variety, None, None), weight=0.3),
 }
 """Name of a choice, as saved workflows have it -> what it means. New ones stand at the end."""
 
@@ -101,11 +102,15 @@ def guider_of(name: str, values: Mapping[str, Any]) -> Guider:
         return CHOICES[name].guider(*values.values())
 
 
-def term_of(guider: Guider, strength: str, factor: float, mask: Tensor | None) -> GuidanceTerm:
-    """Weigh a guider as a new Guidance Term does. strength: a key of STRENGTHS. factor: of its weight, neutral: 0."""
-    weight = factor * paths.lookup(STRENGTHS, strength, "strength", "choose one in the node")
-    return GuidanceTerm(guider, weight, PercentSchedule(0.0, 1.0, *FALLING),
+def term_of(name: str, values: Mapping[str, Any], weight: float, mask: Tensor | None) -> GuidanceTerm:
+    """Weigh the guider of a choice as a new Guidance Term does. weight: share of what strong would take; neutral: 0."""
+    return GuidanceTerm(guider_of(name, values), weight * CHOICES[name].weight, PercentSchedule(0.0, 1.0, *FALLING),
                         None if mask is None else tensors.mask_from_comfy(mask))
+
+
+def share_of(strength: str) -> float:
+    """Return the share of a choice's weight at a strength. ValueError for an unknown one."""
+    return paths.lookup(STRENGTHS, strength, "strength", "choose one in the node")
 
 
 def network_stamp(towards: Any, others: Mapping[str, Any]) -> list[str]:

@@ -80,15 +80,16 @@ def test_the_choices_are_those_that_are_tested(steer: Any):
 def test_a_choice_is_the_chain_of_nodes_bit_for_bit(comfy, world: PixelWorld, image: torch.Tensor, name: str):
     values, guider = chain(comfy, name, image)
     found = world.sample(steered(comfy, world.model, name, values, strength="strong"), steps=3)
-    wanted = world.guided(world.term(guider, weight=1.0, strength="balanced", **NEW_TERM), steps=3)
+    weight = 0.3 if name == "unlike each other" else 1.0
+    wanted = world.guided(world.term(guider, weight=weight, strength="balanced", **NEW_TERM), steps=3)
     assert torch.equal(found, wanted) and not torch.equal(found, world.sample(steps=3))
 
 
 @pytest.mark.parametrize("strength", WEIGHTS)
 def test_the_strengths_are_weights(steer: Any, strength: str):
-    guider = steer.guider_of("smoothness", {})
-    term = steer.term_of(guider, strength, 0.5, None)
-    assert term.weight == 0.5 * WEIGHTS[strength] and term.guider is guider and term.mask is None
+    assert steer.share_of(strength) == WEIGHTS[strength]
+    term = steer.term_of("smoothness", {}, 0.5, None)
+    assert term.weight == 0.5 and term.mask is None and steer.term_of("unlike each other", {}, 0.5, None).weight == 0.15
 
 
 def test_a_factor_of_0_leaves_the_image_bit_for_bit(comfy, world: PixelWorld):

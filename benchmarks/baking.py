@@ -10,9 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppap_core import Guider, SampleStore, Term, rule_guider
+from ppap_core import (
+    Guider,
+    NoiseInterval,
+    SampleStore,
+    Term,
+    Trajectories,
+    TrajectoryRecorder,
+    guided,
+    rule_guider,
+    sample_euler,
+)
 from ppap_core.experts.bake import Learned, bake, guided_error, held_out_of
 from ppap_core.guiders.guider import clean
+from ppap_core.noise import EVERYWHERE
+from ppap_core.schedules import FALLING, Ramp, Schedule
 from ppap_core.tinyworld.latents import SPACE
 from ppap_core.tinyworld.scenes import CLASSES, draw
 from ppap_core.training.finetune import FineTune
@@ -69,18 +81,29 @@ class Case:
     @property
     def term(self) -> Term:
         """What guides."""
+        levels = self.world.start([NOISE], self.bench.steps)[1]
+        falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(float(levels[-2]), float(levels[0])), *FALLING))
         if self.aim == "star":
-            return Term(self.world.guider.aim(torch.tensor([STAR])), 0.3, normalized=True, backprop_through_model=True)
-        return Term(replace(self.rule, decode=SPACE.colors if self.name == "latents" else None), 0.5, normalized=True)
+            return Term(self.world.guider.aim(torch.tensor([STAR])), 0.3, falling, normalized=True,
+                        backprop_through_model=True)
+        decode = SPACE.colors if self.name == "latents" else None
+        return Term(replace(self.rule, decode=decode), 0.5, falling, normalized=True)
 
     def store(self, report: Report) -> SampleStore:
         """Images of the guided model, and others held out."""
         store = SampleStore(self.folder / "samples", {"model": self.world.name, "aim": self.aim, "steps": self.bench.steps,
                                                       "seed": self.world.store_seed})
         for part, count in ((store, self.bench.samples), (store.hold_out(), 64)):
-            part.fill(count, lambda seeds: self.world.sample_recorded(seeds, self.bench.steps, [self.term]),
-                      lambda have, _: report(f"samples: {have}"))
+            part.fill(count, self._generate, lambda have, _: report(f"samples: {have}"))
         return store
+
+    def _generate(self, seeds: Sequence[int]) -> tuple[Tensor, Trajectories]:
+        """Images of some seeds, with what the guided model predicted on the way."""
+        recorder = TrajectoryRecorder()
+        denoise = recorder.wrap(guided(self.world.denoise, [self.term]))
+        samples = sample_euler(denoise, *self.world.start(seeds, self.bench.steps))
+        decode = getattr(self.world, "decode", nn.Identity())
+        return decode(samples).clamp(-1, 1), recorder.trajectories(seeds)
 
     def measure(self, samples: Tensor, evaluator: Evaluator) -> dict[str, float]:
         """How far samples are where they should be, and their Frechet distance."""

@@ -17,6 +17,7 @@ Experts make a guider reliable at high noise: fill a `SampleStore` with images o
 them, and guide with `with_experts(guider, bank)`.
 """
 from .experts.adapters import LoraSpec
+from .experts.bake import bake
 from .experts.bank import ExpertBank, base_network, with_experts
 from .experts.check import teacher_distance
 from .experts.checkpoint import load_bank, save_bank
@@ -47,22 +48,24 @@ from .guiders.targets import (
     with_cutouts,
 )
 from .guiders.tasks import TASKS, Task
+from .guiders.variety import unlike
 from .guiders.visualize import visualize
 from .noise import NoiseInterval, flow_to_ve, to_vp
 from .sampling import Denoiser, karras_sigmas, sample_euler, sample_heun, sample_renewing
 from .schedules import ExpertSchedule, Ramp, Schedule
+from .training.finetune import FineTune, as_lora
 from .training.loop import RunOptions
 
 __version__ = "0.2.0"
 
 __all__ = [
     "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "FeatureSamples",
-    "Guidance", "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "Moments", "NoiseInterval",
-    "Prediction", "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "ReadoutNetwork", "RunOptions", "SampleStore",
-    "Schedule", "Task", "Term", "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text", "autoguided",
-    "base_network", "class_target", "distill", "distill_readout", "flow_to_ve", "guidance_shift", "guided", "image_target",
-    "karras_sigmas", "load_bank", "load_guider", "load_readout", "map_target", "mask_target", "new_readout",
-    "number_target", "optimize_images", "reading", "rule_guider", "sample_euler", "sample_heun", "sample_renewing",
-    "sample_training_free", "save_bank", "save_readout", "teacher_distance", "to_vp", "visualize", "with_cutouts",
-    "with_experts", "with_readout",
+    "FineTune", "Guidance", "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "Moments",
+    "NoiseInterval", "Prediction", "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "ReadoutNetwork", "RunOptions",
+    "SampleStore", "Schedule", "Task", "Term", "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text",
+    "as_lora", "autoguided", "bake", "base_network", "class_target", "distill", "distill_readout", "flow_to_ve",
+    "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider", "load_readout",
+    "map_target", "mask_target", "new_readout", "number_target", "optimize_images", "reading", "rule_guider",
+    "sample_euler", "sample_heun", "sample_renewing", "sample_training_free", "save_bank", "save_readout",
+    "teacher_distance", "to_vp", "unlike", "visualize", "with_cutouts", "with_experts", "with_readout",
 ]

@@ -21,7 +21,7 @@ from ppap_core import (
     rule_guider,
     sample_euler,
 )
-from ppap_core.experts.bake import Learned, bake, guided_error, held_out_of
+from ppap_core.experts.bake import Learned, Student, bake, guided_error, held_out_of
 from ppap_core.guiders.guider import clean
 from ppap_core.noise import EVERYWHERE
 from ppap_core.schedules import FALLING, Ramp, Schedule
@@ -136,13 +136,12 @@ def train(case: Case, config: FineTune, report: Report) -> tuple[dict[str, LoraU
         if (step + 1) % 50 == 0:
             report(f"step {step + 1}: {loss:.4f}")
 
-    net, device = case.world.denoiser, case.world.device
-    measure = partial(guided_error, predict, held_out_of(store), config.batch, case.world.sigma_data, device)
+    student = Student(case.world.denoiser, predict, case.world.sigma_data, case.world.device)
+    measure = partial(guided_error, student, held_out_of(store), config.batch)
     started, without = time.monotonic(), measure()
-    updates, _ = bake(net, predict, store, config, case.world.sigma_data,
-                      RunOptions({"case": case.aim}, folder / "state.safetensors", on_step=on_step), device)
+    updates, _ = bake(student, store, config, RunOptions({"case": case.aim}, folder / "state.safetensors", on_step=on_step))
     minutes = (time.monotonic() - started) / 60
-    with with_adapters(net, {name: [update] for name, update in updates.items()}):
+    with with_adapters(student.net, {name: [update] for name, update in updates.items()}):
         learned = Learned(without, measure())
     return updates, cached_json(folder / "learned.json", lambda: {"learned": learned.share, "minutes": minutes})
 

@@ -17,7 +17,7 @@ Experts make a guider reliable at high noise: fill a `SampleStore` with images o
 them, and guide with `with_experts(guider, bank)`.
 """
 from .experts.adapters import LoraSpec
-from .experts.bake import bake
+from .experts.bake import Student, bake
 from .experts.bank import ExpertBank, base_network, with_experts
 from .experts.check import teacher_distance
 from .experts.checkpoint import load_bank, save_bank
@@ -62,7 +62,7 @@ __all__ = [
     "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "FeatureSamples",
     "FineTune", "Guidance", "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "Moments",
     "NoiseInterval", "Prediction", "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "ReadoutNetwork", "RunOptions",
-    "SampleStore", "Schedule", "Task", "Term", "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text",
+    "SampleStore", "Schedule", "Student", "Task", "Term", "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text",
     "as_lora", "autoguided", "bake", "base_network", "class_target", "distill", "distill_readout", "flow_to_ve",
     "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider", "load_readout",
     "map_target", "mask_target", "new_readout", "number_target", "optimize_images", "reading", "rule_guider",

@@ -4,7 +4,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...ppap_core.experts.bake import GuidedSteps, Learned, bake, guided_error, held_out_of, steps_at
+from ...ppap_core.experts.bake import GuidedSteps, Learned, Student, bake, guided_error, held_out_of, steps_at
 from ...ppap_core.io.hashing import digest
 from ...ppap_core.training.finetune import FineTune, as_lora
 from ...ppap_core.training.loop import RunOptions
@@ -52,11 +52,10 @@ class Baking:
         return with_lora(self.model, lora), losses, learned
 
     def _train(self, trainee: Trainee) -> tuple[dict[str, LoraUpdate], list[float], Learned]:
-        predict, sigma_data = partial(self._predict, trainee), latents.sigma_data_of(self.model)
-        measure = partial(guided_error, predict, held_out_of(self.store), self.config.batch, sigma_data, trainee.device)
+        student = Student(trainee.net, partial(self._predict, trainee), latents.sigma_data_of(self.model), trainee.device)
+        measure = partial(guided_error, student, held_out_of(self.store), self.config.batch)
         without = measure()
-        updates, losses = bake(trainee.net, predict, self.store, self.config, sigma_data,
-                               self._run_options(trainee), trainee.device)
+        updates, losses = bake(student, self.store, self.config, self._run_options(trainee))
         with with_adapters(trainee.net, {name: [update] for name, update in updates.items()}):
             return updates, losses, Learned(without, measure())
 

@@ -18,9 +18,6 @@ from .samples import SampleStore
 
 MEASURED = 64  # images on which to measure what was learned
 
-PredictState = Callable[[Tensor, Tensor], Tensor]
-"""(VE state (B, C, h, w), noise level (B,)) -> denoised prediction (B, C, h, w)"""
-
 
 class GuidedSteps(NamedTuple):
     """Steps of guided samplings: what the model was given, and what it predicted with guidance."""
@@ -34,22 +31,33 @@ class GuidedSteps(NamedTuple):
         return GuidedSteps(*(part.to(device) for part in self))
 
 
-def bake(net: nn.Module, predict: PredictState, store: SampleStore, config: FineTune, sigma_data: float = 1.0,
-         options: RunOptions = RunOptions(), device: torch.device = torch.device("cpu"),
-         ) -> tuple[dict[str, LoraUpdate], list[float]]:
-    """Train low-rank updates of a network until it predicts without guidance what it predicted with it.
+class Student(NamedTuple):
+    """A diffusion model that learns to do without guidance."""
 
-    net: the network inside `predict`; its weights stay as they are. store: images that the guided model generated.
-    sigma_data: std of what is diffused. options: run_id is completed by the settings and the store's manifest and length;
-    on_step gets the updates by layer. device: where the network computes. Returns the updates and the loss of every step.
+    net: nn.Module                               # the network inside `predict`; its weights stay as they are
+    predict: Callable[[Tensor, Tensor], Tensor]  # (VE state (B, C, h, w), noise level (B,)) -> denoised prediction
+    sigma_data: float = 1.0                      # std of what is diffused
+    device: torch.device = torch.device("cpu")   # where the network computes
+
+    def loss(self, steps: GuidedSteps) -> Tensor:
+        """`denoising_loss` of predicting what the guided model predicted."""
+        steps = steps.to(self.device)
+        return denoising_loss(self.predict(steps.x, steps.sigma), steps.guided, steps.sigma, self.sigma_data)
+
+
+def bake(student: Student, store: SampleStore, config: FineTune,
+         options: RunOptions = RunOptions()) -> tuple[dict[str, LoraUpdate], list[float]]:
+    """Train low-rank updates of a model until it predicts without guidance what it predicted with it.
+
+    store: images that the guided model generated. options: run_id is completed by the settings and the store's manifest and
+    length; on_step gets the updates by layer. Returns the updates and the loss of every step.
     ValueError if the network has no layer that could be updated, and for an empty store.
     """
     def loss(step: int) -> Tensor:
-        steps = random_steps(store, config, step).to(device)
-        return denoising_loss(predict(steps.x, steps.sigma), steps.guided, steps.sigma, sigma_data)
+        return student.loss(random_steps(store, config, step))
 
     options = options.identified({"config": dict(vars(config)), "samples": store.manifest, "count": len(store)})
-    return train_updates(net, loss, config, device, "the baking", options)
+    return train_updates(student.net, loss, config, student.device, "the baking", options)
 
 
 def random_steps(store: SampleStore, config: FineTune, step: int) -> GuidedSteps:
@@ -85,14 +93,12 @@ def held_out_of(store: SampleStore) -> SampleStore:
 
 
 @torch.no_grad()
-def guided_error(predict: PredictState, store: SampleStore, size: int, sigma_data: float, device: torch.device) -> float:
-    """Mean `denoising_loss` of predictions of what a guided model predicted, on a step of each of a store's first images.
+def guided_error(student: Student, store: SampleStore, size: int) -> float:
+    """Mean loss of a student on a step of each of a store's first images.
 
     size: of the batches.
     """
     images, kept = store.sigmas.shape
     parts = torch.arange(min(images, MEASURED)).split(size)
-    steps = [steps_at(store, image, image % kept).to(device) for image in parts]
-    losses = [len(part.x) * float(denoising_loss(predict(part.x, part.sigma), part.guided, part.sigma, sigma_data))
-              for part in steps]
+    losses = [len(image) * float(student.loss(steps_at(store, image, image % kept))) for image in parts]
     return sum(losses) / sum(map(len, parts))

@@ -8,13 +8,11 @@ from helpers import images, made_up_trajectories
 from torch import Tensor, nn
 
 from ppap_core import SampleStore
-from ppap_core.experts.bake import Learned, bake, guided_error, held_out_of, random_steps
+from ppap_core.experts.bake import Learned, Student, bake, guided_error, held_out_of, random_steps
 from ppap_core.experts.samples import Trajectories
 from ppap_core.noise import expand, from_vp, to_vp
 from ppap_core.training.finetune import FineTune
 from ppap_core.training.lora import with_adapters
-
-CPU = torch.device("cpu")
 
 
 def guided_trajectories(seeds: list[int]) -> tuple[Tensor, Trajectories]:
@@ -43,8 +41,12 @@ def untouched() -> nn.Conv2d:
     return layer
 
 
+def student(net: nn.Module) -> Student:
+    return Student(net, partial(predict, net), 0.5)
+
+
 def error(net: nn.Module, store: SampleStore) -> float:
-    return guided_error(partial(predict, net), store, 16, 0.5, CPU)
+    return guided_error(student(net), store, 16)
 
 
 def test_steps_are_those_that_were_sampled(store: SampleStore):
@@ -57,7 +59,7 @@ def test_steps_are_those_that_were_sampled(store: SampleStore):
 def test_the_network_learns_what_guidance_did(store: SampleStore):
     net = untouched()
     before = error(net, store)
-    updates, losses = bake(net, partial(predict, net), store, FineTune(60, 2, 16, 0.05), 0.5)
+    updates, losses = bake(student(net), store, FineTune(60, 2, 16, 0.05))
     assert error(net, store) == before, "the weights stay as they are"
     with with_adapters(net, {name: [update] for name, update in updates.items()}):
         learned = Learned(before, error(net, store))

@@ -61,11 +61,11 @@ __version__ = "0.2.0"
 __all__ = [
     "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule", "FeatureSamples",
     "FineTune", "Guidance", "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec", "Moments",
-    "NoiseInterval", "Prediction", "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "ReadoutNetwork", "RunOptions",
-    "SampleStore", "Schedule", "Student", "Task", "Term", "TrainingFree", "Trajectories", "TrajectoryRecorder", "aim_at_text",
-    "as_lora", "autoguided", "bake", "base_network", "class_target", "distill", "distill_readout", "flow_to_ve",
-    "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank", "load_guider", "load_readout",
-    "map_target", "mask_target", "new_readout", "number_target", "optimize_images", "reading", "rule_guider",
-    "sample_euler", "sample_heun", "sample_renewing", "sample_training_free", "save_bank", "save_readout",
-    "teacher_distance", "to_vp", "unlike", "visualize", "with_cutouts", "with_experts", "with_readout",
+    "NoiseInterval", "Prediction", "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "ReadoutNetwork",
+    "RunOptions", "SampleStore", "Schedule", "Student", "Task", "Term", "TrainingFree", "Trajectories",
+    "TrajectoryRecorder", "aim_at_text", "as_lora", "autoguided", "bake", "base_network", "class_target", "distill",
+    "distill_readout", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank",
+    "load_guider", "load_readout", "map_target", "mask_target", "new_readout", "number_target", "optimize_images",
+    "reading", "rule_guider", "sample_euler", "sample_heun", "sample_renewing", "sample_training_free", "save_bank",
+    "save_readout", "teacher_distance", "to_vp", "unlike", "visualize", "with_cutouts", "with_experts", "with_readout",
 ]

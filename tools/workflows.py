@@ -416,15 +416,18 @@ too.
     model = Out(page.add("LoraLoaderModelOnly", "The turbo LoRA", model=model, lora_name="tinyworld_turbo.safetensors",
                          strength_model=1.0))
     world = (model, nothing, latent, vae)
-    page.group("2  Unlike each other")
+    page.group("2  One palette makes them alike")
+    alike = Out(page.add("PPAPSteer", model=model, towards="colours of a palette", strength="medium",
+                         **{"towards.palette": "#1d3557:5, #ffd166"}))
+    page.group("3  Unlike each other")
     apart = Out(page.add("PPAPVariety"))
-    terms = Out(page.add("PPAPGuidanceTerm", guider=apart, weight=0.2))
-    varied = Out(page.add("PPAPApplyGuidance", model=model, terms=terms))
-    page.group("3  The same seeds without and with it")
-    _sample(page, "Without", world[0], world, 8, steps=4)
+    terms = Out(page.add("PPAPGuidanceTerm", guider=apart, weight=0.3))
+    varied = Out(page.add("PPAPApplyGuidance", model=alike, terms=terms))
+    page.group("4  The same seeds without and with it")
+    _sample(page, "In one palette", alike, world, 8, steps=4)
     page.column()
     sampled, _ = _sample(page, "Unlike each other", varied, world, 8, "SaveImage", steps=4)
-    _report(page, 4, varied, sampled)
+    _report(page, 5, varied, sampled)
 
 
 STORIES: dict[str, Callable[[Page], None]] = {"steer": steer, "series": series, "seamless": seamless, "masks": masks,

@@ -35,7 +35,7 @@ BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "steer": ("Without", "With these colours"),
                     "strengths": ("Off", "Strong"),
                     "turbo": ("Without guidance", "Steered towards stars"),
-                    "variety": ("Without", "Unlike each other"),
+                    "variety": ("In one palette", "Unlike each other"),
                     "with_controlnet": ("ControlNet alone", "Both")}
 
 

@@ -102,15 +102,11 @@ def guider_of(name: str, values: Mapping[str, Any]) -> Guider:
         return CHOICES[name].guider(*values.values())
 
 
-def term_of(name: str, values: Mapping[str, Any], weight: float, mask: Tensor | None) -> GuidanceTerm:
-    """Weigh the guider of a choice as a new Guidance Term does. weight: share of what strong would take; neutral: 0."""
-    return GuidanceTerm(guider_of(name, values), weight * CHOICES[name].weight, PercentSchedule(0.0, 1.0, *FALLING),
+def term_of(name: str, values: Mapping[str, Any], strength: str, factor: float, mask: Tensor | None) -> GuidanceTerm:
+    """Weigh the guider of a choice as a new Guidance Term does. strength: a key of STRENGTHS. factor: of it, neutral: 0."""
+    weight = factor * paths.lookup(STRENGTHS, strength, "strength", "choose one in the node") * CHOICES[name].weight
+    return GuidanceTerm(guider_of(name, values), weight, PercentSchedule(0.0, 1.0, *FALLING),
                         None if mask is None else tensors.mask_from_comfy(mask))
-
-
-def share_of(strength: str) -> float:
-    """Return the share of a choice's weight at a strength. ValueError for an unknown one."""
-    return paths.lookup(STRENGTHS, strength, "strength", "choose one in the node")
 
 
 def network_stamp(towards: Any, others: Mapping[str, Any]) -> list[str]:

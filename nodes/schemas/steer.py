@@ -97,7 +97,7 @@ class PPAPSteer(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength, factor, towards, mask=None, vae=None, **others):
-        term = steer.term_of(*steer.chosen(towards, others), factor * steer.share_of(strength), mask)
+        term = steer.term_of(*steer.chosen(towards, others), strength, factor, mask)
         return io.NodeOutput(guidance.apply_guidance(model, [term], 0.0, vae))
 
 

@@ -87,9 +87,8 @@ def test_a_choice_is_the_chain_of_nodes_bit_for_bit(comfy, world: PixelWorld, im
 
 @pytest.mark.parametrize("strength", WEIGHTS)
 def test_the_strengths_are_weights(steer: Any, strength: str):
-    assert steer.share_of(strength) == WEIGHTS[strength]
-    term = steer.term_of("smoothness", {}, 0.5, None)
-    assert term.weight == 0.5 and term.mask is None and steer.term_of("unlike each other", {}, 0.5, None).weight == 0.15
+    term, apart = (steer.term_of(name, {}, strength, 0.5, None) for name in ("smoothness", "unlike each other"))
+    assert term.weight == 0.5 * WEIGHTS[strength] and term.mask is None and apart.weight == 0.3 * term.weight
 
 
 def test_a_factor_of_0_leaves_the_image_bit_for_bit(comfy, world: PixelWorld):

@@ -78,9 +78,11 @@ class Baking:
     def _preview(self, trainee: Trainee, shown: GuidedSteps) -> Tensor | None:
         """Draw what the guided model predicted, and below it what the model predicts by now."""
         with torch.no_grad():
-            rows = (shown.guided, self._predict(trainee, shown.x, shown.sigma))
-            previews = [latents.preview(self.model, row) for row in rows]
-        return None if previews[0] is None else torch.cat([torch.cat([*row], dim=-1) for row in previews], dim=-2)[None]
+            guided, baked = (latents.preview(self.model, each)
+                             for each in (shown.guided, self._predict(trainee, shown.x, shown.sigma)))
+        if guided is None or baked is None:
+            return None
+        return torch.cat([torch.cat([*row], dim=-1) for row in (guided, baked)], dim=-2)[None]
 
 
 def describe_learned(learned: Learned, name: str) -> str:

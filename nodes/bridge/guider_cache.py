@@ -20,7 +20,7 @@ _loaded: WeakValueDictionary[tuple, torch.nn.Module] = WeakValueDictionary()  # 
 def guider_sources() -> dict[str, Callable[[str], Guider]]:
     """Return everything Load Guider can load, the bundled ones first: by name, functions of the output to use."""
     sources: dict[str, Callable[[str], Guider]] = {f"tinyworld/{task}": partial(tinyworld.load_guider, task)
-                                                   for task in tinyworld.TASKS}
+                                                   for task in tinyworld.LABELS}
     for folder in paths.guider_folders():
         sources.setdefault(folder.name, partial(loaders.load_guider, folder))
     return sources

@@ -47,3 +47,9 @@ def test_what_is_not_in_the_list_is_no_name(comfy, experts: Path, name: str):
 def test_a_new_file_stays_in_its_folder(comfy, name: str):
     with says(ValueError, "cannot name a file"):
         paths(comfy).new_expert_file(name)
+
+
+def test_every_network_that_comes_with_the_pack_loads(comfy):
+    cache = comfy.pack.nodes.bridge.guider_cache
+    names = [name for name in cache.guider_sources() if name.startswith("tinyworld")]
+    assert {cache.load_guider(name).task for name in names} == {"class", "depth", "segmentation"} and len(names) == 4

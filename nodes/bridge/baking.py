@@ -18,6 +18,7 @@ from .lora_training import Trainee, save_lora, train_inside_sampler, with_lora
 from .progress import Progress
 
 SHOWN, PREVIEWS = 4, 25  # images in a preview, and previews of a baking
+LITTLE = 0.03  # share of the error below which a LoRA does hardly anything; a class is there at 0.09, a palette at 0.57
 
 
 class Baking:
@@ -87,6 +88,8 @@ class Baking:
 
 def describe_learned(learned: Learned, name: str) -> str:
     """Say in words how much of the guidance is in a LoRA."""
-    words = f"{name}.safetensors does {learned.share:.0%} of what the guidance did, measured on other images"
-    advice = "" if learned.share >= 0.5 else ": train longer, at a higher rank, or on more samples"
-    return f"{words}{advice}."
+    words = f"With {name}.safetensors the model predicts guided steps of other images with {learned.share:.0%} less error."
+    if learned.share < LITTLE:
+        return f"{words} That is next to nothing: train longer, at a higher rank, or on more samples."
+    return (f"{words} Much of what guidance does differs from image to image and cannot be learned; what is alike counts. "
+            "Compare pictures.")

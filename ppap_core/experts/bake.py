@@ -82,7 +82,10 @@ class Learned(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Share of the guidance that was learned: 1 for all of it, 0 for none; below 0 if the LoRA made it worse."""
+        """Share of the error that is gone: 1 for all of it, 0 for nothing; below 0 if the LoRA made it worse.
+
+        Not the share of the effect: what differs from image to image cannot be learned, and what is alike adds up.
+        """
         return 1 - (self.baked / self.without) ** 0.5 if self.without else 1.0
 
 

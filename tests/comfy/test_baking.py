@@ -26,7 +26,7 @@ def with_file(world: PixelWorld, name: str, strength: float = 1.0) -> Any:
     return world.comfy("LoraLoaderModelOnly", model=world.model, lora_name=f"{name}.safetensors", strength_model=strength)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_a_baked_lora_leads_where_guidance_led(pixels: PixelWorld):
     world = PixelWorld(pixels.comfy, batch=16)
     model = bake(world, "star", guided_samples(world, steps=6), steps=100, rank=8, batch_size=8)

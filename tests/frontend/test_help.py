@@ -30,6 +30,7 @@ def test_the_help_page_of_a_node_opens(front: FrontEnd):
 @pytest.mark.parametrize("kind, widget", [("PPAPGuidanceTerm", "weight"), ("PPAPRule", "rule")])
 def test_a_tooltip_appears_over_a_setting(front: FrontEnd, kind: str, widget: str):
     place(front, kind)
+    front.page.wait_for_function("name => app.graph.nodes[0].widgets.find(each => each.name == name).last_y > 0", arg=widget)
     x, y = front.page.evaluate("""name => {
         const node = app.graph.nodes[0], widget = node.widgets.find(each => each.name == name);
         const {x, y} = document.querySelector('#graph-canvas').getBoundingClientRect();

@@ -93,7 +93,8 @@ def test_real_caches_leave_the_bad_model_alone(bench: Workbench, kind: str):
         assert not getattr(holder, "uuid_cache_diffs", None), "the cache keeps something of this sampling"
 
 
-@CACHED
+@pytest.mark.parametrize("cache", [each if number < 2 else pytest.param(each, marks=pytest.mark.wide)
+                                   for number, each in enumerate(CACHES)])
 def test_no_graph_stays_alive_in_a_cache(bench: Workbench, cache: str, monkeypatch: pytest.MonkeyPatch):
     """Neither between two steps nor afterwards; a second look at each step shows that there was one."""
     alive, module, scene = [], bench.comfy.pack.nodes.bridge.guidance, bench.scene(EPS)
@@ -195,7 +196,7 @@ def untouched(model: Any, strength: float) -> Any:
 WAYS = {"bypass": by_bypass, "patches": ordinary, "none": untouched}
 
 
-@pytest.mark.parametrize("family", [EPS, "SDXL", FLOW, "Flux"])
+@pytest.mark.parametrize("family", [EPS, FLOW, *(pytest.param(name, marks=pytest.mark.wide) for name in ("SDXL", "Flux"))])
 @pytest.mark.parametrize(("good", "bad"), [("bypass", "bypass"), ("none", "bypass"), ("bypass", "none"),
                                            ("patches", "bypass"), ("bypass", "patches")])
 def test_a_lora_by_bypass_is_guided_as_any_other(bench: Workbench, family: str, good: str, bad: str):

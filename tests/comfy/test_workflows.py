@@ -208,8 +208,8 @@ def test_a_cancelled_job_loses_nothing(server: Server):
 
     with server.listen() as until:
         server.queue(graph)
-        first = next(data["value"] for _ in range(1000) for kind, data in until("progress") if kind == "progress")
-        assert first > 70, "goes on where it was stopped"
+        values = [data["value"] for _ in range(2) for kind, data in until("progress") if kind == "progress"]
+        assert min(values) >= 60 and max(values) > 70, "goes on where it was stopped: the first expert is only measured"
         list(until("execution_success"))
     shutil.rmtree(states)
     server.run(distilling("straight", steps=60))

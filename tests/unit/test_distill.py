@@ -454,7 +454,7 @@ def test_a_foreign_state_is_refused_and_left_alone(store, tmp_path, change, word
 def test_the_state_of_another_start_is_refused(store, tmp_path):
     guider, state = small_guider(), tmp_path / "state.safetensors"
     distill_expert(guider, make_bank(guider), 1, store, WARM, RunOptions(state_file=state))
-    with says(ValueError, "state.safetensors", "start is neighbour, expected None", "delete"):
+    with says(ValueError, "state.safetensors", "start is 'neighbour', expected None", "delete"):
         distill_expert(guider, make_bank(guider), 1, store, CONFIG, RunOptions(state_file=state))
 
 

@@ -16,6 +16,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.parametrize("name", ["SD 1.5, as it starts", "SDXL, fp8 weights"])
 def test_a_part_is_measured_each_way(comfy, monkeypatch: pytest.MonkeyPatch, name: str):
+    pytest.importorskip("comfy.memory_management", reason="this ComfyUI has no dynamic VRAM, which the script compares")
     monkeypatch.setattr(gpu, "STEPS", 1)
     rows = gpu.measure(comfy.registered, gpu.PARTS[name], is_tiny=True)
     assert [*rows] == [*gpu.WAYS] and all(row["seconds"] > 0 for row in rows.values())

@@ -83,4 +83,8 @@ def test_samples_of_something_else_are_refused(pixels: PixelWorld, latents: Late
     samples.store.manifest["frames"] = 4
     with says(ValueError, "frames of videos"):
         bake(pixels, "frames", samples)
+    del samples.store.manifest["frames"]
+    samples.store.manifest["prompts"] = "drawn"
+    with says(ValueError, "several prompts", "draw_prompts off"):
+        bake(pixels, "prompts", samples)
     assert "cannot name a file" in pixels.comfy.registered["PPAPBakeGuidance"].validate_inputs(name="../out")

@@ -16,11 +16,16 @@ class VarietyGuider(Guider):
     """A guider whose energy is how close an image is to the others of its batch, in the outputs of its network.
 
     E_i = log mean_j exp(-|f_i - f_j|^2 / h) over the batch and `others`, where h is the median squared distance over the
-    logarithm of their number, and only f_i moves. An image without others has no gradient.
+    logarithm of their number, and only f_i moves. An image without others has no gradient. ValueError with cut-outs.
     """
 
     others: Tensor | None = None  # (K, d) outputs of further images to be unlike, such as those of earlier batches
     batch: Tensor | None = None   # (B, d) outputs of the whole batch, where only a part of it is asked for; None: all is
+
+    def __post_init__(self) -> None:
+        if self.cutouts:
+            raise ValueError(f"{self.name} compares whole images with each other, and got {self.cutouts} cut-outs: take the "
+                             "guider without them")
 
     def energy(self, image: Tensor, sigma: Tensor) -> Tensor:
         output = _flat(self.predict(image, sigma))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VIEWS, images, level, small_guider
+from helpers import VIEWS, images, level, says, small_guider
 from torch import Tensor
 
 from ppap_core import Guider, Term, guided, rule_guider
@@ -63,6 +63,13 @@ def test_other_images_are_kept_away_from():
     assert not energy_gradient(alone, x, level(0.5, x))[1].any()
     moved = x - 0.1 * gradient / gradient.abs().amax()
     assert spread(alone, torch.cat([moved, others])) > spread(alone, torch.cat([x, others]))
+
+
+def test_cut_outs_are_refused():
+    with says(ValueError, "compares whole images", "2 cut-outs"):
+        unlike(replace(small_guider("class"), cutouts=2))
+    with says(ValueError, "without them"):
+        replace(unlike(small_guider("class")), cutouts=1)
 
 
 def test_it_is_told_from_others_by_what_it_holds():

@@ -12,7 +12,8 @@ import torch
 
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
-from ppap_core.experts.distill import DistillConfig, distill
+from ppap_core.experts.distill import distill
+from ppap_core.experts.lesson import DistillConfig
 from ppap_core.experts.processes import Crew, launched_crew
 from ppap_core.experts.samples import SampleStore, Trajectories
 from ppap_core.experts.source import schedule_for

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ppap_core import DistillConfig, ExpertBank, Guider, LoraSpec, SampleStore, Trajectories, base_network, with_experts
-from ppap_core.experts.distill import distill_expert, distill_loss
 from ppap_core.experts.fast import fast_output
+from ppap_core.experts.lesson import distill_expert, distill_loss
 from ppap_core.experts.teacher import TeacherAnswers
 from ppap_core.rng import seeded
 

@@ -21,7 +21,8 @@ from .experts.bake import Student, bake
 from .experts.bank import ExpertBank, base_network, with_experts
 from .experts.check import teacher_distance
 from .experts.checkpoint import load_bank, save_bank
-from .experts.distill import DistillConfig, distill
+from .experts.distill import distill
+from .experts.lesson import DistillConfig
 from .experts.readout import ReadoutNetwork, new_readout, reading, with_readout
 from .experts.readout_distill import FeatureSamples, distill_readout
 from .experts.readout_file import load_readout, save_readout

@@ -14,9 +14,10 @@ from torch import Tensor
 from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ...ppap_core.experts.checkpoint import load_bank, save_bank
-from ...ppap_core.experts.distill import Distillation, DistillConfig
+from ...ppap_core.experts.distill import Distillation
 from ...ppap_core.experts.estimate import Estimate, describe_seconds
 from ...ppap_core.experts.knowledge import KnowledgeTest, describe_knowledge, remember
+from ...ppap_core.experts.lesson import DistillConfig
 from ...ppap_core.experts.origin import Origin, describe_origin, remember_origin, shared_name
 from ...ppap_core.experts.readout import ReadoutNetwork, with_readout
 from ...ppap_core.experts.readout_file import is_readout_file, load_readout, save_readout

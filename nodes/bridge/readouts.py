@@ -9,8 +9,8 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from torch import Tensor
 
-from ...ppap_core.experts.distill import DistillConfig
 from ...ppap_core.experts.knowledge import remember
+from ...ppap_core.experts.lesson import DistillConfig
 from ...ppap_core.experts.readout import ReadoutNetwork, new_readout, require_readable, with_readout
 from ...ppap_core.experts.readout_distill import FeatureSamples, distill_readout
 from ...ppap_core.experts.readout_knowledge import measure_readout

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import with_experts
-from ...ppap_core.experts.distill import DistillConfig, uses_warm_start
+from ...ppap_core.experts.lesson import DistillConfig, uses_warm_start
 from ...ppap_core.experts.presets import AS_SET, PRESETS, with_preset
 from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY
 from ...ppap_core.guiders.latents import VIEWS

@@ -6,8 +6,9 @@ from functools import partial
 import torch
 
 from .check import AgreementCheck
-from .distill import CHECK_EVERY, Distillation
+from .distill import Distillation
 from .knowledge import KnowledgeTest
+from .lesson import CHECK_EVERY
 from .samples import SHARD_SIZE
 from .teacher import BATCH, TeacherAnswers, answer
 

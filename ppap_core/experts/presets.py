@@ -2,7 +2,7 @@
 from dataclasses import replace
 from typing import Any
 
-from .distill import DistillConfig
+from .lesson import DistillConfig
 
 AS_SET = "as set"
 PRESETS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,8 @@ from ..guiders.tasks import TASKS
 from ..noise import expand
 from ..rng import seeded
 from ..training.loop import RunOptions, optimize
-from .distill import DistillConfig, OnDistillStep
+from .distill import OnDistillStep
+from .lesson import DistillConfig
 from .readout import Features, ReadoutHead, ReadoutNetwork
 from .samples import Pairs, SampleStore, pairs_at, steps_in
 

@@ -13,8 +13,8 @@ from ..io.hashing import digest, weight_digests
 from .adapters import LoraSpec
 from .bank import ExpertBank, base_network
 from .checkpoint import rename_adapters
-from .distill import DistillConfig
 from .identity import Names, former_identity, libraries, match_layers, match_weights
+from .lesson import DistillConfig
 from .samples import SampleStore
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ from helpers import disturb, images, made_up_trajectories, randn, same, says, sm
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.check import AgreementCheck
-from ppap_core.experts.distill import Distillation, DistillConfig, Watch, distill, distill_expert
+from ppap_core.experts.distill import Distillation, Watch, distill
 from ppap_core.experts.estimate import Estimate, estimate_distillation
 from ppap_core.experts.knowledge import KnowledgeTest
+from ppap_core.experts.lesson import DistillConfig, distill_expert
 from ppap_core.experts.presets import AS_SET, PRESETS, with_preset
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore
 from ppap_core.experts.teacher import FOLDER, TeacherAnswers
@@ -125,7 +126,7 @@ def test_a_check_is_the_agreement_at_held_out_steps(store):
 
 
 def test_experts_end_early_and_tell_their_checks(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("ppap_core.experts.distill.CHECK_EVERY", 2)
+    monkeypatch.setattr("ppap_core.experts.lesson.CHECK_EVERY", 2)
     guider, seen = small_guider(), []
     config = replace(CONFIG, steps=60, patience=1, lr=0.0)
     losses = Distillation(guider, make_bank(guider), store, config, tmp_path / "states").run(

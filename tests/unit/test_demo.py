@@ -6,7 +6,7 @@ from PIL import Image
 
 from examples import demo as module
 from examples.demo import demo
-from ppap_core.experts.distill import DistillConfig
+from ppap_core.experts.lesson import DistillConfig
 
 ROWS = ["unguided", "plain guider, noisy view", "five experts, noisy view", "plain guider, denoised view",
         "five experts, denoised view", "five experts, through the model"]

@@ -24,7 +24,8 @@ from helpers import (
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.check import teacher_distance
-from ppap_core.experts.distill import DistillConfig, distill, distill_expert, distill_loss, sample_batch
+from ppap_core.experts.distill import distill
+from ppap_core.experts.lesson import DistillConfig, distill_expert, distill_loss, sample_batch
 from ppap_core.experts.samples import (
     SHARD_SIZE,
     BatchSpec,

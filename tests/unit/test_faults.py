@@ -20,7 +20,7 @@ from helpers.gaussian import GaussianMixture
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.checkpoint import save_bank
-from ppap_core.experts.distill import DistillConfig, distill_expert
+from ppap_core.experts.lesson import DistillConfig, distill_expert
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore, Trajectories
 from ppap_core.guidance.prior import PriorConfig, PriorObjective, run_prior
 from ppap_core.guidance.terms import Term

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.checkpoint import load_bank, save_bank
-from ppap_core.experts.distill import DistillConfig, distill
+from ppap_core.experts.distill import distill
 from ppap_core.experts.knowledge import describe_knowledge
+from ppap_core.experts.lesson import DistillConfig
 from ppap_core.experts.origin import Origin, describe_origin
 from ppap_core.experts.readout import ReadoutNetwork, ReadoutSpec
 from ppap_core.experts.readout_file import is_readout_file, load_readout, save_readout

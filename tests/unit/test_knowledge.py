@@ -18,7 +18,7 @@ from helpers import (
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank, save_bank
-from ppap_core.experts.distill import DistillConfig, distill
+from ppap_core.experts.distill import distill
 from ppap_core.experts.knowledge import (
     Agreements,
     Knowledge,
@@ -29,6 +29,7 @@ from ppap_core.experts.knowledge import (
     remember,
     summarize,
 )
+from ppap_core.experts.lesson import DistillConfig
 from ppap_core.experts.samples import HELD_OUT_SEEDS, SHARD_SIZE, SampleStore, from_uint8, held_out_count
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.latents import LatentSpace

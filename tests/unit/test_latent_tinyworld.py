@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from benchmarks.evaluation import overlap
 from benchmarks.latent import LatentBench, latent_bench, table
 from benchmarks.latent_world import LatentWorld, eps_sigmas, flow_sigmas
-from ppap_core.experts.distill import DistillConfig
+from ppap_core.experts.lesson import DistillConfig
 from ppap_core.guiders.guider import clean
 from ppap_core.tinyworld import latents as latent
 from ppap_core.tinyworld.loaders import LABELS, condition

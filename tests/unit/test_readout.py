@@ -8,8 +8,8 @@ from helpers import CLASSES, H, SmallNet, W, images, level, made_up_trajectories
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppap_core.experts.distill import DistillConfig
 from ppap_core.experts.knowledge import describe_knowledge, knowledge_of, remember
+from ppap_core.experts.lesson import DistillConfig
 from ppap_core.experts.readout import (
     ReadoutHead,
     ReadoutNetwork,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.checkpoint import load_bank, save_bank
-from ppap_core.experts.distill import DistillConfig, distill
+from ppap_core.experts.distill import distill
+from ppap_core.experts.lesson import DistillConfig
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore
 from ppap_core.experts.states import NOTE, state_folder
 from ppap_core.guiders.guider import Guider, IgnoreSigma

@@ -18,7 +18,8 @@ from ppap_core import (
     to_vp,
     with_experts,
 )
-from ppap_core.experts.knowledge import describe_knowledge, measure_knowledge, remember
+from ppap_core.experts.examine import measure_knowledge
+from ppap_core.experts.knowledge import describe_knowledge, remember
 from ppap_core.experts.lesson import distill_loss
 from ppap_core.experts.samples import BatchSpec, Pairs, held_out_count, trajectory_pairs
 from ppap_core.noise import expand

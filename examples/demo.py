@@ -31,7 +31,8 @@ from ppap_core import (
     teacher_distance,
     with_experts,
 )
-from ppap_core.experts.knowledge import describe_knowledge, measure_knowledge, remember
+from ppap_core.experts.examine import measure_knowledge
+from ppap_core.experts.knowledge import describe_knowledge, remember
 from ppap_core.experts.lesson import uses_warm_start
 from ppap_core.experts.samples import held_out_count
 from ppap_core.guiders.latents import VIEWS, View

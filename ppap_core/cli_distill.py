@@ -12,7 +12,8 @@ from .experts.adapters import LoraSpec
 from .experts.bank import ExpertBank, base_network
 from .experts.checkpoint import save_bank
 from .experts.distill import distill
-from .experts.knowledge import describe_knowledge, measure_knowledge, remember
+from .experts.examine import measure_knowledge
+from .experts.knowledge import describe_knowledge, remember
 from .experts.lesson import DistillConfig, uses_warm_start
 from .experts.origin import remember_origin
 from .experts.presets import AS_SET, PRESETS, with_preset

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...ppap_core.experts.distill import Distillation, Watch
 from ...ppap_core.experts.estimate import describe_seconds, estimate_distillation
-from ...ppap_core.experts.knowledge import Knowledge, KnowledgeTest
+from ...ppap_core.experts.examine import KnowledgeTest
+from ...ppap_core.experts.knowledge import Knowledge
 from ...ppap_core.schedules import ExpertSchedule
 from ...ppap_core.viz.plots import agreement_plot, loss_plot
 from .progress import Progress, note
@@ -104,7 +105,7 @@ class Course(Losses):
         self.estimate.left["step"] = self.distillation.steps_left(index + 1)
         self.estimate.done("test", 0)
         known = self.test.measure(index)
-        self.estimate.done("test", len(self.test.batches(index)))
+        self.estimate.done("test", self.test.count(index))
         self.knowledge.append(known)
         if known:
             self.note_agreement(index, known.plain, known.expert)

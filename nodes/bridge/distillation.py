@@ -16,7 +16,8 @@ from ...ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ...ppap_core.experts.checkpoint import load_bank, save_bank
 from ...ppap_core.experts.distill import Distillation
 from ...ppap_core.experts.estimate import Estimate, describe_seconds
-from ...ppap_core.experts.knowledge import KnowledgeTest, describe_knowledge, remember
+from ...ppap_core.experts.examine import KnowledgeTest
+from ...ppap_core.experts.knowledge import describe_knowledge, remember
 from ...ppap_core.experts.lesson import DistillConfig
 from ...ppap_core.experts.origin import Origin, describe_origin, remember_origin, shared_name
 from ...ppap_core.experts.readout import ReadoutNetwork, with_readout

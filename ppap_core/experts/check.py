@@ -6,7 +6,7 @@ from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
 from ..schedules import ExpertSchedule
 from .bank import ExpertBank, with_experts
-from .knowledge import BATCH, LEARNED_FROM, plain_judge
+from .examine import BATCH, LEARNED_FROM, plain_judge
 from .samples import BatchSpec, Pairs, SampleStore, pairs_at, steps_in, trajectory_pairs
 from .teacher import answer
 

@@ -7,7 +7,7 @@ import torch
 
 from .check import AgreementCheck
 from .distill import Distillation
-from .knowledge import KnowledgeTest
+from .examine import KnowledgeTest
 from .lesson import CHECK_EVERY
 from .samples import SHARD_SIZE
 from .teacher import BATCH, TeacherAnswers, answer
@@ -67,9 +67,11 @@ def estimate_distillation(distillation: Distillation, test: KnowledgeTest, tick:
     Parts: "step" of a training, "check" of held-out agreement, "answers" for a file of images, "test" of a few steps at the
     end. What is finished, or as good as finished, is not timed. tick: called between the parts; may raise to stop.
     """
-    batches = [batch for index in range(len(distillation.bank.schedule)) for batch in test.batches(index)]
+    experts = range(len(distillation.bank.schedule))
+    batches = [batch for index in experts for batch in test.batches(index)]
     steps, config = distillation.steps_left(), distillation.config
-    left = {"answers": 0.0, "step": steps, "check": steps / CHECK_EVERY if config.patience else 0.0, "test": len(batches)}
+    left = {"answers": 0.0, "step": steps, "check": steps / CHECK_EVERY if config.patience else 0.0,
+            "test": sum(map(test.count, experts))}
     if steps <= FEW:
         return Estimate(left, dict.fromkeys(left, 0.0))
     guider, store = distillation.guider, distillation.store

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
-from .knowledge import BATCH, LEARNED_FROM, Agreements, Knowledge, commonest_answer, joined, summarize
+from .examine import BATCH, LEARNED_FROM, Agreements, commonest_answer, joined, summarize
+from .knowledge import Knowledge
 from .readout import ReadoutNetwork
 from .readout_distill import FeatureSamples, maps_at, output_like
 from .samples import pairs_at, steps_in

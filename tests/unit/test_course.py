@@ -12,7 +12,7 @@ from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.check import AgreementCheck
 from ppap_core.experts.distill import Distillation, Watch, distill
 from ppap_core.experts.estimate import Estimate, estimate_distillation
-from ppap_core.experts.knowledge import KnowledgeTest
+from ppap_core.experts.examine import KnowledgeTest
 from ppap_core.experts.lesson import DistillConfig, distill_expert
 from ppap_core.experts.presets import AS_SET, PRESETS, with_preset
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore
@@ -256,7 +256,7 @@ def test_all_parts_of_a_distillation_are_timed_and_counted(store, tmp_path, monk
     distillation = Distillation(guider, bank, store, config, tmp_path / "states")
     test = KnowledgeTest(guider, bank, store)
     estimate = estimate_distillation(distillation, test)
-    tests = sum(len(test.batches(index)) for index in range(2))
+    tests = sum(map(test.count, range(2)))
     assert estimate.left == {"answers": 1, "step": 200, "check": 4, "test": tests} and tests > 4
     assert all(seconds > 0 for seconds in estimate.seconds.values())
     assert estimate.remaining() == pytest.approx(sum(estimate.left[part] * estimate.seconds[part] for part in estimate.left))

@@ -19,16 +19,8 @@ from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank, save_bank
 from ppap_core.experts.distill import distill
-from ppap_core.experts.knowledge import (
-    Agreements,
-    Knowledge,
-    commonest_answer,
-    describe_knowledge,
-    knowledge_of,
-    measure_knowledge,
-    remember,
-    summarize,
-)
+from ppap_core.experts.examine import Agreements, KnowledgeTest, commonest_answer, measure_knowledge, summarize
+from ppap_core.experts.knowledge import Knowledge, describe_knowledge, knowledge_of, remember
 from ppap_core.experts.lesson import DistillConfig
 from ppap_core.experts.samples import HELD_OUT_SEEDS, SHARD_SIZE, SampleStore, from_uint8, held_out_count
 from ppap_core.guiders.guider import clean
@@ -157,6 +149,30 @@ def test_without_images_apart_some_of_the_others_are_measured(tmp_path):
     measured = measure_knowledge(guider, make_bank(guider), store)
     assert [(each.images, each.held_out) for each in measured] == [(64, False)] * 2
     assert not any(each.uses_plain for each in measured)
+
+
+def test_images_learned_from_are_measured_as_others_are(store):
+    """As one finds them by holding the same images out."""
+    guider = small_guider("depth")
+    bank = make_bank(guider)
+    disturb(bank, 1)
+    swapped = KnowledgeTest(guider, bank, store)
+    swapped.store = store
+    known = KnowledgeTest(guider, bank, store).measure(1)
+    assert known.learned == pytest.approx(swapped.measure(1).expert) != known.expert
+    assert 0 < known.learned_error < 0.2
+
+
+def test_whether_more_images_would_help_is_said():
+    by_heart, general = replace(KNOWN, learned=0.81, learned_error=0.1), replace(CEILING, learned=0.98, learned_error=0.02)
+    assert by_heart.is_learned_by_heart and not general.is_learned_by_heart and not KNOWN.is_learned_by_heart
+    bank = make_bank(small_guider())
+    remember(bank, (general, by_heart))
+    assert "More images would help in 1 of 2" in describe_knowledge(bank) and "81% and 58%" in describe_knowledge(bank)
+    remember(bank, (general, KNOWN))
+    assert "More images would hardly help" in describe_knowledge(bank)
+    remember(bank, (CEILING, KNOWN))
+    assert "images would" not in describe_knowledge(bank)
 
 
 def test_an_interval_without_steps_is_not_measured(store):

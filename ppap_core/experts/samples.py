@@ -20,8 +20,8 @@ from ..schedules import ExpertSchedule
 from .shards import SHARD_SIZE, Shards
 
 STEPS_PER_TRAJECTORY = 6  # steps kept of each trajectory
-HELD_OUT = "held_out"     # folder inside a store
-HELD_OUT_SEEDS = 2**32    # seeds from the first image to learn from to the first one held out
+HELD_OUT = "unseen"       # folder inside a store
+HELD_OUT_SEEDS = 2**31    # from the first image to learn from to the first one held out: torch's noise repeats after 2**32
 HELD_OUT_SHARE = 8        # images to learn from for each one held out
 MOST_HELD_OUT = 512
 MOST_SEEDS = 2**64
@@ -173,7 +173,8 @@ class SampleStore:
     def held_out(self) -> "SampleStore | None":
         """Further images on which to measure what experts learned from these; None if there are none.
 
-        Stores of earlier versions have none, and none are added to them: what was made with them stays as it is.
+        Stores of earlier versions have none, and none are added to them: what was made with them stays as it is. A folder
+        "held_out" of an early 0.2 is not read, since its images are the first ones again.
         """
         return self.hold_out() if (self.folder / HELD_OUT).exists() else None
 

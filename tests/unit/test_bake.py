@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ppap_core import SampleStore
 from ppap_core.experts.bake import Learned, Student, bake, guided_error, held_out_of, random_steps
-from ppap_core.experts.samples import Trajectories
+from ppap_core.experts.samples import HELD_OUT_SEEDS, Trajectories
 from ppap_core.noise import expand, from_vp, to_vp
 from ppap_core.training.finetune import FineTune
 from ppap_core.training.lora import with_adapters
@@ -69,7 +69,7 @@ def test_the_network_learns_what_guidance_did(store: SampleStore):
 def test_it_is_measured_on_what_is_held_out(store: SampleStore):
     assert held_out_of(store) is store
     store.hold_out().fill(64, guided_trajectories)
-    assert held_out_of(store).first_seed == store.first_seed + 2**32
+    assert held_out_of(store).first_seed == store.first_seed + HELD_OUT_SEEDS
 
 
 def test_states_come_back_from_the_vp_scale():

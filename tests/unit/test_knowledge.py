@@ -26,6 +26,7 @@ from ppap_core.experts.samples import HELD_OUT_SEEDS, SHARD_SIZE, SampleStore, f
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.latents import LatentSpace
 from ppap_core.guiders.tasks import TASKS
+from ppap_core.rng import seeded_noise
 from ppap_core.schedules import ExpertSchedule
 
 EDGES = (0.1, 1.0, 10.0)
@@ -69,6 +70,8 @@ def test_held_out_images_are_others_beside_the_store(tmp_path):
     held_out.fill(SHARD_SIZE, lambda seeds: asked.extend(seeds) or made(seeds))
     assert asked == [3 + HELD_OUT_SEEDS + i for i in range(SHARD_SIZE)]
     assert len(store) == 0 and len(store.held_out) == SHARD_SIZE
+    noise = seeded_noise([3, 3 + HELD_OUT_SEEDS, 3 + 2 * HELD_OUT_SEEDS], (8,))
+    assert not torch.equal(noise[0], noise[1]) and torch.equal(noise[0], noise[2]), "torch takes 32 bits of a seed"
     again = SampleStore(tmp_path, {"model": "x", "seed": 3})
     assert torch.equal(again.held_out.images, held_out.images)
 

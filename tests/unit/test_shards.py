@@ -15,7 +15,7 @@ from helpers.faults import as_nobody, contents, finish, killed_after, needs_fork
 
 from ppap_core.cli import main
 from ppap_core.experts import shards
-from ppap_core.experts.samples import BatchSpec, SampleStore, Trajectories, pairs_at, steps_in
+from ppap_core.experts.samples import HELD_OUT, BatchSpec, SampleStore, Trajectories, pairs_at, steps_in
 from ppap_core.experts.shards import CHECKSUM, SHARD_SIZE, Shards
 from ppap_core.experts.upkeep import describe_store, merge_stores, open_store, verify_store
 from ppap_core.io.files import load_tensors, save_tensors
@@ -241,7 +241,7 @@ def test_a_folder_that_may_only_be_read_is_read():
         with says(OSError, "could not write shard_00001.safetensors", "can be written"):
             store.fill(2 * SHARD_SIZE, made)
         with says(OSError, "could not write manifest.json", "can be written"):
-            SampleStore(folder / "held_out", MANIFEST)
+            SampleStore(folder / HELD_OUT, MANIFEST)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         filled(folder, SHARD_SIZE)

@@ -7,7 +7,7 @@ from ...ppap_core.experts.lesson import DistillConfig, uses_warm_start
 from ...ppap_core.experts.presets import AS_SET, PRESETS, with_preset
 from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY
 from ...ppap_core.guiders.latents import VIEWS
-from ..bridge import distillation, paths, progress, tensors
+from ..bridge import distillation, paths, progress, prompts, tensors
 from ..bridge.distillation import Limits, SampleGenerator
 from ..bridge.readouts import ReadoutDistillation, describe_prompts
 from ..bridge.sampler import SamplerSettings
@@ -46,8 +46,8 @@ class PPAPGenerateSamples(io.ComfyNode):
                                          "image."),
                     io.Boolean.Input("draw_prompts", default=False, optional=True,
                                      tooltip="Makes each image with one of the positive prompts, drawn by its seed, where "
-                                             "several come together from Conditioning (Combine). Neutral: off, each image "
-                                             "is made with all of them.", **folded())],
+                                             "several come together from Prompt List or Conditioning (Combine). Neutral: "
+                                             "off, each image is made with all of them.", **folded())],
             outputs=[SamplesType.Output(display_name="samples",
                                         tooltip="The images and the steps that led to them, for Distill Experts."),
                      io.Image.Output(tooltip=f"The first {PREVIEW_COUNT} of them.")])
@@ -62,6 +62,25 @@ class PPAPGenerateSamples(io.ComfyNode):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative or positive)
         samples = SampleGenerator(model, vae, latent_image, settings, draw_prompts).fill(name, count)
         return io.NodeOutput(samples, tensors.image_to_comfy(samples.store.images_at(range(PREVIEW_COUNT))))
+
+
+class PPAPPromptList(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPPromptList", display_name="Prompt List", category=CATEGORY,
+            **also_found_as("several prompts", "prompts from lines", "multiline prompts", "random prompt", "wildcards"),
+            description="Encodes each line of a text as a prompt of its own. Generate Samples with draw_prompts then makes "
+                        "each image with one of them, so that experts learn from all that you will draw.",
+            inputs=[io.Clip.Input("clip", tooltip="The model's text encoder."),
+                    io.String.Input("text", default="a photo of a lighthouse\na watercolour of a harbour", multiline=True,
+                                    tooltip="One prompt in each line; empty lines do not count.")],
+            outputs=[io.Conditioning.Output(tooltip="All prompts together, as Conditioning (Combine) gives them, for the "
+                                                    "positive of Generate Samples.")])
+
+    @classmethod
+    def execute(cls, clip, text):
+        return io.NodeOutput(prompts.encode_lines(clip, text))
 
 
 class PPAPDistilExperts(io.ComfyNode):
@@ -219,4 +238,4 @@ class PPAPLoadExperts(io.ComfyNode):
         return io.NodeOutput(experts, ui=progress.show_note(distillation.describe_loaded(experts)))
 
 
-NODES = [PPAPGenerateSamples, PPAPDistilExperts, PPAPDistillReadout, PPAPSaveExperts, PPAPLoadExperts]
+NODES = [PPAPPromptList, PPAPGenerateSamples, PPAPDistilExperts, PPAPDistillReadout, PPAPSaveExperts, PPAPLoadExperts]

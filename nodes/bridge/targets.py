@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ...ppap_core.guiders.copies import without_missing
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.rules import rule_guider
 from ...ppap_core.guiders.variety import unlike
@@ -10,14 +11,17 @@ from . import guider_cache, tensors
 from .autograd import outside_inference_mode
 
 
-def aim_at_image(guider: Guider, image: Tensor, target_of: Callable[[Guider, Tensor], Tensor]) -> Guider:
+def aim_at_image(guider: Guider, image: Tensor, target_of: Callable[[Guider, Tensor], Tensor],
+                 missing: Tensor | None = None) -> Guider:
     """Aim a guider at an IMAGE, on the device where its network can run.
 
     target_of: what the image becomes as a target, such as `image_target`, or `map_target` for a drawn map.
+    missing: MASK of what is missing of the image; None: nothing. ValueError for it where whole pictures count.
     """
     picture = tensors.image_from_comfy(image).to(guider_cache.load_to_device(guider))
     with outside_inference_mode():
-        return guider.aim(target_of(guider, picture))
+        target = target_of(guider, picture)
+        return guider.aim(target if missing is None else without_missing(guider, target, tensors.mask_from_comfy(missing)))
 
 
 def aim_at_variety(guider: Guider | None, images: Tensor | None) -> Guider:

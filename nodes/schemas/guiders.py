@@ -1,12 +1,13 @@
 """Nodes that make guiders: load a network, download one, choose a rule."""
 from comfy_api.latest import io
 
+from ...ppap_core.guiders.copies import COPIES, guider_of_rule
 from ...ppap_core.guiders.guider import with_input
 from ...ppap_core.guiders.loaders import OUTPUTS
 from ...ppap_core.guiders.loaders.hub import download
 from ...ppap_core.guiders.loaders.suggested import SUGGESTED, repository
 from ...ppap_core.guiders.preprocess import CHANNELS, PADDINGS
-from ...ppap_core.guiders.rules import RULES, rule_guider
+from ...ppap_core.guiders.rules import RULES
 from ..bridge import autograd, guider_cache, paths, progress
 from .inputs import also_found_as, folded
 from .io_types import GuiderType
@@ -104,25 +105,33 @@ def _rules_aimed_at(aim: str) -> str:
     return "; ".join(f"{name} ({rule.asks})" for name, rule in RULES.items() if rule.aim == aim)
 
 
+RESTORING = "; ".join(f"{name} ({copy.asks})" for name, copy in COPIES.items())
+
+
 class PPAPRule(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="PPAPRule", display_name="Rule", category=CATEGORY,
             **also_found_as("color match", "seamless texture", "tileable", "brightness and contrast", "symmetry",
-                            "sharpness", "palette", "edges", "blur"),
+                            "sharpness", "palette", "edges", "blur", "colorize", "super resolution", "deblur",
+                            "restore a photo", "outpaint"),
             description="A guider without a network: something that can be measured in any image. It needs no download and "
                         "no training, and costs next to nothing.",
-            inputs=[io.Combo.Input("rule", options=list(RULES), default="colours",
-                                   tooltip="\n".join(f"{words}: {_rules_aimed_at(aim)}." for aim, words in AIMS.items()))],
+            inputs=[io.Combo.Input("rule", options=[*RULES, *COPIES], default="colours",
+                                   tooltip="\n".join(f"{words}: {_rules_aimed_at(aim)}." for aim, words in AIMS.items())
+                                           + f"\nAimed at what is left of a picture: {RESTORING}."),
+                    io.Float.Input("blur", default=2.0, min=0.0, max=100.0, step=0.1, optional=True,
+                                   tooltip="For the blurred copy: how blurred it is, the standard deviation of a Gaussian "
+                                           "in its pixels. Neutral: 0, it is sharp.", **folded())],
             outputs=[GuiderType.Output(display_name="guider",
                                        tooltip="The rule, for Aim at Image or Aim at Number, or directly for Guidance Term "
                                                "if it needs no target.")])
 
     @classmethod
-    def execute(cls, rule):
+    def execute(cls, rule, blur=2.0):
         with autograd.outside_inference_mode():
-            return io.NodeOutput(rule_guider(rule))
+            return io.NodeOutput(guider_of_rule(rule, blur))
 
 
 NODES = [PPAPLoadGuider, PPAPDownloadGuider, PPAPRule]

@@ -1,6 +1,7 @@
 """Nodes that aim a guider: they give it a target."""
 from comfy_api.latest import io
 
+from ...ppap_core.guiders.copies import COPIES
 from ...ppap_core.guiders.targets import (
     aim_at_text,
     class_target,
@@ -77,19 +78,23 @@ class PPAPAimAtImage(io.ComfyNode):
         return io.Schema(
             node_id="PPAPAimAtImage", display_name="Aim at Image", category=CATEGORY,
             **also_found_as("depth control", "style transfer", "reference image", "image guidance", "structure",
-                            "color match", "same pose", "similar image"),
+                            "color match", "same pose", "similar image", "colorize", "upscale", "restore", "inpaint"),
             description="Shows a guider an image that it should recognise again: the same depth, regions, class, style, "
                         "structure, colours, or whatever else it looks for.",
             inputs=[GuiderType.Input("guider", tooltip="Any network or rule that looks at images, with or without experts."),
                     io.Image.Input("image", tooltip="One image for the whole batch, or one for each image of it."),
                     io.Combo.Input("image_is", options=[PICTURE, MAP], default=PICTURE,
                                    tooltip="a picture: the guider looks at it, and its output becomes the target. a map: "
-                                           f"the image is the target itself, for guiders of {DRAWN}.")],
+                                           f"the image is the target itself, for guiders of {DRAWN}."),
+                    io.Mask.Input("missing", optional=True,
+                                  tooltip="White where the image is torn or missing, as the mask of Load Image is where it "
+                                          f"was painted over. For the rules {', '.join(COPIES)}. Without it, nothing is "
+                                          "missing.")],
             outputs=[aimed_output()])
 
     @classmethod
-    def execute(cls, guider, image, image_is):
-        return io.NodeOutput(aim_at_image(guider, image, image_target if image_is == PICTURE else map_target))
+    def execute(cls, guider, image, image_is, missing=None):
+        return io.NodeOutput(aim_at_image(guider, image, image_target if image_is == PICTURE else map_target, missing))
 
 
 class PPAPAimAtMask(io.ComfyNode):

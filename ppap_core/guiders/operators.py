@@ -9,6 +9,7 @@ function of the eigenvalues of A A^T, which each operator here knows in closed f
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -88,6 +89,72 @@ class Blur:
     @staticmethod
     def _filtered(image: Tensor, response: Tensor) -> Tensor:
         return torch.fft.ifft2(torch.fft.fft2(image) * response).real
+
+
+@dataclass(frozen=True, eq=False)
+class Separable:
+    """A linear map of rows and of columns, each by a matrix: any resizing or blur, whatever it does at the border."""
+
+    rows: Tensor     # (h, H)
+    columns: Tensor  # (w, W)
+
+    def apply(self, image: Tensor) -> Tensor:
+        return self.rows.to(image) @ image @ self.columns.to(image).mT
+
+    def adjoint(self, values: Tensor) -> Tensor:
+        return self.rows.to(values).mT @ values @ self.columns.to(values)
+
+    def on_gram(self, values: Tensor, function: Spectral) -> Tensor:
+        (high, down), (wide, across) = ([part.to(values) for part in parts] for parts in self._spectra)
+        inside = down.mT @ values @ across
+        return down @ (inside * function(high[:, None] * wide)) @ across.mT
+
+    @cached_property
+    def _spectra(self) -> list[tuple[Tensor, Tensor]]:
+        """Eigenvalues and eigenvectors of the matrices times their transposed."""
+        with torch.inference_mode(False), torch.no_grad():
+            return [(values.clamp_min(0), vectors) for values, vectors in
+                    (torch.linalg.eigh(matrix @ matrix.mT) for matrix in (self.rows, self.columns))]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One weighted sum of the channels, of which a part is measured."""
+
+    operator: LinearOperator     # of each channel alone
+    weights: tuple[float, ...]   # of the channels
+
+    def apply(self, image: Tensor) -> Tensor:
+        return self.operator.apply((image * self._weights(image)).sum(1, keepdim=True))
+
+    def adjoint(self, values: Tensor) -> Tensor:
+        return self.operator.adjoint(values) * self._weights(values)
+
+    def on_gram(self, values: Tensor, function: Spectral) -> Tensor:
+        return self.operator.on_gram(values, lambda value: function(value * sum(weight**2 for weight in self.weights)))
+
+    def _weights(self, like: Tensor) -> Tensor:
+        return like.new_tensor(self.weights)[:, None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Partly:
+    """A measurement of which some values are not known, and count as 0.
+
+    Functions of A A^T are exact where no two values measure the same pixel, else an approximation.
+    """
+
+    operator: LinearOperator
+    known: Tensor  # (B|1, 1, h, w), 1 where a value is known, else 0
+
+    def apply(self, image: Tensor) -> Tensor:
+        return self.operator.apply(image) * self.known
+
+    def adjoint(self, values: Tensor) -> Tensor:
+        return self.operator.adjoint(values * self.known)
+
+    def on_gram(self, values: Tensor, function: Spectral) -> Tensor:
+        return self.operator.on_gram(values, function) * self.known
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,16 @@ from ppap_core.guidance.restoration import DiffPIR, ImplicitPrior, sample_diffpi
 from ppap_core.guidance.shift import GuidanceSettings, guided
 from ppap_core.guidance.terms import Term
 from ppap_core.guidance.training_free import TrainingFree, sample_training_free
+from ppap_core.guiders.copies import averages, blurs
 from ppap_core.guiders.operators import (
     Blur,
     Downscale,
     LinearOperator,
     Mask,
     Measurement,
+    Mixed,
+    Partly,
+    Separable,
     likelihood_guider,
     squared_error_guider,
 )
@@ -31,7 +35,10 @@ NOISE = 0.2
 STD = 0.5  # of the data of gaussian_denoise
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 KEPT = (torch.arange(8 * 12).reshape(1, 1, 8, 12) % 3 > 0).double()
-OPERATORS = {"mask": Mask(KEPT), "downscale": Downscale(4), "blur": Blur(1.2)}
+SMALLER = Separable(averages(8, 5), averages(12, 7) @ blurs(12, 0.8))
+OPERATORS = {"mask": Mask(KEPT), "downscale": Downscale(4), "blur": Blur(1.2), "separable": SMALLER,
+             "mixed": Mixed(SMALLER, (0.3, 0.6)), "partly": Partly(Downscale(4), KEPT[..., :2, :3]),
+             "partly mixed": Partly(Mixed(Mask(torch.ones(1, 1, 1, 1)), (0.3, 0.6)), KEPT)}
 
 
 @pytest.fixture(params=[*OPERATORS])

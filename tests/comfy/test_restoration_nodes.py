@@ -1,0 +1,79 @@
+"""Restoration in a real ComfyUI: a grey, small, blurred or torn picture in, the whole picture out, of pixels and latents."""
+from typing import Any
+
+import pytest
+import torch
+from helpers import says
+from helpers.worlds import LatentWorld, PixelWorld
+from torch import Tensor
+
+KINDS = ("grey copy", "small copy", "blurred copy", "known part")
+ANCESTRAL = {"sampler_name": "euler_ancestral", "steps": 8}
+
+
+def damaged(kind: str, image: Tensor) -> dict[str, Any]:
+    """The inputs of Aim at Image for an IMAGE (B, H, W, 3) of which a copy of a kind is left, and of Rule."""
+    if kind == "grey copy":
+        return {"image": (image * torch.tensor([0.299, 0.587, 0.114])).sum(-1, keepdim=True).expand(-1, -1, -1, 3)}
+    if kind == "small copy":
+        return {"image": torch.nn.functional.avg_pool2d(image.movedim(-1, 1), 4).movedim(1, -1)}
+    missing = torch.zeros(1, *image.shape[1:3])
+    missing[:, image.shape[1] // 4:-image.shape[1] // 3, image.shape[2] // 4:-image.shape[2] // 3] = 1
+    return {"image": image * (1 - missing[..., None]), "missing": missing} if kind == "known part" else {"image": image}
+
+
+def aimed(comfy: Any, kind: str, image: Tensor) -> Any:
+    [guider] = comfy("PPAPRule", rule=kind, blur=1.0)
+    return comfy("PPAPAimAtImage", guider=guider, image_is="a picture", **damaged(kind, image))[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pixel_model_restores_a_picture(pixels: PixelWorld, kind: str):
+    guider, balanced = aimed(pixels.comfy, kind, pixels.seen()), {"weight": 0.7, "strength": "balanced"}
+    plain, made = pixels.sample(**ANCESTRAL), pixels.guided(pixels.term(guider, **balanced), **ANCESTRAL)
+    before, after = (pixels.energy(guider, images).sqrt() for images in (plain, made))
+    assert made.isfinite().all() and bool((after < 0.15 * before).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("through", [False, True], ids=["colours", "decoder"])
+def test_a_latent_model_restores_a_picture(latents: LatentWorld, kind: str, through: bool):
+    """By linear colours of an eighth of the size, or by the VAE."""
+    comfy, model = latents.comfy, latents.model("flow")
+    picture = comfy("VAEDecode", samples={"samples": latents.sample(model, seed=77)[:1]}, vae=latents.vae)[0]
+    guider, vae = aimed(comfy, kind, picture), latents.vae if through else None
+    sampling = {"sampler_name": "euler_ancestral", "steps": 6}
+    plain, made = latents.sample(model, **sampling), latents.guided("flow", guider, vae, sampling=sampling, weight=0.7)
+    if through:
+        before, after = (decoded_energy(latents, guider, each) for each in (plain, made))
+    else:
+        before, after = (latents.energy("flow", each, guider) for each in (plain, made))
+    assert bool((after.sqrt() < 0.4 * before.sqrt()).all()), (before, after)
+
+
+def decoded_energy(world: LatentWorld, guider: Any, samples: Tensor) -> Tensor:
+    image = world.comfy("VAEDecode", samples={"samples": samples}, vae=world.vae)[0]
+    with world.comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
+        return guider.energy(image.clone().movedim(-1, 1) * 2 - 1, torch.zeros(len(image)))
+
+
+def test_a_weight_of_0_restores_nothing(pixels: PixelWorld):
+    guider = aimed(pixels.comfy, "known part", pixels.seen())
+    assert torch.equal(pixels.guided(pixels.term(guider, weight=0.0)), pixels.sample())
+
+
+def test_a_prior_restores_too(pixels: PixelWorld):
+    guider = aimed(pixels.comfy, "small copy", pixels.seen())
+    found = [pixels.comfy("PPAPPlugAndPlayPrior", **pixels.conditioned(), seed=1, steps=30, cfg=1.0, learning_rate=1.0,
+                          sigma_max=10.0, sigma_min=0.05, start_noise=1.0, clean_up=0.0, particles=1,
+                          gradient="in the prediction", terms=terms)[0]["samples"]
+             for terms in ((), pixels.term(guider, weight=1.0, strength="balanced"))]
+    before, after = (pixels.energy(guider, images).sqrt() for images in found)
+    assert bool((after < 0.3 * before).all())
+
+
+def test_other_guiders_take_no_torn_picture(pixels: PixelWorld):
+    [guider] = pixels.comfy("PPAPRule", rule="layout")
+    with says(ValueError, "rule/layout", "known part"):
+        pixels.comfy("PPAPAimAtImage", guider=guider, image=pixels.seen(), image_is="a picture",
+                     missing=torch.zeros(1, 32, 32))

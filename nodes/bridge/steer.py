@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...ppap_core.guiders.copies import copy_guider
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.rules import rule_guider
 from ...ppap_core.guiders.targets import aim_at_text, class_target, image_target, number_target
@@ -28,6 +29,10 @@ def _colors_of(palette_words: str) -> Guider:
 
 def _like_image(rule: str, image: Tensor) -> Guider:
     return aim_at_image(rule_guider(rule), image, image_target)
+
+
+def _whole_of(kind: str, image: Tensor) -> Guider:
+    return aim_at_image(copy_guider(kind), image, image_target)
 
 
 def _number(rule: str, number: float) -> Guider:
@@ -76,6 +81,8 @@ CHOICES: dict[str, Choice] = {
     "a text": Choice(("text_network", "text"), _text),
     "depth or regions of an image": Choice(("map_network", "image"), _seen_by),
     "unlike each other": Choice((), partial(aim_at_variety, None, None), weight=0.3),
+    "colours for a grey image": Choice(("image",), partial(_whole_of, "grey copy")),
+    "detail for a small image": Choice(("image",), partial(_whole_of, "small copy")),
 }
 """Name of a choice, as saved workflows have it -> what it means. New ones stand at the end."""
 

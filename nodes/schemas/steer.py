@@ -20,7 +20,7 @@ def _choice_inputs() -> dict[str, tuple[Any, Settings]]:
                     "colours of a palette: six hexadecimal digits each, separated by commas. A colon and a number say how "
                     "much of the image a colour takes, relative to the others. Neutral: 1."}),
         "image": (io.Image, {"optional": True, "tooltip": "The image to take the colours, layout, edges, depth or regions "
-                             "from: one for the whole batch, or one for each image of it."}),
+                             "from, or that is grey or small: one for the whole batch, or one for each image of it."}),
         "brightness": (io.Float, {"default": 0.5, **unit, "tooltip":
                        "brightness: 0 is black, 1 is white. Neutral: what the image has already."}),
         "contrast": (io.Float, {"default": 0.25, **unit, "tooltip":
@@ -79,7 +79,8 @@ class PPAPSteer(io.ComfyNode):
             description="Steers a model towards one thing: colours, light, symmetry, seamless tiling, the layout or depth "
                         "of an image, a class, a text. Put it before any sampler; several in a row steer together.",
             **also_found_as("color match", "palette", "recolor", "color grading", "seamless texture", "tileable", "mirror",
-                            "depth control", "classifier guidance", "CLIP guidance", "simple guidance", "easy"),
+                            "depth control", "classifier guidance", "CLIP guidance", "simple guidance", "easy", "colorize",
+                            "enlarge"),
             inputs=[model_input(),
                     io.Combo.Input("strength", options=list(steer.STRENGTHS), default="medium",
                                    tooltip="How strongly it steers: soft nudges, medium steers, strong forces."),

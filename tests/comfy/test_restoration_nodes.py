@@ -35,20 +35,19 @@ def test_a_pixel_model_restores_a_picture(pixels: PixelWorld, kind: str):
     assert made.isfinite().all() and bool((after < 0.15 * before).all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("through", [False, True], ids=["colours", "decoder"])
-def test_a_latent_model_restores_a_picture(latents: LatentWorld, kind: str, through: bool):
-    """By linear colours of an eighth of the size, or by the VAE."""
+@pytest.mark.parametrize("kind, decoded", [("grey copy", False), ("small copy", False), ("blurred copy", False),
+                                           ("known part", False), ("known part", True)])
+def test_a_latent_model_restores_a_picture(latents: LatentWorld, kind: str, decoded: bool):
+    """By linear colours, of an eighth of the size, or by the VAE."""
     comfy, model = latents.comfy, latents.model("flow")
-    picture = comfy("VAEDecode", samples={"samples": latents.sample(model, seed=77)[:1]}, vae=latents.vae)[0]
-    guider, vae = aimed(comfy, kind, picture), latents.vae if through else None
-    sampling = {"sampler_name": "euler_ancestral", "steps": 6}
-    plain, made = latents.sample(model, **sampling), latents.guided("flow", guider, vae, sampling=sampling, weight=0.7)
-    if through:
-        before, after = (decoded_energy(latents, guider, each) for each in (plain, made))
-    else:
-        before, after = (latents.energy("flow", each, guider) for each in (plain, made))
-    assert bool((after.sqrt() < 0.4 * before.sqrt()).all()), (before, after)
+    sampling = {"sampler_name": "euler_ancestral", "steps": 16, "latent_image": {"samples": torch.zeros(1, 16, 12, 16)}}
+    picture = comfy("VAEDecode", samples={"samples": latents.sample(model, **sampling | {"seed": 77})}, vae=latents.vae)[0]
+    guider, vae = aimed(comfy, kind, picture), latents.vae if decoded else None
+    falling = {"weight": 0.7, "factor_at_start": 2.0, "factor_at_end": 0.0}
+    plain, made = latents.sample(model, **sampling), latents.guided("flow", guider, vae, sampling=sampling, **falling)
+    before, after = (decoded_energy(latents, guider, each) if decoded else latents.energy("flow", each, guider)
+                     for each in (plain, made))
+    assert float(after.sqrt()) < (0.3 if decoded else 0.5) * float(before.sqrt())
 
 
 def decoded_energy(world: LatentWorld, guider: Any, samples: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ def test_a_weight_of_0_restores_nothing(pixels: PixelWorld):
 
 def test_a_prior_restores_too(pixels: PixelWorld):
     guider = aimed(pixels.comfy, "small copy", pixels.seen())
-    found = [pixels.comfy("PPAPPlugAndPlayPrior", **pixels.conditioned(), seed=1, steps=30, cfg=1.0, learning_rate=1.0,
+    found = [pixels.comfy("PPAPPlugAndPlayPrior", **pixels.conditioned(), seed=1, steps=15, cfg=1.0, learning_rate=1.0,
                           sigma_max=10.0, sigma_min=0.05, start_noise=1.0, clean_up=0.0, particles=1,
                           gradient="in the prediction", terms=terms)[0]["samples"]
              for terms in ((), pixels.term(guider, weight=1.0, strength="balanced"))]

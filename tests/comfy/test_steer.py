@@ -13,6 +13,7 @@ from helpers.worlds import PixelWorld
 NUMBERS = {"brightness": 0.8, "contrast": 0.3, "saturation": 0.0, "sharpness": 0.15}
 WEIGHTS = {"soft": 0.3, "medium": 0.7, "strong": 1.0}
 NEW_TERM = {"start_percent": 0.0, "end_percent": 1.0, "factor_at_start": 2.0, "factor_at_end": 0.0, "view": "own"}
+COPIES = {"colours for a grey image": "grey copy", "detail for a small image": "small copy"}
 PALETTE = "#1d3557:5, #ffd166"
 
 
@@ -49,6 +50,8 @@ def chain(comfy, name: str, image: torch.Tensor) -> tuple[dict, Any]:
         return {name: NUMBERS[name]}, comfy("PPAPAimAtNumber", guider=rule(comfy, name), number=NUMBERS[name])[0]
     if name.endswith("of an image") and not name.startswith("depth"):
         return {"image": image}, like(comfy, rule(comfy, name.split()[0]), image)
+    if name in COPIES:
+        return {"image": image}, like(comfy, rule(comfy, COPIES[name]), image)
     if name == "colours of a palette":
         return {"palette": PALETTE}, like(comfy, rule(comfy, "colours"), comfy("PPAPPalette", colours=PALETTE)[0])
     if name == "symmetry":
@@ -68,11 +71,11 @@ def steered(comfy, model: Any, name: str, values: dict, **changes: Any) -> Any:
 
 
 CHOICES = ("colours of a palette", "colours of an image", "layout of an image", "edges of an image", *NUMBERS, "symmetry",
-           "seamless tiling", "smoothness", "a class", "depth or regions of an image", "unlike each other")
+           "seamless tiling", "smoothness", "a class", "depth or regions of an image", "unlike each other", *COPIES)
 
 
 def test_the_choices_are_those_that_are_tested(steer: Any):
-    assert [*steer.CHOICES] == [*CHOICES[:-2], "a text", *CHOICES[-2:]]
+    assert [*steer.CHOICES] == [*CHOICES[:-4], "a text", *CHOICES[-4:]]
     assert steer.STRENGTHS == WEIGHTS
 
 

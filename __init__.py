@@ -2,11 +2,24 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .nodes.bridge import paths, progress
-from .nodes.schemas import autoguidance, baking, experts, guidance, guiders, priors, reports, steer, targets, tinyworld
+from .nodes.schemas import (
+    autoguidance,
+    baking,
+    choosing,
+    experts,
+    guidance,
+    guiders,
+    priors,
+    reports,
+    steer,
+    targets,
+    tinyworld,
+)
 
 WEB_DIRECTORY = "./web"
 NODES: list[type[io.ComfyNode]] = [*steer.NODES, *tinyworld.NODES, *guiders.NODES, *targets.NODES, *guidance.NODES,
-                                   *experts.NODES, *autoguidance.NODES, *baking.NODES, *priors.NODES, *reports.NODES]
+                                   *choosing.NODES, *experts.NODES, *autoguidance.NODES, *baking.NODES, *priors.NODES,
+                                   *reports.NODES]
 
 paths.register_folders()
 for node in NODES:

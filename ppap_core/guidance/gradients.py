@@ -21,6 +21,9 @@ SCALE_STEP, SCALE_TRIES = 2.0**8, 4
 Vjp = Callable[[Tensor], Tensor]
 """Gradient in a prediction (B, C, H, W) -> gradient in the x that it was computed from: one backward pass of the model."""
 
+Judge = Callable[[Guider, Tensor, Tensor, torch.dtype | None], tuple[Tensor, ...]]
+"""(guider, point, sigma, type to compute in) -> energy (B,), and what else is found of each image"""
+
 log = logging.getLogger(__name__)
 
 
@@ -66,10 +69,25 @@ def energy_gradient(guider: Guider, point: Tensor, sigma: Tensor,
     guider of variety is told of the others.
     torch.OutOfMemoryError if a single image does not fit.
     """
+    energies, gradients = zip(*_in_parts(_gradient, guider, point, sigma, compute_dtype), strict=True)
+    return torch.cat(energies), torch.cat(gradients)
+
+
+@torch.no_grad()
+def energy_alone(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:
+    """Energy (B,) of what a guider looks at, for guiders that no gradient passes, too.
+
+    The arguments, the parts of a batch and the error are those of `energy_gradient`.
+    """
+    return torch.cat([energy for [energy] in _in_parts(_energy_only, guider, point, sigma, compute_dtype)])
+
+
+def _in_parts(judge: Judge, guider: Guider, point: Tensor, sigma: Tensor,
+              compute_dtype: torch.dtype | None) -> list[tuple[Tensor, ...]]:
     start, size, parts = 0, len(point), []
     while start < len(point):
         part = slice(start, start + size)
-        result = _gradient_if_it_fits(slice_guider(guider, part, len(point)), point[part], sigma[part], compute_dtype)
+        result = _result_if_it_fits(judge, slice_guider(guider, part, len(point)), point[part], sigma[part], compute_dtype)
         if result:
             parts.append(result)
             start += size
@@ -81,8 +99,7 @@ def energy_gradient(guider: Guider, point: Tensor, sigma: Tensor,
             log.info("%s runs out of memory with %d images at once: continuing with fewer", guider.name, size)
             size = (size + 1) // 2
             guider = _among_batch(guider, point, sigma, compute_dtype, size)
-    energies, gradients = zip(*parts, strict=True)
-    return torch.cat(energies), torch.cat(gradients)
+    return parts
 
 
 @torch.no_grad()
@@ -120,10 +137,10 @@ def slice_decoder(decode: Any, part: slice) -> Any:
     return decode.sliced(part) if hasattr(decode, "sliced") else decode
 
 
-def _gradient_if_it_fits(guider: Guider, point: Tensor, sigma: Tensor,
-                         compute_dtype: torch.dtype | None) -> tuple[Tensor, Tensor] | None:
+def _result_if_it_fits(judge: Judge, guider: Guider, point: Tensor, sigma: Tensor,
+                       compute_dtype: torch.dtype | None) -> tuple[Tensor, ...] | None:
     try:
-        return _gradient(guider, point, sigma, compute_dtype)
+        return judge(guider, point, sigma, compute_dtype)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
             raise
@@ -137,6 +154,10 @@ def _gradient(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch
         if compute_dtype != torch.float16:
             return energy.detach(), torch.autograd.grad(energy.sum(), point)[0]
         return energy.detach(), _scaled_gradient(energy, point, _loss_scale(guider, values))
+
+
+def _energy_only(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    return (energy_at(guider, point, sigma, compute_dtype),)
 
 
 def energy_at(guider: Guider, point: Tensor, sigma: Tensor, compute_dtype: torch.dtype | None = None) -> Tensor:

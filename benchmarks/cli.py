@@ -11,6 +11,7 @@ from ppap_core.viz.drawing import save_picture
 
 from . import (
     baking,
+    choosing,
     face_sheet,
     faces,
     few_steps,
@@ -42,6 +43,8 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "baking": Benchmark(lambda folder, report, only: baking.baking_bench(
         baking.BakingBench(), folder / "baking", report, only), baking.table),
+    "choosing": Benchmark(lambda folder, report, only: choosing.choosing_bench(
+        choosing.ChoosingBench(), folder / "choosing", report, only), choosing.table),
     "faces": Benchmark(lambda folder, report, only: faces.face_bench(faces.FaceBench(), folder / "faces", report, only),
                        faces.table, faces.plot, partial(face_sheet.face_sheet, faces.FaceBench())),
     "fewsteps": Benchmark(lambda folder, report, only: few_steps.few_step_bench(

@@ -1,12 +1,14 @@
 """The best of several images by several terms, whose energies have different units."""
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..guiders.guider import Guider, clean
-from .gradients import energy_alone
+from .gradients import Prediction, energy_alone
+from .prior import repeat_term
+from .terms import Term
 
 ROUNDING = 1e-6  # spread of energies over their mean, or over 1 if that is larger, below which they are equal
 
@@ -43,3 +45,18 @@ def judge_images(guider: Guider, images: Tensor) -> Tensor:
     ValueError without a target that fits.
     """
     return energy_alone(replace(guider, decode=None), images, clean(images))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How good each of several particles of an image is, by the weights of terms: a `Standing` for `sample_particles`."""
+
+    terms: Sequence[Term]  # of one image each, as for plain sampling
+    count: int             # of particles for each image
+
+    def __call__(self, prediction: Prediction) -> Tensor:
+        guiders = [repeat_term(term, self.count).guider for term in self.terms]
+        points = [prediction.x if guider.view == "noisy" else prediction.denoised for guider in guiders]
+        energies = torch.stack([energy_alone(guider, point, prediction.sigma)
+                                for guider, point in zip(guiders, points, strict=True)])
+        return standings(energies.unflatten(1, (self.count, -1)).mT, [term.weight for term in self.terms])

@@ -41,7 +41,7 @@ def test_images_are_sorted_by_the_energy_of_a_term(pixels: PixelWorld, images: T
     best, _, ordered, text, scores = ranked(pixels, images, pixels.term(), count=2)
     order = energies(pixels, images, pixels.guider).argsort()
     assert torch.equal(ordered, images[order]) and torch.equal(best, images[order[:2]])
-    assert [f"image {index + 1}:" in line for index, line in zip(order.tolist(), text.splitlines(), strict=True)] == [True] * 6
+    assert all(f"image {index + 1}:" in line for index, line in zip(order.tolist(), text.splitlines(), strict=True))
     assert scores == sorted(scores, reverse=True) and abs(sum(scores)) < 1e-4
     assert "met to" in text and "energy" in text
 

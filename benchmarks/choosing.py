@@ -46,7 +46,7 @@ class Way:
 class ChoosingBench:
     """Everything that a result depends on, besides the weights of the world."""
 
-    images: int = 256
+    images: int = 128
     scenes: int = 5000       # real ones for Frechet distances
     prediction: float = 0.6  # weight
     through: float = 0.3
@@ -74,10 +74,8 @@ WAYS = (
     Way("in whole nats, best of 4", particles=BEST, scorer="rounded"),
     Way("in whole nats, best seed of 12", looked=12, scorer="rounded"),
     Way("in whole nats, particles", particles=PARTICLES, scorer="rounded"),
-    Way("particles, strength 0.25", particles=Resampling(4, 0.25)),
-    Way("particles, strength 0.75", particles=Resampling(4, 0.75)),
-    Way("particles, strength 1", particles=Resampling(4, 1.0)),
-    Way("particles, drawn twice", particles=Resampling(4, times=2)),
+    Way("particles, giving up 0.5", particles=Resampling(4, 0.5)),
+    Way("particles, giving up 1", particles=Resampling(4, 1.0)),
     Way("particles, drawn 8 times", particles=Resampling(4, times=8)),
 )
 

@@ -1,5 +1,5 @@
 """The best of several images by terms: of an IMAGE, and of what a MODEL samples; nothing here needs a gradient."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import comfy.model_management
@@ -12,7 +12,7 @@ from ...ppap_core.experts.readout import reads_features
 from ...ppap_core.guidance.choice import best_first, judge_images, standings
 from ...ppap_core.guidance.gradients import energy_alone, slice_guider
 from ...ppap_core.guidance.terms import Term
-from ...ppap_core.guiders.guider import Guider, clean
+from ...ppap_core.guiders.guider import Decode, Guider, clean
 from ...ppap_core.guiders.variety import VarietyGuider
 from . import latents
 from .guider_cache import load_to_device
@@ -54,7 +54,7 @@ def _share(score: Tensor | None, index: int) -> str:
 
 def rank_images(image: Tensor, terms: Sequence[GuidanceTerm]) -> Ranking:
     """Rank the images of an IMAGE by the terms whose weight is not 0."""
-    chosen = [term for term in terms if term.weight]
+    chosen = [called(term) for term in terms if term.weight]
     images = image_from_comfy(image)
     progress = Progress(len(chosen) * len(images))
     judged = [_judge(term.guider, images, progress, index * len(images)) for index, term in enumerate(chosen)]
@@ -74,8 +74,7 @@ def ranking_of(terms: Sequence[GuidanceTerm], energies: Tensor, scores: list[Ten
 
 def _judge(guider: Guider, images: Tensor, progress: Progress, done: int) -> tuple[Tensor, Tensor | None]:
     """Energy and score of all images, in parts, but for a guider that compares them with each other."""
-    if isinstance(guider.net, torch.nn.Module):
-        images = images.to(load_to_device(guider))
+    images = images.to(load_to_device(guider))
     if isinstance(guider, VarietyGuider):
         return judge_images(guider, images).cpu(), None
     energies, scores = [], []
@@ -116,18 +115,22 @@ def blocked(name: str) -> ExecutionBlocker:
     return ExecutionBlocker(f"this output needs the input {name}: connect it")
 
 
+@dataclass(frozen=True)
 class LatentJudge:
-    """Judges what a MODEL diffuses by the terms whose weight is not 0, as these look at it in guidance.
+    """Judges what a MODEL diffuses by terms, as these look at it in guidance."""
 
-    vae: as in guidance. ValueError for terms that cannot judge without a model, or other images than those they were given.
-    """
+    terms: Sequence[GuidanceTerm]       # without those of weight 0
+    decoders: Sequence[Decode | None]   # of each term
+    networks: Sequence[torch.nn.Module]
 
-    def __init__(self, model: Patcher, terms: Sequence[GuidanceTerm], vae: comfy.sd.VAE | None):
+    @classmethod
+    def for_model(cls, model: Patcher, terms: Sequence[GuidanceTerm], vae: comfy.sd.VAE | None) -> "LatentJudge":
+        """Judge by the terms whose weight is not 0. vae: as in guidance. ValueError for a term that cannot choose."""
         latents.require_supported(model)
-        self.terms = [term for term in terms if term.weight]
-        for term in self.terms:
-            _require_alone(term.guider)
-        self.decoders, self.networks = decoders_for(self.terms, model, vae)
+        weighed = [called(term) for term in terms if term.weight]
+        for term in weighed:
+            require_alone(term.guider)
+        return cls(weighed, *decoders_for(weighed, model, vae))
 
     def load(self) -> None:
         """Load the networks where they can run now."""
@@ -155,7 +158,29 @@ class LatentJudge:
         return standings(energies, [term.weight for term in self.terms])
 
 
-def _require_alone(guider: Guider) -> None:
+class Called(torch.nn.Module):
+    """A function that judges images, as a module, which ComfyUI can load."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+def called(term: GuidanceTerm) -> GuidanceTerm:
+    """Return the term with a network that ComfyUI can load, where it is any function that answers."""
+    net = term.guider.net
+    return term if isinstance(net, torch.nn.Module) else replace(term, guider=replace(term.guider, net=Called(net)))
+
+
+def can_choose(guider: Guider) -> bool:
+    """Tell whether a guider says of one image alone how good it is."""
+    return not (reads_features(guider) or isinstance(guider, VarietyGuider))
+
+
+def require_alone(guider: Guider) -> None:
     """ValueError for a guider that cannot say of one image alone how good it is."""
     if reads_features(guider):
         raise ValueError(f"the readout of {guider.name} reads features of a model while that is sampled, and here images "

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 from comfy.model_patcher import ModelPatcher
 
 GUIDANCE, AUTOGUIDANCE, PRIOR, LORA = "ppap", "ppap_autoguidance", "ppap_prior", "ppap_tune"  # kinds of features
-SAMPLES = "ppap_samples"
+SAMPLES, PARTICLES = "ppap_samples", "ppap_particles"
 Hook = Callable[..., Any]
 State = TypeVar("State")
 

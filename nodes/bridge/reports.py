@@ -29,10 +29,12 @@ class Report:
     notes: tuple[Note, ...] = ()      # what else there is to warn of, by the index of a term
     remarks: tuple[Note, ...] = ()    # what is worth knowing of a term, but no fault
     off: tuple[int, ...] = ()         # indices of terms of weight 0
+    particles: str = ""               # what became of the particles of each image, in words; "": there was one
 
     def summary(self) -> str:
         """Return what each term did, in words."""
-        return summarize_guidance(self.names, self.records, self.levels, (*self.remarks, *self.notes))
+        guidance = summarize_guidance(self.names, self.records, self.levels, (*self.remarks, *self.notes))
+        return "\n".join(filter(None, (guidance, self.particles)))
 
     def warnings(self) -> str:
         """Return a line for each term that did nothing although its weight is not 0, or less than it should; "" for none."""

@@ -38,7 +38,7 @@ class SeedSearch:
     vae: comfy.sd.VAE | None = None
 
     def __post_init__(self) -> None:
-        self.judge = LatentJudge(self.model, self.terms, self.vae)
+        self.judge = LatentJudge.for_model(self.model, self.terms, self.vae)
         self.start = latents.resize_empty_latent(self.model, self.latent)
 
     def rank(self, count: int) -> tuple[Ranking, Tensor | None]:

@@ -1,10 +1,12 @@
 """Nodes that guide: weigh guiders as terms, and apply them to a model."""
 from comfy_api.latest import io
 
+from ...ppap_core.guidance.particles import Resampling
 from ...ppap_core.guiders.latents import VIEWS
 from ...ppap_core.schedules import FALLING
 from ..bridge import comparisons, guidance, progress
 from ..bridge.noise_levels import PercentSchedule
+from ..bridge.particles import ParticleSampling
 from ..bridge.sampler import SamplerSettings
 from ..bridge.tensors import mask_from_comfy
 from ..bridge.terms import GuidanceTerm, with_view
@@ -17,6 +19,7 @@ from .inputs import (
     live_preview_input,
     model_input,
     negative_input,
+    particle_inputs,
     positive_input,
     sampler_inputs,
     terms_input,
@@ -152,16 +155,20 @@ class PPAPGuidedKSampler(io.ComfyNode):
                     io.Latent.Input("latent_image", tooltip="The latent to denoise; an empty one for new images."),
                     io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                                    tooltip="How much of the latent is made anew. Neutral for new images: 1, all of it."),
-                    limit_input(), vae_input(), live_preview_input()],
+                    limit_input(), vae_input(), live_preview_input(), *particle_inputs()],
             outputs=[io.Latent.Output(tooltip="The sampled latent."),
                      ReportType.Output(display_name="report",
                                        tooltip="What guidance did, for Plot Guidance and Guidance Summary.")])
 
     @classmethod
     def execute(cls, model, terms, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
-                max_rms, vae=None, live_preview=False):
+                max_rms, vae=None, live_preview=False, particles=1, give_up=0.75, draws=4, terms_guide=True):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
-        latent, report = guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings, live_preview)
+        if particles == 1 and terms_guide:
+            latent, report = guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings, live_preview)
+        else:
+            sampling = ParticleSampling(model, terms, settings, Resampling(particles, give_up, draws), terms_guide, vae)
+            latent, report = sampling.run(latent_image, max_rms, live_preview)
         return io.NodeOutput(latent, report, ui=progress.show_note(report.warnings()))
 
 

@@ -72,6 +72,22 @@ def live_preview_input() -> io.Input:
         "a second. Only where previews are on in ComfyUI's settings. It changes no image. Neutral: off."))
 
 
+def particle_inputs() -> list[io.Input]:
+    """Inputs of a `Resampling`, and whether the terms also guide."""
+    return [io.Int.Input("particles", default=1, min=1, max=64, optional=True,
+                         tooltip="How many images are sampled at once for each one, of which the terms choose the best. "
+                                 "While they are sampled, better ones take the place of worse ones. Takes so many times as "
+                                 "long, and the memory of a batch so many times as large. Neutral: 1."),
+            io.Float.Input("give_up", default=0.75, min=0.0, max=1.0, step=0.05, optional=True, **folded(),
+                           tooltip="How many particles are given up each time. 1: all go on from the best one. Neutral: 0, "
+                                   "none; the best one is taken at the end."),
+            io.Int.Input("draws", default=4, min=0, max=1000, optional=True, **folded(),
+                         tooltip="How often particles are given up, evenly over the steps. Neutral: 0."),
+            io.Boolean.Input("terms_guide", default=True, optional=True, **folded(),
+                             tooltip="Whether the terms also guide all particles. Off: they only choose, and then need no "
+                                     "gradient. Neutral: on.")]
+
+
 def window_inputs(at_start: float = 1.0, at_end: float = 1.0) -> list[io.Input]:
     """Inputs of a `PercentSchedule`. at_start, at_end: the factors that a new node has."""
     return [io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001,

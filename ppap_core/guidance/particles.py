@@ -36,7 +36,7 @@ class Resampling:
     """
 
     count: int = 1
-    strength: float = 0.5
+    strength: float = 0.75
     times: int = 4
 
     def __post_init__(self):

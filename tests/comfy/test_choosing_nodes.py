@@ -145,15 +145,16 @@ def test_seeds_of_videos_are_judged_by_all_frames(bench: Workbench):
     assert picture.isfinite().all()
 
 
-def test_a_search_can_be_cancelled(pixels: PixelWorld, monkeypatch: pytest.MonkeyPatch):
+def test_a_search_can_be_cancelled(pixels: PixelWorld):
     import comfy.model_management as management
 
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):
         best_seeds(pixels)
+    seen = pixels.seen()
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):
-        ranked(pixels, pixels.seen(), pixels.term())
+        ranked(pixels, seen, pixels.term())
 
 
 def test_variety_cannot_choose_seeds(pixels: PixelWorld):

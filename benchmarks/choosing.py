@@ -47,7 +47,7 @@ class ChoosingBench:
     """Everything that a result depends on, besides the weights of the world."""
 
     images: int = 128
-    scenes: int = 5000       # real ones for Frechet distances
+    scenes: int = 2048       # real ones for Frechet distances
     prediction: float = 0.6  # weight
     through: float = 0.3
 
@@ -57,26 +57,20 @@ GUIDED = {"guidance": "prediction"}
 THROUGH = {"guidance": "through"}
 WAYS = (
     Way("unguided"),
-    Way("guidance", **GUIDED),
-    Way("guidance, through the model", **THROUGH),
     Way("best of 4", particles=BEST),
-    Way("best seed of 12", looked=12),
     Way("particles", particles=PARTICLES),
-    Way("guidance in 64 steps", steps=64, **GUIDED),
+    Way("guidance", **GUIDED),
     Way("guidance, best of 4", particles=BEST, **GUIDED),
-    Way("guidance, best seed of 12", looked=12, **GUIDED),
     Way("guidance, particles", particles=PARTICLES, **GUIDED),
-    Way("guidance through the model in 32 steps", steps=32, **THROUGH),
-    Way("guidance through the model, best of 2", particles=Resampling(2, 0.0), **THROUGH),
-    Way("guidance through the model, particles", particles=Resampling(2), **THROUGH),
-    Way("right or wrong, best of 4", particles=BEST, scorer="answer"),
-    Way("right or wrong, particles", particles=PARTICLES, scorer="answer"),
-    Way("in whole nats, best of 4", particles=BEST, scorer="rounded"),
-    Way("in whole nats, best seed of 12", looked=12, scorer="rounded"),
     Way("in whole nats, particles", particles=PARTICLES, scorer="rounded"),
-    Way("particles, giving up 0.5", particles=Resampling(4, 0.5)),
-    Way("particles, giving up 1", particles=Resampling(4, 1.0)),
-    Way("particles, drawn 8 times", particles=Resampling(4, times=8)),
+    Way("best seed of 12", looked=12),
+    Way("guidance in 64 steps", steps=64, **GUIDED),
+    Way("guidance through the model", **THROUGH),
+    Way("guidance through the model, best of 2", particles=Resampling(2, 0.0), **THROUGH),
+    Way("right or wrong, particles", particles=PARTICLES, scorer="answer"),
+    Way("particles, all from the best", particles=Resampling(4, 1.0)),
+    Way("guidance through the model in 32 steps", steps=32, **THROUGH),
+    Way("guidance, best seed of 12", looked=12, **GUIDED),
 )
 
 

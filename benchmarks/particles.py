@@ -3,6 +3,7 @@
 FK steering (Singhal et al. 2025) draws the particles of an image anew now and then, each with a weight of exp(gain * what
 its energy fell by). The papers' samplers are stochastic; here the sampler is Euler's, and only a particle that was drawn
 again takes an ancestral step, with fresh noise, so that it parts from its copy. Works for any denoiser and any guider.
+The core's particles need no unit of the energy, and share the drawing.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ppap_core import Denoiser, Guider, NoiseInterval, Prediction
 from ppap_core.guidance.gradients import energy_at
+from ppap_core.guidance.particles import systematic
 from ppap_core.rng import seeded
 
 
@@ -105,13 +107,6 @@ class Swarm:
         up = next_sigma * math.sqrt(1 - (next_sigma / sigma) ** 2)
         draws = torch.randn(denoised.shape, generator=seeded(*key, 1, 0)).to(denoised)
         return denoised + noise * (math.sqrt(next_sigma**2 - up**2) / sigma) + up * draws
-
-
-def systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """N ascending indices (N,) drawn by weights (N,) that sum to 1, with one random number; equal weights keep everyone."""
-    count = len(weights)
-    places = (torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(count)) / count
-    return torch.searchsorted(weights.cpu().double().cumsum(0), places, right=True).clamp_max(count - 1).to(weights.device)
 
 
 def repeat_guider(guider: Guider, count: int) -> Guider:

@@ -17,9 +17,9 @@ BENCHMARKS = ("class, depth, segmentation, strength, falling, falling_depth, imp
               "original, autoguidance, autoguidance_untold, autoguidance_made, prior; rules: symmetry and the like by a "
               "prior; labelmaps: label maps found for pictures; photographs: a real network under noise; faces: a real "
               "model and real networks; restoration: faces from measurements of them; tours: the travelling salesman; "
-              "latent: the latent world; fewsteps: a flow and its turbo LoRA in 4, 8 and 16 steps; transfer: experts of one "
-              "model guide another; speed: the cost of a guided step at full size; throughput: images a second of "
-              "distillation")
+              "latent: the latent world; choosing: best of several, best seeds and particles at equal passes; fewsteps: a "
+              "flow and its turbo LoRA in 4, 8 and 16 steps; transfer: experts of one model guide another; speed: the cost "
+              "of a guided step at full size; throughput: images a second of distillation")
 
 
 def main(arguments: list[str] | None = None) -> None:

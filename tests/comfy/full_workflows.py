@@ -17,6 +17,7 @@ SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger
 
 BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "baked": ("Without", "Baked, without Steer"),
+                    "best": ("The first four seeds", "The best four seeds"),
                     "depth": ("Without guidance", "Same depth as the reference"),
                     "latent": ("Without guidance", "Steered towards stars"),
                     "latent_experts": ("Without guidance", "By the experts"),

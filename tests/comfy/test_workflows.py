@@ -29,7 +29,7 @@ from PIL import ImageChops, ImageColor, ImageStat
 NODES = {page.stem for page in (WORKFLOWS.parent / "web" / "docs").glob("PPAP*.md")}  # each node has a help page
 SMALLEST_WITH_PREVIEW = {"KSampler": 480, "PPAPGuidedKSampler": 550, "SamplerCustomAdvanced": 340,
                          "PPAPGenerateSamples": 530, "PPAPDistilExperts": 540, "PPAPTrainLora": 440, "PPAPBakeGuidance": 440,
-                         "PPAPPlugAndPlayPrior": 550, "PPAPSteer": 480}  # height in pixels
+                         "PPAPPlugAndPlayPrior": 550, "PPAPSteer": 480, "PPAPBestSeeds": 550}  # height in pixels
 GUIDED = WORLD | {
     "2": node("PPAPLoadGuider", guider_name="tinyworld/class"),
     "3": node("PPAPAimAtClass", guider=["2", 0], classes="star"),
@@ -62,8 +62,10 @@ def drawn(graph: dict) -> dict[str, int]:
             if decoded["class_type"] == "VAEDecode":
                 source = graph[decoded["inputs"]["samples"][0]]
                 while "latent_image" in source["inputs"]:  # of one sampler, or of one after another
+                    if source["class_type"] == "PPAPBestSeeds":
+                        break
                     source = graph[source["inputs"]["latent_image"][0]]
-                found[key] = source["inputs"]["batch_size"]
+                found[key] = source["inputs"].get("count") or source["inputs"]["batch_size"]
     return found
 
 

@@ -11,7 +11,7 @@ MODEL, CONDITIONING, LATENT, VAE = (["1", slot] for slot in range(4))
 QUICK = {"KSampler": {"steps": 4}, "PPAPGuidedKSampler": {"steps": 4}, "PPAPGenerateSamples": {"count": 64, "steps": 8},
          "PPAPDistilExperts": {"steps": 2, "batch_size": 4}, "PPAPDistillReadout": {"steps": 2, "batch_size": 4},
          "PPAPAutoguidanceToy": {"steps": 64}, "PPAPTrainLora": {"steps": 4}, "PPAPPlugAndPlayPrior": {"steps": 8},
-         "PPAPBakeGuidance": {"steps": 4}}
+         "PPAPBakeGuidance": {"steps": 4}, "PPAPBestSeeds": {"steps": 2, "candidates": 6}}
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 

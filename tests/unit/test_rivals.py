@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.guided import Batch, schedule_of
 from benchmarks.methods import METHODS
-from benchmarks.particles import Particles, Steering, energy_of, repeat_guider, sample_particles, systematic
+from benchmarks.particles import Particles, Steering, energy_of, repeat_guider, sample_particles
 from benchmarks.readout import ReadoutNetworks
 from benchmarks.steps import STEPS, DampedStep, Damping, MomentStep, SubStep, sample_repeating
 from benchmarks.tables import Row, read_training
@@ -270,18 +270,6 @@ def test_selection_leaves_one_particle_to_go_on_with():
         return steering(quadratic(), count)
     sample_particles(counted, start(), SIGMAS, Particles(4, select=float(SIGMAS[2])), SEEDS)
     assert sizes == [4, 4, 4, 1, 1, 1]
-
-
-def test_equal_weights_keep_every_particle():
-    for seed in range(5):
-        assert systematic(torch.full((4,), 0.25), seeded(seed)).tolist() == [0, 1, 2, 3]
-
-
-def test_draws_follow_the_weights():
-    """Each particle is drawn floor(N w) or ceil(N w) times, and N w times in the mean."""
-    weights = torch.tensor([0.1, 0.0, 0.65, 0.25])
-    counts = torch.stack([systematic(weights, seeded(seed)).bincount(minlength=4) for seed in range(400)]).double()
-    assert ((counts - 4 * weights).abs() < 1).all() and (counts.mean(0) - 4 * weights).abs().max() < 0.1
 
 
 # On the tiny world

@@ -28,8 +28,10 @@ from .experts.readout_distill import FeatureSamples, distill_readout
 from .experts.readout_file import load_readout, save_readout
 from .experts.samples import SampleStore, Trajectories, TrajectoryRecorder
 from .guidance.autoguidance import Autoguidance, autoguided
+from .guidance.choice import Choice, standings
 from .guidance.gradients import Prediction
 from .guidance.moments import Moments
+from .guidance.particles import Resampling, sample_particles
 from .guidance.prior import PriorConfig, PriorObjective, optimize_images
 from .guidance.shift import Guidance, GuidanceSettings, guidance_shift, guided
 from .guidance.terms import Term
@@ -61,14 +63,14 @@ from .training.loop import RunOptions
 __version__ = "0.2.0"
 
 __all__ = [
-    "COPIES", "RULES", "TASKS", "Autoguidance", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule",
+    "COPIES", "RULES", "TASKS", "Autoguidance", "Choice", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule",
     "FeatureSamples", "FineTune", "Guidance", "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec",
     "Moments", "NoiseInterval", "Prediction", "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "ReadoutNetwork",
-    "RunOptions", "SampleStore", "Schedule", "Student", "Task", "Term", "TrainingFree", "Trajectories",
-    "TrajectoryRecorder", "aim_at_text", "as_lora", "autoguided", "bake", "base_network", "class_target", "copy_guider",
-    "distill", "distill_readout", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank",
-    "load_guider", "load_readout", "map_target", "mask_target", "new_readout", "number_target", "optimize_images",
-    "reading", "rule_guider", "sample_euler", "sample_heun", "sample_renewing", "sample_training_free", "save_bank",
-    "save_readout", "teacher_distance", "to_vp", "unlike", "visualize", "with_cutouts", "with_experts", "with_readout",
-    "without_missing",
+    "Resampling", "RunOptions", "SampleStore", "Schedule", "Student", "Task", "Term", "TrainingFree", "Trajectories",
+    "TrajectoryRecorder", "aim_at_text", "as_lora", "autoguided", "bake", "base_network", "class_target",
+    "copy_guider", "distill", "distill_readout", "flow_to_ve", "guidance_shift", "guided", "image_target",
+    "karras_sigmas", "load_bank", "load_guider", "load_readout", "map_target", "mask_target", "new_readout",
+    "number_target", "optimize_images", "reading", "rule_guider", "sample_euler", "sample_heun", "sample_particles",
+    "sample_renewing", "sample_training_free", "save_bank", "save_readout", "standings", "teacher_distance", "to_vp",
+    "unlike", "visualize", "with_cutouts", "with_experts", "with_readout", "without_missing",
 ]

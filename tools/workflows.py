@@ -434,7 +434,7 @@ def best(page: Page) -> None:
     page.note("Read me", """## The best of many
 Choosing needs no gradient: any network that answers can say which image is better. Three ways, by the same term:
 
-1. **Best Seeds** tries 16 seeds in 5 steps each and hands on the 4 best. A **KSampler** with *the same seed* makes just \
+1. **Best Seeds** tries 48 seeds in 5 steps each and hands on the 4 best. A **KSampler** with *the same seed* makes just \
 these in full.
 2. **Rank Images** sorts finished images, and hands on the best with their latents.
 3. **Guided KSampler** with *particles*: for each image 4 are sampled at once, and on the way better ones take the place of \
@@ -444,25 +444,26 @@ Try Best Seeds first: it costs a few full samplings. Where it finds nothing good
 model makes by itself now and then.""", (0, 0))
     model, nothing, latent, vae = _world(page)
     world = (model, nothing, latent, vae)
-    page.group("2  What is good: a star")
-    guider = Out(page.add("PPAPLoadGuider", "Load Guider: a classifier", guider_name="tinyworld/class"))
-    star = Out(page.add("PPAPAimAtClass", guider=guider, classes="star"))
-    terms = Out(page.add("PPAPGuidanceTerm", guider=star, weight=0.5))
-    page.group("3  The four best of sixteen seeds")
+    page.group("2  What is good: yellow on dark blue")
+    palette = Out(page.add("PPAPPalette", colours="#1d3557:5, #ffd166"))
+    rule = Out(page.add("PPAPRule", "Rule: colours", rule="colours"))
+    colors = Out(page.add("PPAPAimAtImage", guider=rule, image=palette))
+    terms = Out(page.add("PPAPGuidanceTerm", guider=colors, weight=0.3))
+    page.group("3  The four best of 48 seeds")
     many = Out(page.add("EmptySD3LatentImage", "Empty latent: tried at once", width=128, height=128, batch_size=16))
-    found = page.add("PPAPBestSeeds", model=model, terms=terms, seed=8, candidates=16, count=4, steps=5, scheduler="simple",
+    found = page.add("PPAPBestSeeds", model=model, terms=terms, seed=21, candidates=48, count=4, steps=5, scheduler="simple",
                      positive=nothing, negative=nothing, latent_image=many, vae=vae)
     page.add("PreviewImage", "All that were tried", images=Out(found, 1))
     page.group("4  The first four seeds, and the best four")
-    _sample(page, "The first four seeds", model, world, 8)
+    _sample(page, "The first four seeds", model, world, 21)
     page.column()
-    _, images = _sample(page, "The best four seeds", model, (model, nothing, Out(found), vae), 8)
+    _, images = _sample(page, "The best four seeds", model, (model, nothing, Out(found), vae), 21)
     page.group("5  Sorted")
     ranked = page.add("PPAPRankImages", image=images, terms=terms, count=1)
     page.add("SaveImage", "The best image", images=Out(ranked), filename_prefix="ppap")
     page.group("6  Four particles for each image")
     guided = page.add("PPAPGuidedKSampler", model=model, terms=terms, positive=nothing, negative=nothing,
-                      latent_image=latent, seed=8, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple", particles=4)
+                      latent_image=latent, seed=21, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple", particles=4)
     page.column()
     made = Out(page.add("VAEDecode", samples=Out(guided), vae=vae))
     page.add("PreviewImage", "Guided, with particles", images=made)

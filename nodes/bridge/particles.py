@@ -157,5 +157,5 @@ def choosers(terms: Sequence[GuidanceTerm]) -> list[GuidanceTerm]:
 
 def _judge_of(feature: GuidedModel) -> LatentJudge:
     chosen = choosers(feature.terms)
-    pairs = [pair for pair in zip(feature.terms, feature.decoders, strict=True) if pair[0] in chosen]
-    return LatentJudge(chosen, [decode for _, decode in pairs], feature.networks)
+    decoders = {id(term): decode for term, decode in zip(feature.terms, feature.decoders, strict=True)}
+    return LatentJudge(chosen, [decoders[id(term)] for term in chosen], feature.networks)

@@ -103,8 +103,10 @@ def test_a_mask_of_the_latent_is_kept(pixels: PixelWorld):
 
 
 def test_each_image_keeps_its_target_and_mask(pixels: PixelWorld):
+    """Of two terms of one network, too."""
     guider = pixels.plain.aim(torch.tensor([2, 5, 7]))
-    made = steered(pixels, pixels.term(guider, mask=torch.rand(3, 8, 8)), particles=4, give_up=1.0)[0]["samples"]
+    terms = *pixels.term(guider, mask=torch.rand(3, 8, 8)), *pixels.term(pixels.plain.aim(torch.tensor([3])), weight=1e-3)
+    made = steered(pixels, terms, particles=4, give_up=1.0)[0]["samples"]
     swapped = pixels.energy(pixels.plain.aim(torch.tensor([5, 7, 2])), made)
     assert pixels.energy(guider, made).mean() < swapped.mean()
 

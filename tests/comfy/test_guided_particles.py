@@ -38,7 +38,7 @@ def test_one_particle_changes_no_bit(pixels: PixelWorld):
     assert torch.equal(steered(pixels, pixels.term(weight=0.0), particles=3)[0]["samples"], unguided)
 
 
-def test_without_giving_up_the_best_of_independent_samples_is_taken(pixels: PixelWorld):
+def test_without_giving_up_the_best_of_several_is_taken(pixels: PixelWorld):
     """The first particle is what the stock sampler makes."""
     best, _ = steered(pixels, particles=4, give_up=0.0, terms_guide=False)
     plain, more = pixels.sample(steps=6), energies(pixels, best)
@@ -47,7 +47,7 @@ def test_without_giving_up_the_best_of_independent_samples_is_taken(pixels: Pixe
 
 
 @pytest.mark.wide
-def test_particles_are_better_when_better_ones_take_the_place_of_others(pixels: PixelWorld):
+def test_drawing_anew_beats_the_best_of_several(pixels: PixelWorld):
     world = PixelWorld(pixels.comfy, batch=24)
     several, drawn = (energies(world, steered(world, particles=4, give_up=share, terms_guide=False, steps=12)[0]).mean()
                       for share in (0.0, 1.0))

@@ -143,7 +143,7 @@ def test_one_particle_is_plain_sampling():
     assert torch.equal(sampled(Resampling(1, 1.0), 5), sample_euler(WORLD, noise * float(SIGMAS[0]), SIGMAS))
 
 
-def test_without_strength_the_best_of_independent_samples_is_taken():
+def test_without_strength_the_best_of_several_is_taken():
     noise = randn(5, 3, 2, 2, seed=3, dtype=torch.float64)
     every = sample_euler(WORLD, first_noise(noise, 3, range(5)) * float(SIGMAS[0]), SIGMAS).unflatten(0, (3, 5))
     energies = torch.stack([classifier().energy(each, clean(each)) for each in every])

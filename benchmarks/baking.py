@@ -3,7 +3,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ STAR = CLASSES.index("star")
 PALETTE_OF = 11_000_000  # number of the scene whose colours are wanted
 WORLDS: dict[str, Callable[[], Any]] = {"pixels": load_world, "latents": partial(load_few_step_world, "flow")}
 AIMS = ("star", "palette", "symmetry")
+TOGETHER = ("star", "palette")  # aims whose LoRAs are added to one model
+BOTH = "pixels: both"
 TIMED = 16  # images whose sampling is timed
 WHOLE, SHORT, SMALL = FineTune(600, 16, 16), FineTune(150, 16, 16), FineTune(600, 2, 16)
 
@@ -88,6 +90,11 @@ class Case:
                         backprop_through_model=True)
         decode = SPACE.colors if self.name == "latents" else None
         return Term(replace(self.rule, decode=decode), 0.5, falling, normalized=True)
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Judges stars as such, and other images by their distance from real scenes alone."""
+        return replace(self.world.evaluator(self.bench.scenes), label=STAR if self.aim == "star" else None)
 
     def store(self, report: Report) -> SampleStore:
         """Images of the guided model, and others held out."""
@@ -162,7 +169,7 @@ def _prefixed(report: Report, name: str, line: str) -> None:
 
 def rows_of(case: Case, report: Report) -> dict[str, list[Result]]:
     """A row for each way: unguided, guided, and baked at two strengths and by further trainings."""
-    evaluator = replace(case.world.evaluator(case.bench.scenes), label=STAR if case.aim == "star" else None)
+    evaluator = case.evaluator
     rows = [{"way": "unguided", "ratio": 1.0, **case.measure(case.samples(), evaluator)},
             {"way": "guided", "ratio": case.time_ratio(case, [case.term]),
              **case.measure(case.samples([case.term]), evaluator)}]
@@ -177,20 +184,35 @@ def rows_of(case: Case, report: Report) -> dict[str, list[Result]]:
     return {"rows": [{"world": case.name, "aim": case.aim, **row} for row in rows]}
 
 
+def rows_of_both(bench: BakingBench, folder: Path, report: Report) -> dict[str, list[Result]]:
+    """Stars and a palette by two baked LoRAs beside each other: a row for each aim."""
+    cases = [Case(bench, load_world(), "pixels", aim, folder / f"pixels_{aim}") for aim in TOGETHER]
+    together = reduce(lambda case, other: merged(case, train(other, bench.trainings[0], report)[0], 1.0), cases, cases[0])
+    rows = []
+    for case in cases:
+        both = replace(case, world=together.world)
+        rows.append({"world": "pixels", "aim": case.aim, "way": "baked, stars and a palette beside each other",
+                     "ratio": both.time_ratio(case), **case.measure(both.samples(), case.evaluator)})
+    return {"rows": rows}
+
+
 def baking_bench(bench: BakingBench, folder: Path, report: Report, only: Sequence[str] = ()) -> list[Result]:
     """Rows of all aims in both worlds, or of those named "world: aim"; finished ones are read from the folder.
 
     ValueError for a name that no case has.
     """
-    names = [f"{world}: {aim}" for world in WORLDS for aim in AIMS]
+    names = [*(f"{world}: {aim}" for world in WORLDS for aim in AIMS), BOTH]
     if unknown := {*only} - {*names}:
         raise ValueError(f"there is no case '{min(unknown)}': expected some of {'; '.join(names)}")
     rows = []
     for name in (name for name in names if not only or name in only):
+        key, told = config_hash(asdict(bench)), partial(_prefixed, report, name)
+        if name == BOTH:
+            rows += cached_json(folder / f"both_{key}.json", partial(rows_of_both, bench, folder, told))["rows"]
+            continue
         world, aim = name.split(": ")
         case = Case(bench, WORLDS[world](), world, aim, folder / f"{world}_{aim}")
-        rows += cached_json(case.folder / f"rows_{config_hash(asdict(bench))}.json",
-                            partial(rows_of, case, partial(_prefixed, report, name)))["rows"]
+        rows += cached_json(case.folder / f"rows_{key}.json", partial(rows_of, case, told))["rows"]
     return rows
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from ..guiders.guider import Guider
 from ..io.hashing import fingerprint_state
@@ -98,7 +97,7 @@ class Distillation:
     def answers(self, watch: Watch) -> TeacherAnswers:
         """The teacher's answers for all images, made where they are not there yet."""
         with torch.inference_mode(False):
-            return kept_answers(self.guider, self.store, watch.on_answers)
+            return kept_answers(self.guider, self.store, self.config.mirrored, watch.on_answers)
 
     def seconds_of_step(self, tick: Callable[[], None]) -> float:
         """Seconds of a training step here and now: the median of a few at a learning rate of zero, which change nothing.
@@ -108,7 +107,8 @@ class Distillation:
         config = replace(self.config, steps=TIMED, lr=0.0, patience=0)
         lesson, times = Lesson(self.guider, self.bank, 0, self.store, config), [time.monotonic()]
         steps = draw_steps(self.store, self.bank.schedule, 0, batch_spec(config, 0))
-        lesson.answers = partial(_known, answer(self.guider, self.store.images_at(steps[:, 0])))
+        known = answer(self.guider, self.store.images_at(steps[:, 0]))
+        lesson.answers = lambda *_: known
         lesson.learn(RunOptions(on_step=partial(_note_time, times, tick), is_enough=partial(_are_enough, times)))
         return median(after - before for before, after in pairwise(times[1:]))
 
@@ -150,10 +150,6 @@ def distill(guider: Guider, bank: ExpertBank, store: SampleStore, config: Distil
     experts; neutral: `SINGLE`. ValueError, before any is trained, if an expert has no step to learn from.
     """
     return Distillation(guider, bank, store, config, folder).run(Watch(on_step), crew)
-
-
-def _known(answers: Tensor, rows: Tensor) -> Tensor:
-    return answers
 
 
 def _note_time(times: list[float], tick: Callable[[], None], *_: object) -> None:

@@ -77,7 +77,7 @@ def estimate_distillation(distillation: Distillation, test: KnowledgeTest, tick:
     guider, store = distillation.guider, distillation.store
     with torch.inference_mode(False):
         if config.fast:
-            left["answers"] = TeacherAnswers(guider, store).count_missing()
+            left["answers"] = TeacherAnswers(guider, store, config.mirrored).count_missing()
         timed = {"answers": SHARD_SIZE / BATCH * _seconds_of(lambda: answer(guider, store.images_at(range(BATCH))).cpu()),
                  "step": distillation.seconds_of_step(tick),
                  "check": _seconds_of(AgreementCheck(guider, distillation.bank, 0, store)) if config.patience else 0.0,

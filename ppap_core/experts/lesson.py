@@ -2,12 +2,14 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
+from ..rng import seeded
 from ..training.loop import AdamW, RunOptions, cosine, optimize
 from ..training.plateau import Plateau, PlateauRule
 from ..training.team import Team
@@ -16,11 +18,12 @@ from .check import AgreementCheck
 from .fast import fast_output
 from .read_ahead import ReadAhead
 from .samples import BatchSpec, Pairs, SampleStore, draw_steps, inputs_at, trajectory_pairs
-from .teacher import kept_answers
+from .teacher import Answers, kept_answers
 
 OnCheck = Callable[[int, float, float], None]
 """(expert, agreement of the plain network with the teacher's answers, agreement of the expert) after a check"""
 
+MIRROR = 7        # key of the draw of mirrored images among those of a seed
 CHECK_EVERY = 50  # steps between two looks at held-out agreement
 
 
@@ -36,12 +39,14 @@ class DistillConfig:
     warm_start: bool = False  # start as the neighbour of less noise ended; else as the plain network
     patience: int = 0         # checks whose mean held-out agreement has to rise, or the end comes early; 0: all steps
     fast: bool = False        # the teacher answers once for each image, and in bfloat16 where that is fast; rounds otherwise
+    mirrored: bool = False    # half of the images in a mirror, with what led to them: fewer are learned by heart
 
     def fingerprint_fields(self) -> dict[str, object]:
         """Fields for files and `digest`, with the constants by which version 0.1.0 recognises saved work."""
         return {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed, "save_every": 100,
                 "temperature": self.temperature, "fresh_noise": False, "warm_start": self.warm_start,
-                **({"patience": self.patience} if self.patience else {}), **({"fast": True} if self.fast else {})}
+                **({"patience": self.patience} if self.patience else {}),
+                **{name: True for name in ("fast", "mirrored") if getattr(self, name)}}
 
 
 def uses_warm_start(view: str) -> bool:
@@ -72,7 +77,23 @@ def sample_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, co
 
     part: which of how many parts of it, for processes that train together; neutral: (0, 1), the whole.
     """
-    return trajectory_pairs(store, bank.schedule, index, batch_spec(config, step, part), bank.view)
+    batch = batch_spec(config, step, part)
+    pairs = trajectory_pairs(store, bank.schedule, index, batch, bank.view)
+    if not config.mirrored:
+        return pairs
+    mirrored = draw_mirrored(index, batch)
+    return Pairs(in_mirror(pairs.images, mirrored), in_mirror(pairs.inputs, mirrored), pairs.sigma)
+
+
+def draw_mirrored(index: int, batch: BatchSpec) -> Tensor:
+    """Which images of a batch of expert `index` are seen in a mirror, (B,) bool: a pure function of the arguments."""
+    first, parts = batch.part
+    return torch.rand(batch.size, generator=seeded(batch.seed, index, batch.step, MIRROR))[first::parts] < 0.5
+
+
+def in_mirror(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Images or latents (B, C, h, w), with left and right exchanged where `mirrored` (B,) says so."""
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
 def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleStore,
@@ -86,12 +107,21 @@ def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleSt
     return Lesson(guider, bank, index, store, config).learn(options)
 
 
+class FastBatch(NamedTuple):
+    """A batch for one expert, without the images that its inputs led to."""
+
+    numbers: Tensor   # (B,) of the images
+    mirrored: Tensor  # (B,) bool: whether in a mirror, as the inputs are
+    inputs: Tensor    # (B, C, h, w)
+    sigma: Tensor     # (B,), all in the interval of the expert
+
+
 class Lesson:
     """The training of one expert. answers: the teacher's by number of the image, where they are kept."""
 
     def __init__(self, guider: Guider, bank: ExpertBank, index: int, store: SampleStore, config: DistillConfig):
         self.guider, self.bank, self.index, self.store, self.config = guider, bank, index, store, config
-        self.answers: Callable[[Tensor], Tensor] | None = None
+        self.answers: Answers | None = None
         self.on_check: OnCheck | None = None
 
     def learn(self, options: RunOptions) -> list[float]:
@@ -99,7 +129,7 @@ class Lesson:
         config, rate = self.config, AdamW(partial(cosine, self.config.lr, self.config.steps))
         options = options.identified(_run_id(self.guider, self.bank, self.index, self.store, config))
         if config.fast and self.answers is None:
-            self.answers = kept_answers(self.guider, self.store)
+            self.answers = kept_answers(self.guider, self.store, config.mirrored)
         read = partial(self.read_fast if config.fast else self.read, options.team.part)
         with (torch.inference_mode(False), self.bank.trainable(self.index) as parameters,
               ReadAhead(read, config.steps) as batches):
@@ -113,27 +143,29 @@ class Lesson:
 
     def mean_loss(self, team: Team, batches: ReadAhead, step: int) -> Tensor:
         """Mean loss of a step over the processes of a team."""
-        return team.mean((self.fast_loss if self.config.fast else self.loss)(*batches(step)), step)
+        return team.mean((self.fast_loss if self.config.fast else self.loss)(batches(step)), step)
 
     def read(self, part: tuple[int, int], step: int) -> Pairs:
         """Part of the batch of a step."""
         return sample_batch(self.bank, self.index, self.store, step, self.config, part)
 
-    def read_fast(self, part: tuple[int, int], step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Part of the batch of a step, with the numbers of the images in their place."""
-        steps = draw_steps(self.store, self.bank.schedule, self.index, batch_spec(self.config, step, part))
-        return steps[:, 0], *inputs_at(self.store, steps, self.bank.view)
+    def read_fast(self, part: tuple[int, int], step: int) -> "FastBatch":
+        """Part of the batch of a step."""
+        batch = batch_spec(self.config, step, part)
+        steps = draw_steps(self.store, self.bank.schedule, self.index, batch)
+        inputs, sigma = inputs_at(self.store, steps, self.bank.view)
+        mirrored = draw_mirrored(self.index, batch) if self.config.mirrored else torch.zeros(len(steps), dtype=torch.bool)
+        return FastBatch(steps[:, 0], mirrored, in_mirror(inputs, mirrored), sigma)
 
-    def loss(self, images: Tensor, inputs: Tensor, sigma: Tensor) -> Tensor:
+    def loss(self, pairs: Pairs) -> Tensor:
         """Losses (B,) on a batch, to which the plain network answers anew."""
-        pairs = Pairs(images, inputs, sigma).to(self.device)
-        return distill_loss(self.guider, self.bank, pairs, self.config.temperature)
+        return distill_loss(self.guider, self.bank, pairs.to(self.device), self.config.temperature)
 
-    def fast_loss(self, images: Tensor, inputs: Tensor, sigma: Tensor) -> Tensor:
-        """Losses (B,) on a batch, by the kept answers. images: their numbers, (B,)."""
+    def fast_loss(self, batch: "FastBatch") -> Tensor:
+        """Losses (B,) on a batch, by the kept answers."""
         assert self.answers
-        inputs, sigma = inputs.to(self.device), sigma.to(self.device)
-        teacher = soften(self.guider, self.answers(images), self.config.temperature)
+        inputs, sigma = batch.inputs.to(self.device), batch.sigma.to(self.device)
+        teacher = soften(self.guider, self.answers(batch.numbers, batch.mirrored), self.config.temperature)
         student = with_experts(self.guider, self.bank)
         return TASKS[self.guider.task].distance(fast_output(student, student.to_image(inputs, sigma), sigma), teacher)
 

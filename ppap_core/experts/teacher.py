@@ -21,6 +21,10 @@ SMALL = 2**16        # bytes of an answer that is kept whatever the size of the 
 log = logging.getLogger(__name__)
 
 
+Answers = Callable[[Tensor, Tensor], Tensor]
+"""(numbers of images (B,) long, whether in a mirror (B,) bool) -> the outputs of the plain network, (B, ...)"""
+
+
 @torch.no_grad()
 def answer(guider: Guider, images: Tensor) -> Tensor:
     """Output of a plain guider for finished images (B, 3, H, W) in [-1, 1], on the device of its network."""
@@ -32,14 +36,17 @@ class TeacherAnswers:
     """A guider's outputs for the images of a store, as it would give them in each step of a training.
 
     They lie in a folder of the store, in a file for each shard, under a name by all that they depend on: the network, what
-    it is asked for and the preprocessing. Larger ones than an image are not kept, and none in a store that cannot be
-    written: they are computed each time.
+    it is asked for and the preprocessing; those on images in a mirror in a folder of their own. Larger ones than an image
+    are not kept, and none in a store that cannot be written: they are computed each time.
+
+    mirrored: whether those on images in a mirror are kept, too.
     """
 
-    def __init__(self, guider: Guider, store: SampleStore):
+    def __init__(self, guider: Guider, store: SampleStore, mirrored: bool = False):
         self.guider, self.store = guider, store
         asked = [fingerprint_network(base_network(guider)), guider.preprocess, guider.task, guider.prompt]
-        self.shards = Shards(store.folder / FOLDER / digest(asked), FOLDER)
+        folders = (digest(asked), digest([*asked, "in a mirror"]))[:1 + mirrored]
+        self.sides = [Shards(store.folder / FOLDER / folder, FOLDER) for folder in folders]  # as they are, in a mirror
         image = store.images_at([0])
         self.is_kept = answer(guider, image).nbytes <= max(math.prod(image.shape[1:]), SMALL)
 
@@ -47,10 +54,13 @@ class TeacherAnswers:
         """Number of files that `fill` would make."""
         return len(self._missing())
 
-    def _missing(self) -> list[int]:
-        self.shards.forget()
-        shards = range(len(self.store) // SHARD_SIZE) if self.is_kept else ()
-        return [index for index in shards if self.shards.describe_damage(index)]
+    def _missing(self) -> list[tuple[int, int]]:
+        """The side and the number of each file that is not there."""
+        for shards in self.sides:
+            shards.forget()
+        count = len(self.store) // SHARD_SIZE if self.is_kept else 0
+        return [(side, index) for index in range(count) for side, shards in enumerate(self.sides)
+                if shards.describe_damage(index)]
 
     def fill(self, on_shard: Callable[[], None] | None = None) -> None:
         """Compute the answers that are not there yet. on_shard: called after each file; may raise to stop.
@@ -59,33 +69,48 @@ class TeacherAnswers:
         """
         try:
             for seconds in (0.0, WAITING):  # first those that no other process computes
-                for index in self._missing():
-                    if self._make(index, seconds) and on_shard:
+                for side, index in self._missing():
+                    if self._make(side, index, seconds) and on_shard:
                         on_shard()
         except OSError as error:
             log.warning("%s The answers of %s are computed in each step.", error, self.guider.name)
             self.is_kept = False
 
-    def _make(self, index: int, seconds: float) -> bool:
+    def _make(self, side: int, index: int, seconds: float) -> bool:
         """Compute a file, unless another process does so now, for longer than some seconds; returns whether it is there."""
-        with claim(self.shards.file(index), seconds) as is_ours:
+        shards = self.sides[side]
+        with claim(shards.file(index), seconds) as is_ours:
             if not is_ours and not seconds:
                 return False
-            if self.shards.describe_damage(index):
+            if shards.describe_damage(index):
                 rows = torch.arange(index * SHARD_SIZE, (index + 1) * SHARD_SIZE)
-                parts = [answer(self.guider, self.store.images_at(part)).cpu() for part in rows.split(BATCH)]
-                self.shards.write(index, {FOLDER: torch.cat(parts)})
+                shards.write(index, {FOLDER: torch.cat([self._compute(side, part).cpu() for part in rows.split(BATCH)])})
         return True
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Outputs for some images, (n, ...), on the device of the network. rows: their numbers, (n,) long."""
-        if not self.is_kept:
-            return answer(self.guider, self.store.images_at(rows))
-        return self.shards.read(FOLDER, rows).to(next(base_network(self.guider).parameters()).device)
+    def _compute(self, side: int, rows: Tensor) -> Tensor:
+        images = self.store.images_at(rows)
+        return answer(self.guider, images.flip(-1) if side else images)
+
+    def __call__(self, rows: Tensor, mirrored: Tensor) -> Tensor:
+        """Outputs for some images, (n, ...), on the device of the network.
+
+        rows: their numbers, (n,) long. mirrored: which of them are seen in a mirror, (n,) bool.
+        """
+        parts = [(places, self._read(side, rows[places])) for side in range(2)
+                 if len(places := (mirrored == side).nonzero()[:, 0])]
+        places, answers = (torch.cat(part) for part in zip(*parts, strict=True))
+        return answers[places.argsort().to(answers.device)].to(next(base_network(self.guider).parameters()).device)
+
+    def _read(self, side: int, rows: Tensor) -> Tensor:
+        return self.sides[side].read(FOLDER, rows) if self.is_kept else self._compute(side, rows)
 
 
-def kept_answers(guider: Guider, store: SampleStore, on_shard: Callable[[], None] | None = None) -> TeacherAnswers:
-    """A guider's answers for a store, computed where they are missing. on_shard: called after each; may raise to stop."""
-    answers = TeacherAnswers(guider, store)
+def kept_answers(guider: Guider, store: SampleStore, mirrored: bool = False,
+                 on_shard: Callable[[], None] | None = None) -> TeacherAnswers:
+    """A guider's answers for a store, computed where they are missing.
+
+    mirrored: also those on images in a mirror. on_shard: called after each file; may raise to stop.
+    """
+    answers = TeacherAnswers(guider, store, mirrored)
     answers.fill(on_shard)
     return answers

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import disturb, images, made_up_trajectories, randn, same, says, small_guider
+from helpers import VIEWS, disturb, images, made_up_trajectories, randn, same, says, small_guider
 
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
@@ -13,7 +13,7 @@ from ppap_core.experts.check import AgreementCheck
 from ppap_core.experts.distill import Distillation, Watch, distill
 from ppap_core.experts.estimate import Estimate, estimate_distillation
 from ppap_core.experts.examine import KnowledgeTest
-from ppap_core.experts.lesson import DistillConfig, distill_expert
+from ppap_core.experts.lesson import DistillConfig, distill_expert, sample_batch
 from ppap_core.experts.presets import AS_SET, PRESETS, with_preset
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore
 from ppap_core.experts.teacher import FOLDER, TeacherAnswers
@@ -143,10 +143,18 @@ def test_kept_answers_are_those_of_each_step(store, task):
     answers = TeacherAnswers(guider, store)
     assert answers.count_missing() == 1
     answers.fill()
-    rows = torch.tensor([5, 63, 5, 0])
-    expected = guider.predict(store.images_at(rows), clean(rows))
+    rows, mirrored = torch.tensor([5, 63, 5, 0]), torch.tensor([False, True, True, False])
+    images = store.images_at(rows)
+    expected, in_mirror = guider.predict(images, clean(rows)), guider.predict(images.flip(3), clean(rows))
     assert answers.count_missing() == 0 and TeacherAnswers(guider, store).count_missing() == 0
-    torch.testing.assert_close(TeacherAnswers(guider, store)(rows), expected)
+    torch.testing.assert_close(TeacherAnswers(guider, store)(rows, torch.zeros(4, dtype=torch.bool)), expected)
+    answers = TeacherAnswers(guider, store, mirrored=True)
+    assert answers.count_missing() == 1
+    answers.fill()
+    found = answers(rows, mirrored)
+    torch.testing.assert_close(found[mirrored], in_mirror[mirrored])
+    torch.testing.assert_close(found[~mirrored], expected[~mirrored])
+    assert not torch.allclose(expected[1], in_mirror[1])
 
 
 def test_the_teacher_answers_once_for_each_image(store, monkeypatch):
@@ -161,6 +169,30 @@ def test_the_teacher_answers_once_for_each_image(store, monkeypatch):
     usual = distill(guider, make_bank(guider), store, replace(CONFIG, **sharp))
     for fast, slow in zip(losses, usual, strict=True):
         assert fast == pytest.approx(slow, rel=0.05)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_half_of_a_batch_is_in_a_mirror(store, view):
+    """With its inputs; which half depends on the step."""
+    bank, config = make_bank(small_guider(), view), replace(CONFIG, batch=64)
+    plain = sample_batch(bank, 1, store, 5, config)
+    pairs, later = (sample_batch(bank, 1, store, step, replace(config, mirrored=True)) for step in (5, 6))
+    turned = (pairs.images != plain.images).flatten(1).any(1)
+    assert 16 < int(turned.sum()) < 48 and torch.equal(pairs.sigma, plain.sigma)
+    for part, usual in zip(pairs[:2], plain[:2], strict=True):
+        assert torch.equal(part[turned], usual[turned].flip(3)) and torch.equal(part[~turned], usual[~turned])
+    halves = [sample_batch(bank, 1, store, 5, replace(config, mirrored=True), (index, 2)) for index in range(2)]
+    assert all(torch.equal(half.images, pairs.images[index::2]) for index, half in enumerate(halves))
+    assert not torch.equal(later.images, sample_batch(bank, 1, store, 6, config).images)
+
+
+def test_mirrored_answers_are_kept_for_a_fast_training(store):
+    """Losses are those of a teacher that answers in each step, but for rounding."""
+    guider, sharp = small_guider(), {"temperature": 0.25, "lr": 1e-4, "mirrored": True}
+    fast, slow = (distill(guider, make_bank(guider), store, replace(config, **sharp)) for config in (FAST, CONFIG))
+    unmirrored = distill(guider, make_bank(guider), store, replace(CONFIG, **sharp | {"mirrored": False}))
+    for each, usual, other in zip(fast, slow, unmirrored, strict=True):
+        assert each == pytest.approx(usual, rel=0.05) and usual != other
 
 
 def test_a_fast_training_resumes_to_the_bit(store, tmp_path):

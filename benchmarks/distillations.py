@@ -66,10 +66,13 @@ class SampledTraining(IntervalTraining):
 
 @dataclass(frozen=True)
 class Distillation(SampledTraining):
-    """The core's distillation."""
+    """The core's distillation. mirrored: as its presets are, half of the images in a mirror, and fast."""
+
+    mirrored: bool = False
 
     def fit(self, run: Run) -> None:
-        config = DistillConfig(self.steps, self.batch, self.lr, temperature=self.temperature, warm_start=self.warm_start)
+        config = DistillConfig(self.steps, self.batch, self.lr, temperature=self.temperature, warm_start=self.warm_start,
+                               fast=self.mirrored, mirrored=self.mirrored)
         distill(run.world.guider, run.bank, run.images, config, run.folder,
                 StepReport(run.report, len(self.schedule), self.steps))
 

@@ -30,6 +30,7 @@ LEARNING: dict[str, Any] = {"edges": ExpertSchedule.equal_shares(5, SIGMA_MIN, S
                             "batch": 32, "images": 1536}
 IN_NOISE = LEARNING | {"steps": 400, "warm_start": True}  # where the plain network knows least, a neighbour knows more
 PERSON = "one of four persons"  # the title of the table whose guider is the network for identity
+MANY: dict[str, Any] = {"images": 4096, "mirrored": True}
 READING = {"edges": LEARNING["edges"], "batch": 32, "images": 1536, "steps": 300}
 FALLING = {"balanced": True, "falls_from": SIGMA_MAX, "falls_to": SIGMA_MIN}
 FEW_STEPS = (4, 8)  # of the sampler
@@ -54,6 +55,8 @@ class FaceBench:
     noisy: Training = field(default_factory=lambda: Distillation("noisy", **IN_NOISE))      # along trajectories
     readout: Training = field(default_factory=lambda: FaceReadout("noisy", **READING))
     denoised: Training = field(default_factory=lambda: NeededExperts("denoised", **LEARNING, steps=300))
+    many: Training = field(default_factory=lambda: NeededExperts("denoised", **LEARNING | MANY, steps=300))
+    many_noisy: Training = field(default_factory=lambda: Distillation("noisy", **IN_NOISE | MANY))
 
 
 def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
@@ -102,7 +105,18 @@ def happy_rows(bench: FaceBench) -> tuple[Row, ...]:
         Row("TFG", "tfg", settings={"iterations": 2},
             points=({"rho": 0.05, "mu": 0.05}, {"rho": 0.25, "mu": 0.05}, {"rho": 0.05, "mu": 0.25})),
         *short_rows(bench),
+        *many_rows(bench),
     )
+
+
+def many_rows(bench: FaceBench) -> tuple[Row, ...]:
+    """Experts that learned from more faces, and from their mirror images."""
+    name = "five experts of many faces and their mirror images"
+    return (Row(f"{name}, noisy view", training=bench.many_noisy, points=SETTINGS["noisy"]),
+            Row(f"{name}, noisy view, renewed noise", "renewed noise", training=bench.many_noisy, settings=RENEWED,
+                points=SETTINGS["noisy"]),
+            Row(f"{name}, where needed", training=bench.many, points=SETTINGS["denoised"]),
+            Row(f"{name}, where needed, through the model", training=bench.many, points=SETTINGS["through"]))
 
 
 def short_rows(bench: FaceBench) -> tuple[Row, ...]:

@@ -1,4 +1,6 @@
 """Quick looks at what experts have learned: how often, or how nearly, they give the plain network's answer."""
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,47 +10,61 @@ from ..schedules import ExpertSchedule
 from .bank import ExpertBank, with_experts
 from .examine import BATCH, LEARNED_FROM, plain_judge
 from .samples import BatchSpec, Pairs, SampleStore, pairs_at, steps_in, trajectory_pairs
-from .teacher import answer
+from .teacher import answer, soften
 
 STEPS = 128  # of the held-out ones, at most: evenly chosen
 
 
-class AgreementCheck:
-    """Agreement of one expert with the plain network's answers on finished images, at steps that it does not learn from.
+class Checked(NamedTuple):
+    """What one look says; both are 0 where there are no steps, so that nothing rises or falls.
 
-    Where a store holds no images apart, it is measured on the first that the expert learns from. The answers are computed
-    once. guider: the plain one.
+    The distance is what training makes small. Where images are learned by heart it grows, and agreement hardly tells.
     """
 
-    def __init__(self, guider: Guider, bank: ExpertBank, index: int, store: SampleStore):
+    agreement: float  # mean, in [0, 1]
+    distance: float   # mean
+
+
+class HeldOutCheck:
+    """Compares one expert with the plain network's answers on finished images, at steps that it does not learn from.
+
+    Where a store holds no images apart, it is measured on the first that the expert learns from. The answers are computed
+    once. guider: the plain one. temperature: divides the answers for the distance, as in training; neutral: 1.
+    """
+
+    def __init__(self, guider: Guider, bank: ExpertBank, index: int, store: SampleStore, temperature: float = 1.0):
         held_out = store.held_out
         self.guider, self.bank, self.store = guider, bank, held_out or store  # has images
+        self.temperature = temperature
         steps = steps_in(self.store, bank.schedule, index)
         steps = steps if held_out else steps[steps[:, 0] < LEARNED_FROM]
         self.parts = steps[torch.linspace(0, len(steps) - 1, min(STEPS, len(steps))).long()].split(BATCH)
         self.teacher: list[Tensor] = []
-        self._plain: float | None = None
+        self._plain: Checked | None = None
 
-    def __call__(self) -> float:
-        """Mean agreement as the expert is now; 0 where there are no steps, so that it never rises."""
-        return self._mean_agreement(with_experts(self.guider, self.bank))
+    def __call__(self) -> Checked:
+        """What the expert gives as it is now."""
+        return self._compare(with_experts(self.guider, self.bank))
 
-    def plain(self) -> float:
-        """Mean agreement of the plain network on the same inputs."""
+    def plain(self) -> Checked:
+        """What the plain network gives on the same inputs."""
         if self._plain is None:
-            self._plain = self._mean_agreement(plain_judge(self.guider, self.bank))
+            self._plain = self._compare(plain_judge(self.guider, self.bank))
         return self._plain
 
     @torch.no_grad()
-    def _mean_agreement(self, judge: Guider) -> float:
-        device, agreements = next(self.bank.parameters()).device, [torch.zeros(0)]
+    def _compare(self, judge: Guider) -> Checked:
+        task, device = TASKS[self.guider.task], next(self.bank.parameters()).device
+        agreements, distances = [torch.zeros(0)], [torch.zeros(0)]
         for number, part in enumerate(self.parts):
             pairs = pairs_at(self.store, part, self.bank.view).to(device)
             if number == len(self.teacher):
                 self.teacher.append(answer(self.guider, pairs.images).cpu())
             output = judge.predict(judge.to_image(pairs.inputs, pairs.sigma), pairs.sigma)
-            agreements.append(TASKS[self.guider.task].agreement(output, self.teacher[number].to(device)).cpu())
-        return float(torch.cat(agreements).mean().nan_to_num())
+            teacher = self.teacher[number].to(device)
+            agreements.append(task.agreement(output, teacher).cpu())
+            distances.append(task.distance(output, soften(self.guider, teacher, self.temperature)).cpu())
+        return Checked(*(float(torch.cat(part).mean().nan_to_num()) for part in (agreements, distances)))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from .check import AgreementCheck
+from .check import HeldOutCheck
 from .distill import Distillation
 from .examine import KnowledgeTest
 from .lesson import CHECK_EVERY
@@ -80,7 +80,7 @@ def estimate_distillation(distillation: Distillation, test: KnowledgeTest, tick:
             left["answers"] = TeacherAnswers(guider, store, config.mirrored).count_missing()
         timed = {"answers": SHARD_SIZE / BATCH * _seconds_of(lambda: answer(guider, store.images_at(range(BATCH))).cpu()),
                  "step": distillation.seconds_of_step(tick),
-                 "check": _seconds_of(AgreementCheck(guider, distillation.bank, 0, store)) if config.patience else 0.0,
+                 "check": _seconds_of(HeldOutCheck(guider, distillation.bank, 0, store)) if config.patience else 0.0,
                  "test": _seconds_of(partial(test.agreements_at, batches[0])) if batches else 0.0}
     return Estimate(left, timed)
 

@@ -14,11 +14,11 @@ from ..training.loop import AdamW, RunOptions, cosine, optimize
 from ..training.plateau import Plateau, PlateauRule
 from ..training.team import Team
 from .bank import ExpertBank, with_experts
-from .check import AgreementCheck
+from .check import HeldOutCheck
 from .fast import fast_output
 from .read_ahead import ReadAhead
 from .samples import BatchSpec, Pairs, SampleStore, draw_steps, inputs_at, trajectory_pairs
-from .teacher import Answers, kept_answers
+from .teacher import Answers, kept_answers, soften
 
 OnCheck = Callable[[int, float, float], None]
 """(expert, agreement of the plain network with the teacher's answers, agreement of the expert) after a check"""
@@ -37,7 +37,7 @@ class DistillConfig:
     seed: int = 0
     temperature: float = 1.0  # divides the teacher's logits; 1 changes nothing, below 1 sharpens (the paper: 0.25)
     warm_start: bool = False  # start as the neighbour of less noise ended; else as the plain network
-    patience: int = 0         # checks whose mean held-out agreement has to rise, or the end comes early; 0: all steps
+    patience: int = 0         # checks whose mean held-out distance has to fall, or the end comes early; 0: all steps
     fast: bool = False        # the teacher answers once for each image, and in bfloat16 where that is fast; rounds otherwise
     mirrored: bool = False    # half of the images in a mirror, with what led to them: fewer are learned by heart
 
@@ -64,11 +64,6 @@ def distill_loss(guider: Guider, bank: ExpertBank, pairs: Pairs, temperature: fl
     student = with_experts(guider, bank)
     output = student.predict(student.to_image(pairs.inputs, pairs.sigma), pairs.sigma)
     return TASKS[guider.task].distance(output, teacher)
-
-
-def soften(guider: Guider, output: Tensor, temperature: float) -> Tensor:
-    """The teacher's output (B, ...) over a temperature, where the task has any; neutral: 1."""
-    return output / temperature if TASKS[guider.task].is_logits else output
 
 
 def sample_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, config: DistillConfig,
@@ -175,15 +170,16 @@ class Lesson:
         return next(self.bank.parameters()).device
 
     def check(self) -> Callable[[], float]:
-        """Measures held-out agreement, and tells `on_check`."""
-        return partial(_checked, AgreementCheck(self.guider, self.bank, self.index, self.store), self.index, self.on_check)
+        """Measures how near held-out answers are, higher is better, and tells `on_check` how often they agree."""
+        check = HeldOutCheck(self.guider, self.bank, self.index, self.store, self.config.temperature)
+        return partial(_checked, check, self.index, self.on_check)
 
 
-def _checked(check: AgreementCheck, index: int, on_check: OnCheck | None) -> float:
-    agreement = check()
+def _checked(check: HeldOutCheck, index: int, on_check: OnCheck | None) -> float:
+    expert = check()
     if on_check:
-        on_check(index, check.plain(), agreement)
-    return agreement
+        on_check(index, check.plain().agreement, expert.agreement)
+    return -expert.distance
 
 
 def batch_spec(config: DistillConfig, step: int, part: tuple[int, int] = (0, 1)) -> BatchSpec:

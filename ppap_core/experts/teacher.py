@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..guiders.guider import Guider, clean
+from ..guiders.tasks import TASKS
 from ..io.folders import claim
 from ..io.hashing import digest, fingerprint_network
 from .bank import base_network
@@ -30,6 +31,11 @@ def answer(guider: Guider, images: Tensor) -> Tensor:
     """Output of a plain guider for finished images (B, 3, H, W) in [-1, 1], on the device of its network."""
     images = images.to(next(base_network(guider).parameters()).device)
     return guider.predict(images, clean(images))
+
+
+def soften(guider: Guider, output: Tensor, temperature: float) -> Tensor:
+    """The teacher's output (B, ...) over a temperature, where the task has any; neutral: 1."""
+    return output / temperature if TASKS[guider.task].is_logits else output
 
 
 class TeacherAnswers:

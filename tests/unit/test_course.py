@@ -9,7 +9,7 @@ from helpers import VIEWS, disturb, images, made_up_trajectories, randn, same, s
 
 from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
-from ppap_core.experts.check import AgreementCheck
+from ppap_core.experts.check import HeldOutCheck
 from ppap_core.experts.distill import Distillation, Watch, distill
 from ppap_core.experts.estimate import Estimate, estimate_distillation
 from ppap_core.experts.examine import KnowledgeTest
@@ -119,10 +119,14 @@ def test_a_check_is_the_agreement_at_held_out_steps(store):
     guider = small_guider("depth")
     bank = make_bank(guider)
     disturb(bank, 1)
-    check = AgreementCheck(guider, bank, 1, store)
+    check = HeldOutCheck(guider, bank, 1, store)
     known = KnowledgeTest(guider, bank, store).measure(1)
     assert known is not None
-    assert abs(check() - known.expert) < 0.15 and abs(check.plain() - known.plain) < 0.15 and check() != check.plain()
+    expert, plain = check(), check.plain()
+    assert abs(expert.agreement - known.expert) < 0.15 and abs(plain.agreement - known.plain) < 0.15
+    assert expert.distance != plain.distance and expert.agreement != plain.agreement
+    sharp = HeldOutCheck(guider, bank, 1, store, temperature=0.25)()
+    assert sharp.agreement == expert.agreement and (sharp.distance == expert.distance) == (not TASKS["depth"].is_logits)
 
 
 def test_experts_end_early_and_tell_their_checks(store, tmp_path, monkeypatch):

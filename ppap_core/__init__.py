@@ -40,6 +40,7 @@ from .guiders.copies import COPIES, copy_guider, without_missing
 from .guiders.guider import Guider, IgnoreSigma
 from .guiders.latents import LatentSpace
 from .guiders.loaders import load_guider
+from .guiders.loaders.trained import save_trained
 from .guiders.preprocess import Preprocess
 from .guiders.rules import RULES, rule_guider
 from .guiders.targets import (
@@ -52,6 +53,7 @@ from .guiders.targets import (
     with_cutouts,
 )
 from .guiders.tasks import TASKS, Task
+from .guiders.train import TrainedGuider, train_guider
 from .guiders.variety import unlike
 from .guiders.visualize import visualize
 from .noise import NoiseInterval, flow_to_ve, to_vp
@@ -66,11 +68,12 @@ __all__ = [
     "COPIES", "RULES", "TASKS", "Autoguidance", "Choice", "Denoiser", "DistillConfig", "ExpertBank", "ExpertSchedule",
     "FeatureSamples", "FineTune", "Guidance", "GuidanceSettings", "Guider", "IgnoreSigma", "LatentSpace", "LoraSpec",
     "Moments", "NoiseInterval", "Prediction", "Preprocess", "PriorConfig", "PriorObjective", "Ramp", "ReadoutNetwork",
-    "Resampling", "RunOptions", "SampleStore", "Schedule", "Student", "Task", "Term", "TrainingFree", "Trajectories",
-    "TrajectoryRecorder", "aim_at_text", "as_lora", "autoguided", "bake", "base_network", "class_target",
-    "copy_guider", "distill", "distill_readout", "flow_to_ve", "guidance_shift", "guided", "image_target",
-    "karras_sigmas", "load_bank", "load_guider", "load_readout", "map_target", "mask_target", "new_readout",
-    "number_target", "optimize_images", "reading", "rule_guider", "sample_euler", "sample_heun", "sample_particles",
-    "sample_renewing", "sample_training_free", "save_bank", "save_readout", "standings", "teacher_distance", "to_vp",
-    "unlike", "visualize", "with_cutouts", "with_experts", "with_readout", "without_missing",
+    "Resampling", "RunOptions", "SampleStore", "Schedule", "Student", "Task", "Term", "TrainedGuider", "TrainingFree",
+    "Trajectories", "TrajectoryRecorder", "aim_at_text", "as_lora", "autoguided", "bake", "base_network",
+    "class_target", "copy_guider", "distill", "distill_readout", "flow_to_ve", "guidance_shift", "guided",
+    "image_target", "karras_sigmas", "load_bank", "load_guider", "load_readout", "map_target", "mask_target",
+    "new_readout", "number_target", "optimize_images", "reading", "rule_guider", "sample_euler", "sample_heun",
+    "sample_particles", "sample_renewing", "sample_training_free", "save_bank", "save_readout", "save_trained",
+    "standings", "teacher_distance", "to_vp", "train_guider", "unlike", "visualize", "with_cutouts", "with_experts",
+    "with_readout", "without_missing",
 ]

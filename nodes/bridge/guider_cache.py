@@ -22,8 +22,18 @@ def guider_sources() -> dict[str, Callable[[str], Guider]]:
     sources: dict[str, Callable[[str], Guider]] = {f"tinyworld/{task}": partial(tinyworld.load_guider, task)
                                                    for task in tinyworld.LABELS}
     for folder in paths.guider_folders():
-        sources.setdefault(folder.name, partial(loaders.load_guider, folder))
+        sources.setdefault(folder.name, partial(loaders.load_guider, folder, find_backbone=load_backbone))
     return sources
+
+
+def load_backbone(name: str, output: str) -> Guider:
+    """Load the guider that a trained one names as its own. ValueError for a name that no network has."""
+    library, _, listed = name.partition("/")
+    if library == "tinyworld":
+        listed = f"tinyworld/{listed.removeprefix('guider_')}"
+    if any(loaders.is_trained(folder) for folder in paths.guider_folders() if folder.name == listed):
+        raise ValueError(f"'{listed}' was trained itself: expected a network of timm or transformers")
+    return load_guider(listed, output)
 
 
 def guider_source(name: str) -> Callable[[str], Guider]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import folder_paths
 
 from ...ppap_core.guiders.loaders.hub import folder_name
+from ...ppap_core.guiders.loaders.trained import require_replaceable
 from ...ppap_core.io.files import read_header
 from ...ppap_core.tinyworld.loaders import GUIDERS, WEIGHTS
 
@@ -31,6 +32,13 @@ def guider_folders() -> list[Path]:
 def downloaded_guider(repo: str) -> Path:
     """Return the folder of a guider owner/name on the hub. ValueError for what is no such name."""
     return Path(folder_paths.get_folder_paths("ppap_guiders")[0]) / folder_name(repo)
+
+
+def new_guider_folder(name: str) -> Path:
+    """Return the folder in which a trained guider of a name is saved. ValueError if it exists and holds something else."""
+    folder = Path(folder_paths.get_folder_paths("ppap_guiders")[0]) / checked_file_name(name)
+    require_replaceable(folder)
+    return folder
 
 
 def output_folder(*names: str) -> Path:

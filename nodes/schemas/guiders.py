@@ -8,7 +8,7 @@ from ...ppap_core.guiders.loaders.hub import download
 from ...ppap_core.guiders.loaders.suggested import SUGGESTED, repository
 from ...ppap_core.guiders.preprocess import CHANNELS, PADDINGS
 from ...ppap_core.guiders.rules import RULES
-from ..bridge import autograd, guider_cache, paths, progress
+from ..bridge import autograd, guider_cache, paths, progress, trained_guiders
 from .inputs import also_found_as, folded
 from .io_types import GuiderType
 
@@ -134,4 +134,53 @@ class PPAPRule(io.ComfyNode):
             return io.NodeOutput(guider_of_rule(rule, blur))
 
 
-NODES = [PPAPLoadGuider, PPAPDownloadGuider, PPAPRule]
+MORE_CLASSES = "Pictures of a further class; its name is the next one in names."
+
+
+class PPAPTrainGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPTrainGuider", display_name="Train Guider", category=CATEGORY, is_output_node=True,
+            **also_found_as("train a classifier", "my taste", "few-shot classifier", "like and unlike", "own classifier",
+                            "train aesthetic predictor", "linear probe"),
+            description="Makes a guider of your own from a few pictures: some that you like and some that you do not, or "
+                        "up to eight kinds. It learns in seconds to tell them apart by what a network sees in them, and "
+                        "says how well, judged by pictures that were left out. Use it as any classifier: Aim at Class, "
+                        "Distill Experts. It is saved in models/ppap_guiders for Load Guider.",
+            inputs=[GuiderType.Input("backbone", tooltip="The network that looks: from Load Guider with the answer "
+                                                         "embedding, or any whose answer is one vector. It stays as it is."),
+                    io.Image.Input("like", tooltip="Pictures of the first class; some twenty are good."),
+                    io.Image.Input("unlike", tooltip="Pictures of the second class, which differ from the first ones in "
+                                                     "what matters and in nothing else."),
+                    io.String.Input("names", default="like, unlike",
+                                    tooltip="Names of the classes in their order, separated by commas, for Aim at Class."),
+                    io.String.Input("name", default="my taste",
+                                    tooltip="Name of the folder in models/ppap_guiders. A trained guider of that name is "
+                                            "replaced; any other folder is kept, and the name refused. Neutral: empty, "
+                                            "nothing is saved."),
+                    io.Int.Input("copies", default=4, min=0, max=64, optional=True,
+                                 tooltip="Altered copies of each picture to learn from, cut out of it and mirrored. Where "
+                                         "they make it worse, it learns without them. Neutral: 0, none.", **folded()),
+                    io.Int.Input("seed", default=0, min=0, max=2**48, optional=True,
+                                 tooltip="Seed of the places that the copies show.", **folded()),
+                    *(io.Image.Input(f"class_{number}", optional=True, tooltip=MORE_CLASSES) for number in range(3, 9))],
+            outputs=[GuiderType.Output(display_name="guider", tooltip="The trained guider, for Aim at Class."),
+                     io.String.Output(display_name="report", tooltip="How well it tells the classes apart, in words."),
+                     io.Image.Output(display_name="wrong", tooltip="The pictures that it did not recognise while they were "
+                                                                   "left out.")],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def validate_inputs(cls, name, names):
+        checked = paths.validate(paths.new_guider_folder, name or None)
+        return paths.validate(trained_guiders.read_names, names) if checked is True else checked
+
+    @classmethod
+    def execute(cls, backbone, like, unlike, names, name, copies=4, seed=0, **classes):
+        batches = trained_guiders.named_batches(names, [like, unlike, *(classes.get(f"class_{n}") for n in range(3, 9))])
+        trained = trained_guiders.train_on_images(backbone, batches, name, copies, seed)
+        return io.NodeOutput(*trained, ui=progress.show_text(cls, trained.report))
+
+
+NODES = [PPAPLoadGuider, PPAPDownloadGuider, PPAPRule, PPAPTrainGuider]

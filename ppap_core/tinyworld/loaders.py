@@ -1,5 +1,6 @@
 """The tiny world of pixels: a trained denoiser of 32 x 32 scenes and networks that guide it, small enough for a laptop."""
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from ..guiders.guider import Guider, IgnoreSigma
 from ..guiders.preprocess import Preprocess
 from ..guiders.tasks import TASKS
 from ..io.files import load_tensors
-from .networks.classifiers import tiny_resnet
+from .networks.classifiers import TinyFeatures, tiny_resnet
 from .networks.denoiser import TinyDenoiser
 from .scenes import CLASSES
 
@@ -57,10 +58,16 @@ def tiny_guider(make: Callable[[int, bool], nn.Module], role: str, task: str, fo
 
 
 def load_guider(task: str, output: str = "own") -> Guider:
-    """The tiny network that guides: "class", "depth" or "segmentation". ValueError for others, and any output but "own"."""
+    """The tiny network that guides: "class", "depth" or "segmentation".
+
+    output: "own", or "embedding" for its features of the image as a whole. ValueError for other tasks and outputs.
+    """
     if task not in LABELS:
         raise ValueError(f"the tiny world has no network for {task}: expected {', '.join(LABELS)}, or another network")
+    guider = tiny_guider(tiny_resnet, "guider", task)
+    if output == "embedding":
+        return replace(guider, net=IgnoreSigma(TinyFeatures(guider.net.net)), task=output, labels=())
     if output != "own":
-        raise ValueError(f"the tiny world's network for {task} cannot be read as {output}: expected its own answer; choose "
-                         "'own', or another network")
-    return tiny_guider(tiny_resnet, "guider", task)
+        raise ValueError(f"the tiny world's network for {task} cannot be read as {output}: expected its own answer or its "
+                         "embedding; choose 'own', or another network")
+    return guider

@@ -1,12 +1,15 @@
 """Guiders from local folders of off-the-shelf networks. Safetensors only; nothing is downloaded and no code is run."""
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from ...io.values import bare
 from ..guider import Guider
 from ..preprocess import OF_ANOTHER_KIND
 from .contents import file_names, read_config, read_index, require_config, weight_names
 from .timm import check_timm, load_timm
+from .trained import FindBackbone, is_trained, load_trained
 from .transformers import check_transformers, load_transformers
 
 OUTPUTS = ("own", "structure", "style", "embedding")
@@ -27,21 +30,32 @@ LOADERS = {"architecture": Loader(check_timm, load_timm), "architectures": Loade
 """Key of config.json by which a library is recognised -> loader of its folders."""
 
 
-def load_guider(folder: Path | str, output: str = "own") -> Guider:
+def load_guider(folder: Path | str, output: str = "own", find_backbone: FindBackbone | None = None) -> Guider:
     """The guider in a folder with config.json and safetensors.
 
-    output: one of OUTPUTS; "own" is what the network was made to predict. ValueError or FileNotFoundError for a folder that
-    no loader knows, that is incomplete, or whose network has no such output.
+    output: one of OUTPUTS; "own" is what the network was made to predict. find_backbone: gives the network that a trained
+    guider in the folder reads; None: from the folder of its name beside this one. ValueError or FileNotFoundError for a
+    folder that no loader knows, that is incomplete, or whose network has no such output.
     """
     if output not in OUTPUTS:
         raise ValueError(f"there is no output '{output}': expected one of {', '.join(OUTPUTS)}")
     folder = Path(folder)
     try:
+        if is_trained(folder):
+            return load_trained(folder, output, find_backbone or partial(_beside, folder.parent))
         return require_loadable(folder, file_names(folder), folder.name).load(folder, output)
     except UNREADABLE as error:
         raise ValueError(f"the files of {folder.name} do not say what they should ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:200]}): copy the folder again from the network's own page"
                          ) from error
+
+
+def _beside(root: Path, name: str, output: str) -> Guider:
+    """The guider of a folder among others, by a name such as "timm/resnet18"."""
+    library, _, folder = name.partition("/")
+    if library not in ("timm", "transformers") or Path(folder).name != folder or is_trained(root / folder):
+        raise ValueError(f"{bare(name)} is no network of a folder beside it: give the function that finds it")
+    return load_guider(root / folder, output)
 
 
 def require_loadable(folder: Path, names: Collection[str], name: str) -> Loader:

@@ -61,6 +61,17 @@ class TinyNetwork(nn.Module):
         return F.pixel_shuffle(self.head(F.relu(self.smooth(h))), 2)
 
 
+class TinyFeatures(nn.Module):
+    """A tiny network up to the vector of features of an image: (B, 3, H, W) -> (B, d)."""
+
+    def __init__(self, net: TinyNetwork):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net.features(image)
+
+
 def tiny_resnet(outputs: int, dense: bool = False) -> TinyNetwork:
     """Plain residual convolutions, the guiders' architecture: `outputs` numbers for each image, or for each pixel."""
     a, b, c = widths = (32, 64, 128)

@@ -22,6 +22,7 @@ from . import (
     rules,
     speed,
     tables,
+    taste,
     throughput,
     tours,
     transfer,
@@ -59,6 +60,8 @@ BENCHMARKS = {
         restoration.RestorationBench(), folder / "restoration", report), restoration.table, restoration.sheet),
     "rules": Benchmark(lambda folder, report, only: rules.rules_bench(rules.RulesBench(), report), rules.table),
     "speed": Benchmark(lambda folder, report, only: speed.speed(report), speed.table),
+    "taste": Benchmark(lambda folder, report, only: taste.taste_bench(taste.TasteBench(), folder / "taste", report),
+                       taste.table),
     "throughput": Benchmark(lambda folder, report, only: throughput.throughput_bench(
         throughput.ThroughputBench(), folder / "throughput", report), throughput.table),
     "tours": Benchmark(lambda folder, report, only: tours.tour_bench(tours.TourBench(), report), tours.table),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..viz.drawing import captioned_tiles, from_pillow, note_picture, to_pillow
 from .guider import Guider, IgnoreSigma, clean, fold_name, has_network
-from .ridge import fit_linear
+from .ridge import LinearFit, fit_linear
 
 BATCH = 8                # pictures that the network sees at once
 SMALLEST_CROP = 0.7      # side of an altered copy, in sides of the picture
@@ -102,12 +102,21 @@ def train_guider(backbone: Guider, images: Mapping[str, Tensor], copies: int = 4
         if len(batch) < 2:
             raise ValueError(f"there is {len(batch) or 'no'} picture of '{label}': expected at least two, so that one can "
                              "be left out; some twenty are good")
-    features = _features(backbone, images, copies, seed, on_batch)
+    features = embed(backbone, images, copies, seed, on_batch)
     numbers = torch.arange(len(labels)).repeat_interleave(torch.tensor([len(batch) for batch in images.values()]))
-    fits = [fit_linear(features[:, :views], numbers) for views in sorted({1, 1 + copies})]
+    fit, used_copies = best_fit(features, numbers)
+    guider = with_head(backbone, fit.weight, fit.bias, labels, name)
+    return TrainedGuider(guider, numbers, fit.probabilities, copies > 0 and not used_copies)
+
+
+def best_fit(features: Tensor, labels: Tensor) -> tuple[LinearFit, bool]:
+    """Fit a classifier with altered copies and without, and return the one that names what was left out better.
+
+    features: (n, 1 + copies, D). labels: (n,) long. Returns the fit, and whether it learned from copies.
+    """
+    fits = [fit_linear(features[:, :views], labels) for views in sorted({1, features.shape[1]})]
     best = min(fits, key=lambda fit: fit.loss)
-    guider = with_head(backbone, best.weight, best.bias, labels, name)
-    return TrainedGuider(guider, numbers, best.probabilities, copies > 0 and best is fits[0])
+    return best, best is not fits[0]
 
 
 def require_backbone(guider: Guider) -> None:
@@ -131,8 +140,12 @@ def class_names(names: list[str]) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _features(backbone: Guider, images: Mapping[str, Tensor], copies: int, seed: int, on_batch: OnBatch | None) -> Tensor:
-    """Outputs for all images and their copies, (n, 1 + copies, D), on the CPU."""
+def embed(backbone: Guider, images: Mapping[str, Tensor], copies: int = 0, seed: int = 0,
+          on_batch: OnBatch | None = None) -> Tensor:
+    """Outputs of a network for all images and their altered copies, (n, 1 + copies, D), on the CPU.
+
+    Arguments and errors are those of `train_guider`.
+    """
     batches = [part for batch in images.values() for part in batch.split(BATCH)]
     total, done, rows = (1 + copies) * sum(map(len, batches)), 0, []
     for batch in batches:

@@ -16,7 +16,7 @@ from ..train import MAX_FEATURES, MOST_CLASSES, TrainedGuider, class_names, requ
 from .contents import HEAD, read_config
 
 KEY, FORMAT = "ppap_trained", 1
-INNER = ("structure", "style", "embedding")  # tasks that are named as the output that was asked for
+INNER = ("structure", "style", "embedding")  # tasks that are named as the output of a network that they are
 
 FindBackbone = Callable[[str, str], Guider]
 """(name of a guider such as "timm/resnet18", one of OUTPUTS) -> that guider"""

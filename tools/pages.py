@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 CHOICE = "COMFY_DYNAMICCOMBO_V3"  # an input that others follow
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", CHOICE}
 PREVIEWS = {"KSampler": 480, "PPAPGuidedKSampler": 550, "PPAPGenerateSamples": 530, "PPAPDistilExperts": 540,
-            "PPAPDistillReadout": 450, "PPAPBestSeeds": 560,  # heights with what they show at work
+            "PPAPDistillReadout": 450, "PPAPBestSeeds": 560, "PPAPTrainGuider": 560,  # heights with what they show at work
             "PPAPSteer": 480}  # or in versions of ComfyUI that show all inputs
 SIZES = {"PreviewImage": (300, 320), "SaveImage": (300, 320), "MarkdownNote": (400, 420), "PPAPReadGuidance": (400, 200),
          "PPAPPlotIntervals": (400, 420)}

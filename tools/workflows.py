@@ -474,10 +474,51 @@ model makes by itself now and then.""", (0, 0))
     page.add("PreviewImage", "What guidance did", images=Out(plot))
 
 
+def trained_guider(page: Page) -> None:
+    page.note("Read me", """## A guider of your own, from a few pictures
+You like close-ups, and no network has that as a class. Show some: twelve that are, twelve that are not.
+
+1. Here the model draws twelve pictures, and **Crop Image** goes close to them. Put **Load Image** in their place; *Batch \
+Images* collects several.
+2. **Train Guider** looks at them through a network's *embedding* and learns in seconds to tell them apart. It says how \
+well, judged by pictures that were left out, and shows those it got wrong. If it cannot tell them apart, it cannot steer \
+either: show more pictures, or such as differ in nothing else, or try another network. Here the embedding of the depth \
+network tells, that of the classifier hardly.
+3. Aim it as any classifier. **Load Guider** lists it as *close-ups* from then on.
+
+For real pictures take an embedding that knows them: DINOv2, CLIP or any network of timm, from **Download Guider**.""",
+              (0, 0))
+    world = _world(page)
+    model, nothing, _, vae = world
+    page.group("2  Pictures of both kinds")
+    many = Out(page.add("EmptySD3LatentImage", "Empty latents: twelve", width=128, height=128, batch_size=12))
+    _, whole = _sample(page, "Whole", model, (model, nothing, many, vae), 30)
+    page.column()
+    close = Out(page.add("ImageCrop", "Close to them", image=whole, width=80, height=80, x=24, y=24))
+    larger = Out(page.add("ImageScale", "As large as the others", image=close, upscale_method="bicubic", width=128,
+                          height=128, crop="disabled"))
+    page.add("PreviewImage", "Close-ups", images=larger)
+    page.group("3  A guider that tells them apart")
+    eyes = Out(page.add("PPAPLoadGuider", "Load Guider: an embedding", guider_name="tinyworld/depth", answer="embedding"))
+    trained = page.add("PPAPTrainGuider", backbone=eyes, like=larger, unlike=whole, names="close-up, whole",
+                       name="close-ups")
+    page.add("PreviewImage", "What it got wrong", images=Out(trained, 2))
+    page.group("4  Towards close-ups")
+    aimed = Out(page.add("PPAPAimAtClass", guider=Out(trained), classes="close-up"))
+    terms = Out(page.add("PPAPGuidanceTerm", guider=aimed, weight=0.2, gradient="through the model"))
+    steered = Out(page.add("PPAPApplyGuidance", model=model, terms=terms))
+    page.group("5  The same seed without and with it")
+    _sample(page, "Without", model, world, 8)
+    page.column()
+    sampled, _ = _sample(page, "Steered towards close-ups", steered, world, 8, "SaveImage")
+    _report(page, 6, steered, sampled)
+
+
 STORIES: dict[str, Callable[[Page], None]] = {"steer": steer, "series": series, "seamless": seamless, "masks": masks,
                                               "strengths": strengths, "turbo": turbo, "one_frame": one_frame,
                                               "own_classifier": own_classifier, "readout": readout, "baked": baked,
-                                              "variety": variety, "best": best}
+                                              "variety": variety, "best": best,
+                                              "trained_guider": trained_guider}
 
 
 def with_own_model(page: dict, at: tuple[int, int] = (-460, 0)) -> dict:

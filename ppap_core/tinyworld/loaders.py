@@ -66,7 +66,8 @@ def load_guider(task: str, output: str = "own") -> Guider:
         raise ValueError(f"the tiny world has no network for {task}: expected {', '.join(LABELS)}, or another network")
     guider = tiny_guider(tiny_resnet, "guider", task)
     if output == "embedding":
-        return replace(guider, net=IgnoreSigma(TinyFeatures(guider.net.net)), task=output, labels=())
+        net = IgnoreSigma(TinyFeatures(guider.net.net))  # type: ignore[attr-defined]
+        return replace(guider, net=net, task=output, labels=())
     if output != "own":
         raise ValueError(f"the tiny world's network for {task} cannot be read as {output}: expected its own answer or its "
                          "embedding; choose 'own', or another network")

@@ -35,7 +35,7 @@ BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "series": ("Without", "The series"),
                     "steer": ("Without", "With these colours"),
                     "strengths": ("Off", "Strong"),
-                    "trained_guider": ("Without", "Steered towards spiky"),
+                    "trained_guider": ("Without", "Steered towards close-ups"),
                     "turbo": ("Without guidance", "Steered towards stars"),
                     "variety": ("In one palette", "Unlike each other"),
                     "with_controlnet": ("ControlNet alone", "Both")}

@@ -10,7 +10,7 @@ from functools import cache, cached_property, partial
 from itertools import chain, combinations
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,21 @@ SCENES = 300_000_000  # the first scene that heads are trained on
 OTHERS = 310_000_000  # the first scene that they are judged by
 
 
+class Way(NamedTuple):
+    """A head, and how it guides."""
+
+    task: str               # of the tiny network that it reads
+    count: int              # scenes of each size in its training
+    weight: float           # of its term, normalized and falling
+    through: bool = False   # whether the gradient goes back through the model
+
+    @property
+    def name(self) -> str:
+        """The way in words."""
+        return (f"head on the network for {self.task}, {self.count} scenes of each"
+                f"{', through the model' if self.through else ''}")
+
+
 @dataclass(frozen=True)
 class TasteBench:
     """Everything that a result depends on, besides the networks and the photographs."""
@@ -46,8 +61,9 @@ class TasteBench:
     classes: tuple[int, ...] = (2, 5)
     splits: int = 5
     copies: int = 4
-    ways: tuple[tuple[str, int, float], ...] = (  # task of the tiny network, scenes of each size, weight of the term
-        ("depth", 10, 0.2), ("depth", 10, 0.7), ("depth", 20, 0.7), ("segmentation", 20, 0.7), ("class", 20, 0.7))
+    ways: tuple[Way, ...] = (
+        Way("depth", 10, 0.1), Way("depth", 10, 0.2), Way("depth", 10, 0.7), Way("depth", 10, 0.1, True),
+        Way("depth", 10, 0.2, True), Way("depth", 20, 0.7), Way("segmentation", 20, 0.7), Way("class", 20, 0.7))
     images: int = 256
     steps: int = 16
     scenes: int = 5000
@@ -146,13 +162,13 @@ class SizeBench:
         return torch.cat([self.world.sample(numbers[start:start + 64], self.bench.steps, terms)
                           for start in range(0, len(numbers), 64)])
 
-    def row(self, task: str, count: int, wanted: str, weight: float) -> Result:
+    def row(self, way: Way, wanted: str) -> Result:
         """Measurements of images that are led to a size by a head."""
-        trained = self.head(task, count)
+        trained = self.head(way.task, way.count)
         aimed = trained.guider.aim(class_target(trained.guider, wanted))
         falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(tinyworld.SIGMA_MIN, tinyworld.SIGMA_MAX), *FALLING))
-        images = self.sampled([Term(aimed, weight, falling, normalized=True)])
-        return {"kind": "guided", "task": task, "count": count, "wanted": wanted, "weight": weight,
+        images = self.sampled([Term(aimed, way.weight, falling, normalized=True, backprop_through_model=way.through)])
+        return {"kind": "guided", "wanted": wanted, **way._asdict(),
                 "others": self.accuracy(trained.guider), "left_out": trained.accuracy, **self.judged(images, wanted)}
 
     def judged(self, images: Tensor, wanted: str) -> Result:
@@ -195,9 +211,9 @@ def _size_rows(bench: TasteBench) -> Iterator[tuple[Identity, Callable[[], Resul
     for wanted in SIZES:
         yield same | {"scenes of": wanted}, partial(world.real, wanted)
         yield same | {"unguided": wanted}, partial(world.without, wanted)
-        for task, count, weight in bench.ways:
-            identity = {"task": task, "count": count, "wanted": wanted, "weight": weight}
-            yield same | identity, partial(world.row, task, count, wanted, weight)
+        for way in bench.ways:
+            identity = {name: value for name, value in way._asdict().items() if value is not False}
+            yield same | identity | {"wanted": wanted}, partial(world.row, way, wanted)
 
 
 def taste_bench(bench: TasteBench, folder: Path, report: Report) -> list[Result]:
@@ -213,16 +229,22 @@ FLOWERS = (Column("classes", "{classes}"), Column("photographs of each", "{count
            Column("right on the others", "{others:.1%}"), Column("right when left out", "{left_out:.1%}"),
            Column("seconds to fit", "{seconds:.2f}"), Column("heads", "{heads}"))
 GUIDED = (Column("wanted", "{wanted}", numeric=False), Column("how", "{how}", numeric=False),
-          Column("weight", "{weight:g}"), Column("head: right on other scenes", "{others:.1%}"),
+          Column("weight", "{weight}"), Column("head: right on other scenes", "{others}"),
           Column("on that side of the median", "{met:.0%}"), Column("area of the object", "{area:.1%}"),
           Column("Fréchet", "{frechet:.3g}"))
-NAMES = {"scenes": "exact scenes of that size", "unguided": "without guidance",
-         "guided": "head on the network for {task}, {count} scenes of each"}
+NAMES = {"scenes": "exact scenes of that size", "unguided": "without guidance"}
 
 
 def table(rows: Sequence[Result]) -> str:
     """Rows in Markdown: the photographs, then the sizes."""
     flowers = [row for row in rows if row["kind"] == "flowers"]
-    sizes = [{"weight": 0.0, "others": float("nan"), **row, "how": NAMES[row["kind"]].format_map(row)}
-             for row in rows if row["kind"] != "flowers"]
+    sizes = [_told(row) for row in rows if row["kind"] != "flowers"]
     return "\n".join(markdown(*each) for each in ((FLOWERS, flowers), (GUIDED, sizes)) if each[1])
+
+
+def _told(row: Result) -> Result:
+    """A row of sizes with its way in words."""
+    if row["kind"] != "guided":
+        return {**row, "how": NAMES[row["kind"]], "weight": "", "others": ""}
+    way = Way(row["task"], row["count"], row["weight"], row.get("through", False))
+    return {**row, "how": way.name, "others": f"{row['others']:.1%}"}

@@ -19,7 +19,8 @@ BENCHMARKS = ("class, depth, segmentation, strength, falling, falling_depth, imp
               "model and real networks; restoration: faces from measurements of them; tours: the travelling salesman; "
               "latent: the latent world; choosing: best of several, best seeds and particles at equal passes; fewsteps: a "
               "flow and its turbo LoRA in 4, 8 and 16 steps; transfer: experts of one model guide another; speed: the cost "
-              "of a guided step at full size; throughput: images a second of distillation")
+              "of a guided step at full size; throughput: images a second of distillation; taste: guiders trained "
+              "on a few pictures")
 
 
 def main(arguments: list[str] | None = None) -> None:

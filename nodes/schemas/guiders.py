@@ -164,7 +164,12 @@ class PPAPTrainGuider(io.ComfyNode):
                                          "they make it worse, it learns without them. Neutral: 0, none.", **folded()),
                     io.Int.Input("seed", default=0, min=0, max=2**48, optional=True,
                                  tooltip="Seed of the places that the copies show.", **folded()),
-                    *(io.Image.Input(f"class_{number}", optional=True, tooltip=MORE_CLASSES) for number in range(3, 9))],
+                    io.Image.Input("class_3", optional=True, tooltip=MORE_CLASSES),
+                    io.Image.Input("class_4", optional=True, tooltip=MORE_CLASSES),
+                    io.Image.Input("class_5", optional=True, tooltip=MORE_CLASSES),
+                    io.Image.Input("class_6", optional=True, tooltip=MORE_CLASSES),
+                    io.Image.Input("class_7", optional=True, tooltip=MORE_CLASSES),
+                    io.Image.Input("class_8", optional=True, tooltip=MORE_CLASSES)],
             outputs=[GuiderType.Output(display_name="guider", tooltip="The trained guider, for Aim at Class."),
                      io.String.Output(display_name="report", tooltip="How well it tells the classes apart, in words."),
                      io.Image.Output(display_name="wrong", tooltip="The pictures that it did not recognise while they were "
@@ -177,8 +182,10 @@ class PPAPTrainGuider(io.ComfyNode):
         return paths.validate(trained_guiders.read_names, names) if checked is True else checked
 
     @classmethod
-    def execute(cls, backbone, like, unlike, names, name, copies=4, seed=0, **classes):
-        batches = trained_guiders.named_batches(names, [like, unlike, *(classes.get(f"class_{n}") for n in range(3, 9))])
+    def execute(cls, backbone, like, unlike, names, name, copies=4, seed=0, class_3=None, class_4=None, class_5=None,
+                class_6=None, class_7=None, class_8=None):
+        connected = like, unlike, class_3, class_4, class_5, class_6, class_7, class_8
+        batches = trained_guiders.named_batches(names, connected)
         trained = trained_guiders.train_on_images(backbone, batches, name, copies, seed)
         return io.NodeOutput(*trained, ui=progress.show_text(cls, trained.report))
 

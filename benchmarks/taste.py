@@ -5,12 +5,12 @@ that it was not trained on. Small and large objects are nothing that the tiny ne
 object is in a generated image is told by a judge of regions, which never guides.
 """
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property, partial
 from itertools import chain, combinations
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ SCENES = 300_000_000  # the first scene that heads are trained on
 OTHERS = 310_000_000  # the first scene that they are judged by
 
 
-class Way(NamedTuple):
+@dataclass(frozen=True)
+class Way:
     """A head, and how it guides."""
 
     task: str               # of the tiny network that it reads
@@ -168,7 +169,7 @@ class SizeBench:
         aimed = trained.guider.aim(class_target(trained.guider, wanted))
         falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(tinyworld.SIGMA_MIN, tinyworld.SIGMA_MAX), *FALLING))
         images = self.sampled([Term(aimed, way.weight, falling, normalized=True, backprop_through_model=way.through)])
-        return {"kind": "guided", "wanted": wanted, **way._asdict(),
+        return {"kind": "guided", "wanted": wanted, **asdict(way),
                 "others": self.accuracy(trained.guider), "left_out": trained.accuracy, **self.judged(images, wanted)}
 
     def judged(self, images: Tensor, wanted: str) -> Result:
@@ -212,7 +213,7 @@ def _size_rows(bench: TasteBench) -> Iterator[tuple[Identity, Callable[[], Resul
         yield same | {"scenes of": wanted}, partial(world.real, wanted)
         yield same | {"unguided": wanted}, partial(world.without, wanted)
         for way in bench.ways:
-            identity = {name: value for name, value in way._asdict().items() if value is not False}
+            identity = {name: value for name, value in asdict(way).items() if value is not False}
             yield same | identity | {"wanted": wanted}, partial(world.row, way, wanted)
 
 

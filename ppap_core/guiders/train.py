@@ -16,7 +16,7 @@ SMALLEST_CROP = 0.7      # side of an altered copy, in sides of the picture
 MAX_FEATURES = 16_384    # numbers in an embedding
 MOST_CLASSES = 1000
 MOST_SHOWN, TILE = 16, 160  # pictures that a head got wrong, and their height in pixels
-CERTAIN = 2.0            # standard errors above chance from which on classes count as told apart
+GUESSED, CERTAIN = 1.0, 2.0  # standard errors above chance up to which a head guesses, and from which on it tells apart
 
 OnBatch = Callable[[int, int], None]
 """(pictures seen, pictures to see), called after each batch; copies count as pictures"""
@@ -55,10 +55,15 @@ class TrainedGuider:
         return math.sqrt(sum(share * (1 - share) / count for share, count in shares)) / len(shares)
 
     @property
+    def certainty(self) -> float:
+        """How far the accuracy is above chance, in standard errors of guessing."""
+        by_guessing = self.chance * (1 - self.chance) * sum(1 / count for _, count in self.counts)
+        return (self.accuracy - self.chance) * len(self.counts) / math.sqrt(by_guessing)
+
+    @property
     def tells_apart(self) -> bool:
         """Whether the accuracy is above chance by more than guessing would explain."""
-        by_guessing = self.chance * (1 - self.chance) * sum(1 / count for _, count in self.counts)
-        return self.accuracy > self.chance + CERTAIN * math.sqrt(by_guessing) / len(self.counts)
+        return self.certainty > CERTAIN
 
     def describe(self) -> str:
         """Say in sentences how well the classes are told apart."""
@@ -66,6 +71,8 @@ class TrainedGuider:
                            for name, (right, count) in zip(self.guider.labels, self.counts, strict=True))
         said = (f"Pictures recognised by a head that had not seen them: {counts}. That is {self.accuracy:.0%}, give or take "
                 f"{self.error:.0%}; guessing reaches {self.chance:.0%}.")
+        if GUESSED < self.certainty <= CERTAIN:
+            return f"{said} With so few pictures that may be luck: take more to be certain."
         if not self.tells_apart:
             return (f"{said} It cannot tell them apart: take more pictures, pictures that differ in nothing else, or "
                     "another backbone.")

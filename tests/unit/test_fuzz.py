@@ -34,8 +34,10 @@ from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.contents import INDEX, read_index, weight_files
 from ppap_core.guiders.loaders.hub import files_to_fetch, folder_name
 from ppap_core.guiders.loaders.labels import TAGS_FILE, class_labels, tag_names
+from ppap_core.guiders.loaders.trained import save_trained
 from ppap_core.guiders.loaders.transformers import linear_head
 from ppap_core.guiders.processor_config import processor_preprocess
+from ppap_core.guiders.train import train_guider
 from ppap_core.io.files import DamagedFileError, load_tensors, read_description, read_json, save_tensors
 from ppap_core.schedules import ExpertSchedule
 
@@ -312,6 +314,27 @@ def test_folders_of_networks(place: Path, folder: Path, data: st.DataObject):
         harmless(lambda: load_guider(folder), place, *READ, ImportError)
     finally:
         config.write_text(whole)
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    backbone = small_guider("embedding")
+    save_trained(folder := place / "taste", train_guider(backbone, {"a": images(2), "b": images(2, 1)}, copies=0), backbone)
+    return folder
+
+
+@inputs(0.05)
+@given(st.data())
+def test_folders_of_trained_guiders(place: Path, trained: Path, data: st.DataObject):
+    """Their description or their head says something else."""
+    file = trained / data.draw(st.sampled_from(["config.json", "head.safetensors"]))
+    whole, backbone = file.read_bytes(), small_guider("embedding")
+    config = st.one_of(changed(json.loads((trained / "config.json").read_text())), VALUES).map(json.dumps).map(str.encode)
+    file.write_bytes(data.draw(config) if file.suffix == ".json" else strange(data, whole))
+    try:
+        harmless(lambda: load_guider(trained, find_backbone=lambda *_: backbone), place, *READ)
+    finally:
+        file.write_bytes(whole)
 
 
 PROCESSOR = {"do_resize": True, "size": {"height": 16, "width": 20}, "do_center_crop": True, "crop_size": 14, "resample": 3,

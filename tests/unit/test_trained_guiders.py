@@ -134,6 +134,8 @@ def test_a_report_counts_and_draws(trained: TrainedGuider):
     assert trained.wrong(pictures()).shape == (1, 3, 256, 256), "a note that there are none"
     mistaken = replace(trained, probabilities=torch.tensor([[0.2, 0.8]] * 12))
     assert "ring 0 of 6, star 6 of 6" in mistaken.describe() and mistaken.accuracy == 0.5 and not mistaken.tells_apart
+    lucky = replace(trained, probabilities=torch.eye(2)[[0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1]])
+    assert "may be luck" in lucky.describe() and not lucky.tells_apart
     assert mistaken.wrong(pictures()).shape[2] == 2 * (160 + 40), "six tiles in two rows"
 
 

@@ -2,9 +2,10 @@
 from comfy_api.latest import io
 
 from ...ppap_core.guidance.particles import Resampling
+from ...ppap_core.guiders.exact import WAYS
 from ...ppap_core.guiders.latents import VIEWS
 from ...ppap_core.schedules import FALLING
-from ..bridge import comparisons, guidance, progress
+from ..bridge import comparisons, finishing, guidance, progress
 from ..bridge.noise_levels import PercentSchedule
 from ..bridge.particles import ParticleSampling
 from ..bridge.sampler import SamplerSettings
@@ -30,6 +31,7 @@ from .io_types import GuiderType, ReportType, TermsType
 
 CATEGORY = "PPAP/guidance"
 BALANCED, RAW = "balanced", "raw"
+SPREAD, SMALLEST = "not seen", "smallest"
 ANOTHER_SET = "Another set: a row of the grid."
 
 
@@ -172,4 +174,32 @@ class PPAPGuidedKSampler(io.ComfyNode):
         return io.NodeOutput(latent, report, ui=progress.show_note(report.warnings()))
 
 
-NODES = [PPAPGuidanceTerm, PPAPCombineTerms, PPAPCompareTerms, PPAPApplyGuidance, PPAPGuidedKSampler]
+class PPAPFinish(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PPAPFinish", display_name="Meet Exactly", category=CATEGORY,
+            **also_found_as("make seamless", "make tileable", "mirror image", "histogram matching", "color match",
+                            "paste back", "restore the original", "back projection"),
+            description="Changes finished images until they meet exactly what a rule asks: no seam, perfect symmetry, the "
+                        "very colours, the known pixels. Guidance brings images near, and this the last bit, which the VAE "
+                        "takes away.",
+            inputs=[io.Image.Input("image", tooltip="Finished images, from VAE Decode."),
+                    GuiderType.Input("guider", tooltip="The aimed rule that guided them: "
+                                     f"{', '.join(name.removeprefix('rule/') for name in WAYS)}."),
+                    io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.05,
+                                   tooltip="How much of the way there. Neutral: 0, the images stay as they are."),
+                    io.Combo.Input("change", options=[SPREAD, SMALLEST], default=SPREAD, optional=True,
+                                   tooltip="not seen: spread over the image, so that it leaves no line, block or tint. "
+                                           "smallest: the smallest change of all, in the pixels that need it. Symmetry, "
+                                           "colours and light know one way only.", **folded())],
+            outputs=[io.Image.Output(tooltip="The images, in the same size.")],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, image, guider, strength, change=SPREAD):
+        images, outcome = finishing.finish(guider, image, strength, change == SMALLEST)
+        return io.NodeOutput(images, ui=progress.show_text(cls, outcome))
+
+
+NODES = [PPAPGuidanceTerm, PPAPCombineTerms, PPAPCompareTerms, PPAPApplyGuidance, PPAPGuidedKSampler, PPAPFinish]

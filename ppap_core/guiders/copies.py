@@ -66,7 +66,7 @@ class CopyGuider(Guider):
 
     def measurement(self, image: Tensor) -> Measurement:
         """The copy as a measurement of images (B, 3, H, W). ValueError without a copy for each of them or one for all."""
-        target = self.target_for(image, self.target).to(image)
+        target = self.target_for(image, image if self.target is None else self.target).to(image)
         own, sampled = target.shape[-2:], image.shape[-2:]
         size = min(own[0], sampled[0]), min(own[1], sampled[1])
         known = resize(target[:, -1:], size)

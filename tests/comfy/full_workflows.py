@@ -18,7 +18,9 @@ SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger
 BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "baked": ("Without", "Baked, without Steer"),
                     "best": ("The first four seeds", "The best four seeds"),
+                    "colourise": ("The grey picture", "In colour, exactly"),
                     "depth": ("Without guidance", "Same depth as the reference"),
+                    "enlarge": ("The small picture", "Enlarged, exactly"),
                     "latent": ("Without guidance", "Steered towards stars"),
                     "latent_experts": ("Without guidance", "By the experts"),
                     "lora_autoguidance": ("The good LoRA alone", "With autoguidance, same seed"),
@@ -29,6 +31,7 @@ BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "quickstart": ("Without guidance", "Steered towards stars"),
                     "readout": ("Without guidance", "The readout"),
                     "regions": ("Without guidance", "A disk, low and to the left"),
+                    "restore": ("The torn picture", "Made whole, exactly"),
                     "rules": ("Without guidance", "With the three rules"),
                     "seamless": ("ControlNet alone, two by two", "Both, two by two"),
                     "segmentation": ("Without guidance", "Same regions as the reference"),
@@ -51,7 +54,7 @@ def test_a_workflow_makes_its_picture(server: Server, name: str):
     sheet = contact_sheet({title: torch.stack([drawn(each) for each in pictures]) for title, pictures in rows.items()}, 1,
                           max(map(len, rows.values())))
     save_picture(sheet, WORKFLOWS.parent / "docs" / "pictures" / f"{name}.png")
-    save_image(torch.stack([drawn(each) for title in BEFORE_AND_AFTER[name] for each in rows[title][:2]]),
+    save_image(torch.stack([drawn(each) for title in BEFORE_AND_AFTER[name] for each in (rows[title] * 2)[:2]]),
                WORKFLOWS / f"{name}.jpg", nrow=2, padding=0, normalize=True, value_range=(-1, 1))
 
 

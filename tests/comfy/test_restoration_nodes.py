@@ -71,6 +71,32 @@ def test_a_prior_restores_too(pixels: PixelWorld):
     assert bool((after < 0.3 * before).all())
 
 
+RULES = (*KINDS, "seamless tiling", "symmetry half turn", "colours")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_finished_images_meet_a_rule_exactly(pixels: PixelWorld, name: str):
+    """By the guider that guided them: one wire says it all."""
+    comfy, made = pixels.comfy, pixels.comfy("VAEDecode", samples={"samples": pixels.sample()}, vae=pixels.vae)[0]
+    guider = aimed(comfy, name, pixels.seen()) if name in KINDS else comfy("PPAPRule", rule=name)[0]
+    if name == "colours":
+        [guider] = comfy("PPAPAimAtImage", guider=guider, image=comfy("PPAPPalette", colours="#1d3557, #ffd166")[0],
+                         image_is="a picture")
+    for change in ("not seen", "smallest"):
+        [image] = comfy("PPAPFinish", image=made, guider=guider, strength=1.0, change=change)
+        with comfy.pack.nodes.bridge.autograd.outside_inference_mode(), torch.no_grad():
+            error = comfy.pack.ppap_core.guiders.exact.off_by(guider, image.clone().movedim(-1, 1) * 2 - 1)
+        assert image.shape == made.shape and float(error.max()) < {"colours": 0.03, "blurred copy": 0.05}.get(name, 2e-6)
+    assert torch.equal(comfy("PPAPFinish", image=made, guider=guider, strength=0.0)[0], made)
+
+
+def test_what_cannot_be_met_exactly_says_so(pixels: PixelWorld):
+    image = pixels.seen()
+    for guider, words in ((pixels.guider, "cannot be met exactly"), (pixels.comfy("PPAPRule", rule="colours")[0], "target")):
+        with says(ValueError, words):
+            pixels.comfy("PPAPFinish", image=image, guider=guider, strength=1.0)
+
+
 def test_other_guiders_take_no_torn_picture(pixels: PixelWorld):
     [guider] = pixels.comfy("PPAPRule", rule="layout")
     with says(ValueError, "rule/layout", "known part"):

@@ -12,6 +12,7 @@ from ppap_core.viz.drawing import save_picture
 from . import (
     baking,
     choosing,
+    copies,
     face_sheet,
     faces,
     few_steps,
@@ -46,6 +47,8 @@ BENCHMARKS = {
         baking.BakingBench(), folder / "baking", report, only), baking.table),
     "choosing": Benchmark(lambda folder, report, only: choosing.choosing_bench(
         choosing.ChoosingBench(), folder / "choosing", report, only), choosing.table),
+    "copies": Benchmark(lambda folder, report, only: copies.copies_bench(
+        copies.CopiesBench(), folder / "copies", report, only), copies.table),
     "faces": Benchmark(lambda folder, report, only: faces.face_bench(faces.FaceBench(), folder / "faces", report, only),
                        faces.table, faces.plot, partial(face_sheet.face_sheet, faces.FaceBench())),
     "fewsteps": Benchmark(lambda folder, report, only: few_steps.few_step_bench(

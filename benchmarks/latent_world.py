@@ -36,6 +36,10 @@ class LatentWorld:
         given: condition (B, CONDITIONS); None: unconditional.
         hint: of the ControlNet, (B, 16, h, w); None: without it.
         """
+        return self.predict(x, sigma, given, hint)
+
+    def predict(self, x: Tensor, sigma: Tensor, given: Tensor | None = None, hint: Tensor | None = None) -> Tensor:
+        """Expected latents as `denoise` has them, differentiable."""
         given = x.new_zeros(len(x), CONDITIONS) if given is None else given
         t = sigma / (1 + sigma)
         state, context = (1 - expand(t, x)) * x, given[:, None]

@@ -13,6 +13,7 @@ from . import (
     baking,
     choosing,
     copies,
+    exact,
     face_sheet,
     faces,
     few_steps,
@@ -49,6 +50,8 @@ BENCHMARKS = {
         choosing.ChoosingBench(), folder / "choosing", report, only), choosing.table),
     "copies": Benchmark(lambda folder, report, only: copies.copies_bench(
         copies.CopiesBench(), folder / "copies", report, only), copies.table),
+    "exact": Benchmark(lambda folder, report, only: exact.exact_bench(
+        exact.ExactBench(), folder / "exact", report, only), exact.table),
     "faces": Benchmark(lambda folder, report, only: faces.face_bench(faces.FaceBench(), folder / "faces", report, only),
                        faces.table, faces.plot, partial(face_sheet.face_sheet, faces.FaceBench())),
     "fewsteps": Benchmark(lambda folder, report, only: few_steps.few_step_bench(

@@ -32,8 +32,8 @@ network that **Download Guider** fetched, or your own in models/ppap_guiders, in
 the tiny world only."""
 
 
-def _world(page: Page, count: int = 4) -> tuple[Out, Out, Out, Out]:
-    """The stock loaders: the model, its empty prompt, empty latents and the VAE."""
+def _world(page: Page, count: int = 4, classes: str = "") -> tuple[Out, Out, Out, Out]:
+    """The stock loaders: the model, its prompt, empty unless classes are given, empty latents and the VAE."""
     page.group("1  Stock loaders")
     model = page.add("UNETLoader", "The tiny flow model", unet_name="tinyworld_flow.safetensors")
     vae = page.add("VAELoader", vae_name="tinyworld_vae.safetensors")
@@ -480,9 +480,9 @@ def _restore(page: Page, world: tuple, guider: Out, titles: tuple[str, str]) -> 
     terms = Out(page.add("PPAPGuidanceTerm", guider=guider))
     steered = Out(page.add("PPAPApplyGuidance", model=model, terms=terms, vae=vae))
     page.group("4  The same seeds without and with it")
-    _sample(page, titles[0], model, world, 8, sampler="euler_ancestral")
+    _sample(page, titles[0], model, world, 8, steps=30, sampler="euler_ancestral")
     page.column()
-    sampled, images = _sample(page, titles[1], steered, world, 8, sampler="euler_ancestral")
+    sampled, images = _sample(page, titles[1], steered, world, 8, steps=30, sampler="euler_ancestral")
     page.column()
     exact = Out(page.add("PPAPFinish", image=images, guider=guider))
     page.add("SaveImage", f"{titles[1]}, exactly", images=exact, filename_prefix="ppap")
@@ -507,7 +507,7 @@ was decided wrongly early on.
 3. **Meet Exactly** gives the result the very shades of the picture, without a tint.
 
 A prompt says what there is to be seen, and colours follow it. **Steer** has this as *colours for a grey image*.""", (0, 0))
-    world = _world(page)
+    world = _world(page, classes="heart")
     page.group("2  A grey picture")
     rule = Out(page.add("PPAPRule", rule="grey copy"))
     picture = _whole_picture(page, world, 21)
@@ -530,7 +530,7 @@ result is, and should have the same shape.
 
 Up to four times is detail, much more is invention. An upscaling model is quicker and knows photographs; this asks your own \
 model, with its prompt, its LoRA and its style. **Steer** has this as *detail for a small image*.""", (0, 0))
-    world = _world(page)
+    world = _world(page, classes="star")
     page.group("2  A small picture")
     picture = _whole_picture(page, world, 34)
     page.column()
@@ -553,7 +553,7 @@ pictures that equal it elsewhere: each seed mends the hole in another way.
 
 The same mask serves the other rules: a grey photograph with a scratch is a *grey copy* with something *missing*. Models \
 made for inpainting know more of holes; this needs none.""", (0, 0))
-    world = _world(page)
+    world = _world(page, classes="ring")
     page.group("2  A torn picture")
     picture = _whole_picture(page, world, 13)
     page.column()

@@ -5,12 +5,23 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ppap_core import Denoiser, Guider, Schedule, Term, TrainingFree, guided, sample_renewing, sample_training_free
+from ppap_core import (
+    Denoiser,
+    Guider,
+    NoiseInterval,
+    Ramp,
+    Schedule,
+    Term,
+    TrainingFree,
+    guided,
+    sample_renewing,
+    sample_training_free,
+)
 from ppap_core.guidance.restoration import DiffPIR, ImplicitPrior, sample_diffpir, sample_implicit_prior
 from ppap_core.guidance.shift import posterior_std
 from ppap_core.guiders.operators import Measurement, likelihood_guider, squared_error_guider
-from ppap_core.noise import PIXEL_SIGMA_DATA
-from ppap_core.schedules import ALWAYS
+from ppap_core.noise import EVERYWHERE, PIXEL_SIGMA_DATA
+from ppap_core.schedules import ALWAYS, FALLING
 
 
 class Case(NamedTuple):
@@ -38,6 +49,14 @@ def with_term(make: Callable[[Measurement], Guider], through: bool, case: Case, 
     """Faces guided by one term. Through the model, shifts are as large as the posterior variance and not as sigma^2."""
     schedule = Schedule(ramp=posterior_share) if through else ALWAYS
     term = Term(make(case.measurement), setting["weight"], schedule, backprop_through_model=through)
+    return sample_renewing(guided(case.denoise, [term]), case.x, case.sigmas, setting["share"], case.seeds)
+
+
+def with_new_term(through: bool, case: Case, setting: Setting) -> Tensor:
+    """Faces guided by one term as nodes have it by default: balanced, from twice its weight to nothing."""
+    falls = Ramp(NoiseInterval(float(case.sigmas[-2]), float(case.sigmas[0])), *FALLING)
+    term = Term(likelihood_guider(case.measurement), setting["weight"], Schedule(EVERYWHERE, falls), normalized=True,
+                backprop_through_model=through)
     return sample_renewing(guided(case.denoise, [term]), case.x, case.sigmas, setting["share"], case.seeds)
 
 
@@ -81,6 +100,8 @@ METHODS = {
     "squared error, through the model": Method(partial(with_term, squared_error_guider, True), OURS_SQUARED),
     "likelihood, in the prediction": Method(partial(with_term, likelihood_guider, False), OURS),
     "likelihood, through the model": Method(partial(with_term, likelihood_guider, True), OURS),
+    "likelihood, balanced, in the prediction": Method(partial(with_new_term, False), settings(weight=[0.7], share=[1])),
+    "likelihood, balanced, through the model": Method(partial(with_new_term, True), settings(weight=[0.3], share=[1])),
     "DPS": Method(with_dps, settings(rho=(2, 1, 2, 4), share=(0.4, 1, 1, 1))),
     "DiffPIR": Method(with_diffpir, settings(strength=(1, 0.3, 1, 4), share=(0.4, 1, 1, 1))),
     "Kadkhodaie & Simoncelli": Method(with_implicit_prior, settings(noise=(0.05, 0.1, 0.3, 0.1), cut=(0.1, 0.1, 0.1, 0.02))),

@@ -37,6 +37,7 @@ from .guidance.shift import Guidance, GuidanceSettings, guidance_shift, guided
 from .guidance.terms import Term
 from .guidance.training_free import TrainingFree, sample_training_free
 from .guiders.copies import COPIES, copy_guider, without_missing
+from .guiders.exact import meet
 from .guiders.guider import Guider, IgnoreSigma
 from .guiders.latents import LatentSpace
 from .guiders.loaders import load_guider
@@ -76,4 +77,18 @@ __all__ = [
     "sample_particles", "sample_renewing", "sample_training_free", "save_bank", "save_readout", "save_trained",
     "standings", "teacher_distance", "to_vp", "train_guider", "unlike", "visualize", "with_cutouts", "with_experts",
     "with_readout", "without_missing",
+    "Resampling", "RunOptions", "SampleStore", "Schedule", "Student", "Task", "Term", "TrainingFree", "Trajectories",
+    "TrajectoryRecorder", "aim_at_text", "as_lora", "autoguided", "bake", "base_network", "class_target",
+    "copy_guider", "distill", "distill_readout", "flow_to_ve", "guidance_shift", "guided", "image_target",
+    "karras_sigmas", "load_bank", "load_guider", "load_readout", "map_target", "mask_target", "new_readout",
+    "number_target", "optimize_images", "reading", "rule_guider", "sample_euler", "sample_heun", "sample_particles",
+    "sample_renewing", "sample_training_free", "save_bank", "save_readout", "standings", "teacher_distance", "to_vp",
+    "unlike", "visualize", "with_cutouts", "with_experts", "with_readout", "without_missing",
+    "RunOptions", "SampleStore", "Schedule", "Student", "Task", "Term", "TrainingFree", "Trajectories",
+    "TrajectoryRecorder", "aim_at_text", "as_lora", "autoguided", "bake", "base_network", "class_target", "copy_guider",
+    "distill", "distill_readout", "flow_to_ve", "guidance_shift", "guided", "image_target", "karras_sigmas", "load_bank",
+    "load_guider", "load_readout", "map_target", "mask_target", "meet", "new_readout", "number_target", "optimize_images",
+    "reading", "rule_guider", "sample_euler", "sample_heun", "sample_renewing", "sample_training_free", "save_bank",
+    "save_readout", "teacher_distance", "to_vp", "unlike", "visualize", "with_cutouts", "with_experts", "with_readout",
+    "without_missing",
 ]

@@ -37,7 +37,7 @@ def _world(page: Page, count: int = 4, classes: str = "") -> tuple[Out, Out, Out
     page.group("1  Stock loaders")
     model = page.add("UNETLoader", "The tiny flow model", unet_name="tinyworld_flow.safetensors")
     vae = page.add("VAELoader", vae_name="tinyworld_vae.safetensors")
-    nothing = page.add("PPAPClassConditioning", "Class Conditioning: anything", classes="")
+    nothing = page.add("PPAPClassConditioning", f"Class Conditioning: {classes or 'anything'}", classes=classes)
     latent = page.add("EmptySD3LatentImage", width=128, height=128, batch_size=count)
     return Out(model), Out(nothing), Out(latent), Out(vae)
 
@@ -47,7 +47,7 @@ def _sample(page: Page, title: str, model: Out, world: tuple, seed: int, shown: 
     """Nodes that sample, decode and show; the latents and the images."""
     _, nothing, latent, vae = world
     sampled = page.add("KSampler", f"KSampler: {title.lower()}", model=model, positive=nothing, negative=nothing,
-                       latent_image=latent, seed=seed, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple")
+                       latent_image=latent, seed=seed, steps=steps, cfg=1.0, sampler_name=sampler, scheduler="simple")
     images = page.add("VAEDecode", samples=Out(sampled), vae=vae)
     page.add(shown, title, images=Out(images), **({"filename_prefix": "ppap"} if shown == "SaveImage" else {}))
     return Out(sampled), Out(images)

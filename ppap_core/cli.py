@@ -24,8 +24,9 @@ BENCHMARKS = ("class, depth, segmentation, strength, falling, falling_depth, imp
               "of a guided step at full size; throughput: images a second of distillation")
               "model and real networks; restoration: faces from measurements of them; copies: scenes from grey, small, "
               "blurred and torn copies; exact: rules met to the last bit; tours: the travelling salesman; latent: the "
-              "latent world; fewsteps: a flow and its turbo LoRA in 4, 8 and 16 steps; transfer: experts of one model "
-              "guide another; speed: the cost of a guided step at full size; throughput: images a second of distillation")
+              "latent world; choosing: best of several, best seeds and particles at equal passes; fewsteps: a flow and "
+              "its turbo LoRA in 4, 8 and 16 steps; transfer: experts of one model guide another; speed: the cost of a "
+              "guided step at full size; throughput: images a second of distillation")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -152,7 +152,7 @@ def copies_bench(bench: CopiesBench, folder: Path, report: Report, only: Sequenc
 
 
 COLUMNS = (Column("world", "{world}", numeric=False), Column("copy", "{copy}", numeric=False),
-           Column("way", "{way}", numeric=False), Column("what is known, off by", "{off:.1e}"), Column("PSNR", "{psnr:.1f}"),
+           Column("way", "{way}", numeric=False), Column("what is known, off by", "{off:.2g}"), Column("PSNR", "{psnr:.1f}"),
            Column("right class", "{right:.0%}"))
 
 

@@ -16,17 +16,12 @@ from . import cli_distill
 BENCHMARKS = ("class, depth, segmentation, strength, falling, falling_depth, improvements, rivals_class, rivals_depth, "
               "original, autoguidance, autoguidance_untold, autoguidance_made, prior; rules: symmetry and the like by a "
               "prior; labelmaps: label maps found for pictures; photographs: a real network under noise; faces: a real "
-              "model and real networks; restoration: faces from measurements of them; tours: the travelling salesman; "
-              "latent: the latent world; choosing: best of several, best seeds and particles at equal passes; fewsteps: a "
-              "flow and its turbo LoRA in 4, 8 and 16 steps; transfer: experts of one model guide another; speed: the cost "
-              "of a guided step at full size; throughput: images a second of distillation; taste: guiders trained "
-              "on a few pictures")
-              "of a guided step at full size; throughput: images a second of distillation")
               "model and real networks; restoration: faces from measurements of them; copies: scenes from grey, small, "
               "blurred and torn copies; exact: rules met to the last bit; tours: the travelling salesman; latent: the "
               "latent world; choosing: best of several, best seeds and particles at equal passes; fewsteps: a flow and "
               "its turbo LoRA in 4, 8 and 16 steps; transfer: experts of one model guide another; speed: the cost of a "
-              "guided step at full size; throughput: images a second of distillation")
+              "guided step at full size; throughput: images a second of distillation; taste: guiders trained on a few "
+              "pictures")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -57,7 +57,6 @@ def the(schema: dict, name: str) -> dict:
 LOSSES: dict[str, tuple[Callable[[dict], object], str]] = {
     "a node renamed": (lambda nodes: nodes.update(PPAPOther=nodes.pop("PPAPRule")), "PPAPRule is gone"),
     "an input renamed": (lambda nodes: the(nodes["PPAPRule"], "rule").update(name="kind"), "and are ['kind'"),
-    "an input renamed": (lambda nodes: the(nodes["PPAPRule"], "rule").update(name="kind"), "['rule', 'blur'] and are ['kind', 'blur']"),
     "an input removed": (lambda nodes: nodes["PPAPTinyWorld"]["inputs"].pop(), "PPAPTinyWorld: the inputs were"),
     "inputs swapped": (lambda nodes: nodes["PPAPTrainLora"]["inputs"].reverse(), "expected new ones at the end"),
     "a required input added": (lambda nodes: nodes["PPAPRule"]["inputs"].append(

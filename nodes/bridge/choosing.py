@@ -36,11 +36,14 @@ class Ranking:
     scores: list[Tensor | None]  # of each term (N,) in [0, 1], 1: its target is met; None for variety, which has no target
     names: tuple[str, ...]     # of the guiders
 
-    def describe(self, what: str = "image") -> str:
-        """Return a line for each image, the best first, with its number from 1 on. what: they are called."""
+    def describe(self, what: str = "image", most: int | None = None) -> str:
+        """Return a line for each image, the best first, with its number from 1 on.
+
+        what: they are called. most: how many of them to tell; None: all.
+        """
         if not self.names:
             return "every term has the weight 0, so that nothing says what is better: the order is kept"
-        return "\n".join(self._line(what, place, index) for place, index in enumerate(self.order.tolist(), 1))
+        return "\n".join(self._line(what, place, index) for place, index in enumerate(self.order[:most].tolist(), 1))
 
     def _line(self, what: str, place: int, index: int) -> str:
         terms = [f"{name} {_share(score, index)}energy {float(energy[index]):.4g}"

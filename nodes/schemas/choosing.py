@@ -7,6 +7,7 @@ from .inputs import also_found_as, folded, model_input, negative_input, positive
 from .io_types import TermsType
 
 CATEGORY = "PPAP/guidance"
+SHOWN = 8  # lines on the node itself
 
 
 def _terms_input() -> io.Input:
@@ -41,10 +42,11 @@ class PPAPRankImages(io.ComfyNode):
     @classmethod
     def execute(cls, image, terms, count, latent=None):
         ranking = choosing.rank_images(image, terms)
-        best, text = ranking.order[:count], ranking.describe()
+        best = ranking.order[:count]
         picked = choosing.pick_latent(latent, best, len(image)) if latent else choosing.blocked("latent")
-        return io.NodeOutput(choosing.pick_images(image, best), picked, choosing.pick_images(image, ranking.order), text,
-                             ranking.standing[ranking.order].tolist(), ui=progress.show_note(text))
+        return io.NodeOutput(choosing.pick_images(image, best), picked, choosing.pick_images(image, ranking.order),
+                             ranking.describe(), ranking.standing[ranking.order].tolist(),
+                             ui=progress.show_note(ranking.describe(most=SHOWN)))
 
 
 class PPAPBestSeeds(io.ComfyNode):
@@ -82,8 +84,8 @@ class PPAPBestSeeds(io.ComfyNode):
         search = seeds.SeedSearch(model, terms, latent_image, settings, vae)
         ranking, images = search.rank(candidates)
         picture = choosing.blocked("vae") if images is None else seeds.draw_candidates(ranking, images)
-        text = ranking.describe("candidate")
-        return io.NodeOutput(search.chosen(ranking, count), picture, text, ui=progress.show_note(text))
+        return io.NodeOutput(search.chosen(ranking, count), picture, ranking.describe("candidate"),
+                             ui=progress.show_note(ranking.describe("candidate", SHOWN)))
 
 
 NODES = [PPAPRankImages, PPAPBestSeeds]

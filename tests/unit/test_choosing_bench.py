@@ -1,0 +1,38 @@
+"""The table of choosing against guiding: what its ways cost, and that each of them makes images."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.choosing import WAYS, ChoosingBench, Run, Way, choosing_bench
+from benchmarks.tiny_world import TinyWorld, load_world
+from ppap_core.guidance.particles import Resampling
+
+
+@pytest.fixture(scope="module")
+def world() -> TinyWorld:
+    return load_world()
+
+
+def sampled(world: TinyWorld, way: Way) -> torch.Tensor:
+    return Run(world, ChoosingBench(), way).sample([3, 8], world.wanted([3, 8]))
+
+
+def test_ways_are_compared_at_equal_passes():
+    passes = {way.name: way.passes for way in WAYS}
+    assert {passes[name] for name in passes if name not in ("unguided", "guidance", "guidance through the model")} == {64}
+    assert len(passes) == len(WAYS)
+
+
+@pytest.mark.parametrize("way", [{"looked": 2}, {"particles": Resampling(2, 1.0)}, {"guidance": "prediction"},
+                                 {"guidance": "through"}, {"scorer": "answer", "particles": Resampling(2, 0.0)}], ids=str)
+def test_a_way_makes_other_images_than_plain_sampling(world: TinyWorld, way: dict):
+    way = replace(Way("some", steps=3, ahead=1), **way)
+    images = sampled(world, way)
+    assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
+    assert way.scorer or not torch.equal(images, sampled(world, Way("plain", steps=3)))
+
+
+def test_a_row_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no way 'other'"):
+        choosing_bench(ChoosingBench(), tmp_path, print, ["other"])

@@ -58,19 +58,17 @@ THROUGH = {"guidance": "through"}
 WAYS = (
     Way("unguided"),
     Way("best of 4", particles=BEST),
+    Way("best seed of 12", looked=12),
     Way("particles", particles=PARTICLES),
     Way("guidance", **GUIDED),
     Way("guidance, best of 4", particles=BEST, **GUIDED),
     Way("guidance, particles", particles=PARTICLES, **GUIDED),
     Way("in whole nats, particles", particles=PARTICLES, scorer="rounded"),
-    Way("best seed of 12", looked=12),
-    Way("guidance in 64 steps", steps=64, **GUIDED),
     Way("guidance through the model", **THROUGH),
-    Way("guidance through the model, best of 2", particles=Resampling(2, 0.0), **THROUGH),
-    Way("right or wrong, particles", particles=PARTICLES, scorer="answer"),
+    Way("guidance in 64 steps", steps=64, **GUIDED),
     Way("particles, all from the best", particles=Resampling(4, 1.0)),
-    Way("guidance through the model in 32 steps", steps=32, **THROUGH),
-    Way("guidance, best seed of 12", looked=12, **GUIDED),
+    Way("right or wrong, particles", particles=PARTICLES, scorer="answer"),
+    Way("guidance through the model, best of 2", particles=Resampling(2, 0.0), **THROUGH),
 )
 
 

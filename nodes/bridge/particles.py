@@ -38,13 +38,15 @@ class Swarm:
     judge: LatentJudge
     resampling: Resampling
     seeds: Sequence[int]
+    sigma_data: float = 1.0
     numbers: list[float] = field(default_factory=list)  # mean effective number at each drawing
 
     def sample(self, model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None = None,
                disable: bool | None = None, **options: Any) -> Tensor:
         """Sample in place of a sampler of ComfyUI's, and return the best particle of each image."""
         materialize_on(self.judge.networks, x.device)
-        turns = self.resampling.after_steps(len(sigmas) - 1)
+        turns = self.resampling.turns([noise_levels.ve_level(self.sampling, level) for level in sigmas.tolist()],
+                                      self.sigma_data)
         for start, end in zip([0, *turns], [*turns, len(sigmas) - 1], strict=True):
             seen = _LastStep(callback, start)
             of_segment = {**extra_args, "seed": (extra_args["seed"] + start) % 2**64}  # else its noise would come again
@@ -131,7 +133,8 @@ class ParticleSampling:
         seeds = [settings.seed << INDEX_BITS | int(number) for number in numbers]
         noise = comfy.sample.prepare_noise(start, settings.seed, latent.get("batch_index"))
         base = comfy.samplers.sampler_object(settings.sampler_name)
-        swarm = Swarm(base.sampler_function, model.get_model_object("model_sampling"), judge, self.resampling, seeds)
+        swarm = Swarm(base.sampler_function, model.get_model_object("model_sampling"), judge, self.resampling, seeds,
+                      latents.sigma_data_of(model))
         sampler = comfy.samplers.KSAMPLER(swarm.sample, base.extra_options, base.inpaint_options)
         samples = comfy.sample.sample_custom(
             model, first_noise(noise, count, seeds), settings.cfg, sampler, self._sigmas(model), settings.positive,

@@ -82,7 +82,8 @@ def particle_inputs() -> list[io.Input]:
                            tooltip="How many particles are given up each time. 1: all go on from the best one. Neutral: 0, "
                                    "none; the best one is taken at the end."),
             io.Int.Input("draws", default=4, min=0, max=1000, optional=True, **folded(),
-                         tooltip="How often particles are given up, evenly over the steps. Neutral: 0."),
+                         tooltip="How often particles are given up, while it is decided what the image shows: not in pure "
+                                 "noise, and not when only details are left. Neutral: 0."),
             io.Boolean.Input("terms_guide", default=True, optional=True, **folded(),
                              tooltip="Whether the terms also guide all particles. Off: they only choose, and then need no "
                                      "gradient. Neutral: on.")]

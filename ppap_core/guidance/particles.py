@@ -14,13 +14,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..noise import expand
+from ..noise import PIXEL_SIGMA_DATA, expand
 from ..rng import noise_like, seeded
 from ..sampling import Denoiser
 from .gradients import Prediction
 
 HALVINGS = 50            # of the range in which the sharpness is searched
 SHARPEST = 1e4           # for energies in their spread: only the best one is left
+FIRST, LAST = 15.0, 2.0  # noise levels over the data's standard deviation, between which what an image shows is decided
 DRAW, RENEW = 1, 2       # keys of randomness
 Standing = Callable[[Prediction], Tensor]
 """What is expected of all particles -> how good each is among those of its image, (B, N), higher is better"""
@@ -30,9 +31,9 @@ Standing = Callable[[Prediction], Tensor]
 class Resampling:
     """How many particles there are for each image, and how they are drawn anew.
 
-    count: 1 is plain sampling, bit for bit. times: how often, evenly over the steps. strength: the share of the particles
-    but one that is given up each time, in effective numbers, in [0, 1]; 0: none, the best of `count` independent samples is
-    taken at the end; 1: all go on from the best one. ValueError for values out of range.
+    count: 1 is plain sampling, bit for bit. times: how often, where an image is decided: see `turns`. strength: the share of
+    the particles but one that is given up each time, in effective numbers, in [0, 1]; 0: none, the best of `count`
+    independent samples is taken at the end; 1: all go on from the best one. ValueError for values out of range.
     """
 
     count: int = 1
@@ -44,12 +45,20 @@ class Resampling:
             raise ValueError(f"got {self.count} particles that are drawn {self.times} times at strength {self.strength}: "
                              "expected at least 1 particle, 0 times or more, and a strength from 0 to 1")
 
-    def after_steps(self, steps: int) -> list[int]:
-        """After how many of so many steps particles are drawn anew: never after the last but one, when they are alike."""
+    def turns(self, sigmas: Sequence[float], sigma_data: float) -> list[int]:
+        """After how many steps particles are drawn anew, ascending.
+
+        Before, predictions are too blurred to tell good from bad; later, copies part no more. The noise levels of the
+        drawings fall evenly in log sigma between the two, as far as the steps go; none is after the last step but one.
+
+        sigmas: (steps + 1), descending to 0. sigma_data: standard deviation of the data, in the same unit.
+        """
         if self.count == 1 or self.strength == 0:
             return []
-        places = {round(steps * (turn + 1) / (self.times + 1)) for turn in range(self.times)}
-        return sorted(place for place in places if 1 <= place <= steps - 2)
+        ratio = (LAST / FIRST) ** (1 / max(self.times - 1, 1))
+        levels = [FIRST * sigma_data * ratio**turn for turn in range(self.times)]
+        places = {next(step for step, sigma in enumerate(sigmas) if step > 0 and sigma <= level) for level in levels}
+        return sorted(place for place in places if place <= len(sigmas) - 3)
 
     def weights(self, standing: Tensor) -> Tensor:
         """Probabilities (..., N) by which particles of a standing (..., N) are drawn; see `standings`."""
@@ -149,14 +158,15 @@ def best_rows(standing: Tensor) -> Tensor:
 
 
 def sample_particles(denoise: Denoiser, judge: Standing, noise: Tensor, sigmas: Tensor, resampling: Resampling,
-                     seeds: Sequence[int]) -> Tensor:
+                     seeds: Sequence[int], sigma_data: float = PIXEL_SIGMA_DATA) -> Tensor:
     """Samples (B, C, H, W) by Euler steps, each the best of its particles.
 
     noise (B, C, H, W): standard normal, of the first particle of each image. sigmas (steps + 1,): descending, ending in 0.
-    seeds: one for each image, which depends on its noise and its seed alone. denoise, judge: of all particles.
+    seeds: one for each image, which depends on its noise and its seed alone. denoise, judge: of all particles. sigma_data:
+    standard deviation of the data.
     """
     x = first_noise(noise, resampling.count, seeds) * float(sigmas[0])
-    turns = resampling.after_steps(len(sigmas) - 1)
+    turns = resampling.turns(sigmas.tolist(), sigma_data)
     for step, (sigma, level) in enumerate(pairwise(sigmas.tolist()), 1):
         at = x.new_full((len(x),), sigma)
         state, denoised = x, denoise(x, at)

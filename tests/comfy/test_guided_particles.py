@@ -9,7 +9,6 @@ from helpers.workbench import Scene, Workbench
 from helpers.worlds import PixelWorld
 from torch import Tensor
 
-FAMILIES = ("SD 1.5", "SD 3", "Wan 2.1")
 SAMPLERS = ("euler_ancestral", "dpmpp_2m_sde", "uni_pc")
 MORE_SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_sde", "ddim", "lcm", "dpm_fast", "dpm_adaptive", "res_multistep")
 
@@ -56,7 +55,7 @@ def test_drawing_anew_beats_the_best_of_several(pixels: PixelWorld):
 
 def test_the_report_says_what_became_of_them(pixels: PixelWorld):
     latent, report = steered(pixels, particles=3, draws=2, give_up=0.5)
-    assert latent["samples"].shape == pixels.latent["samples"].shape and not report.warnings()
+    assert latent["samples"].shape == pixels.latent["samples"].shape
     assert "at work in 6 of 6 steps" in report.summary()
     assert "guided; drawn anew 2 times, each time with an effective number of 2;" in report.summary()
     _, report = steered(pixels, particles=3, draws=0, terms_guide=False)
@@ -80,7 +79,7 @@ def test_an_image_alone_has_the_particles_that_it_has_in_a_batch(pixels: PixelWo
 def test_a_scorer_without_a_gradient_chooses(pixels: PixelWorld):
     guider = replace(pixels.guider, net=lambda image, sigma: pixels.guider.net(image, sigma).round())
     terms = pixels.term(guider)
-    drawn = energies(pixels, steered(pixels, terms, particles=6, give_up=1.0, terms_guide=False)[0])
+    drawn = energies(pixels, steered(pixels, terms, particles=4, give_up=1.0, terms_guide=False)[0])
     assert drawn.mean() < pixels.energy(pixels.guider, pixels.sample(steps=6)).mean() - 1
 
 
@@ -118,8 +117,9 @@ def test_nothing_is_sampled_where_denoise_is_0(pixels: PixelWorld):
         assert torch.equal(latent["samples"], start) and report.summary()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("guide", [False, True])
+@pytest.mark.parametrize(("family", "guide"), [
+    ("SD 1.5", True), ("SD 3", False), ("Wan 2.1", True),
+    *(pytest.param(*case, marks=pytest.mark.wide) for case in (("SD 1.5", False), ("SD 3", True), ("Wan 2.1", False)))])
 def test_models_of_all_kinds_have_particles(bench: Workbench, family: str, guide: bool):
     scene = bench.scene(family)
     drawn, best, first = (with_particles(bench, scene, give_up=share, particles=count, terms_guide=guide)

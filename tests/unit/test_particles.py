@@ -97,11 +97,16 @@ def test_rows_of_a_draw_stay_within_their_image():
     assert best_rows(standing).tolist() == [int(row.argmax()) * 3 + index for index, row in enumerate(standing)]
 
 
-@pytest.mark.parametrize(("resampling", "steps", "places"), [
-    (Resampling(4), 20, [4, 8, 12, 16]), (Resampling(4, times=2), 9, [3, 6]), (Resampling(4), 4, [1, 2]),
-    (Resampling(4), 2, []), (Resampling(4, times=0), 20, []), (Resampling(4, 0.0), 20, []), (Resampling(1), 20, [])])
-def test_particles_are_drawn_evenly_over_the_steps(resampling: Resampling, steps: int, places: list):
-    assert resampling.after_steps(steps) == places
+KARRAS, FLOW = karras_sigmas(16, 0.02, 80.0).tolist(), [1e4, 9.0, 3.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("resampling", "sigmas", "places"), [
+    (Resampling(4), KARRAS, [7, 8, 9, 11]), (Resampling(4, times=1), KARRAS, [7]), (Resampling(4), FLOW, [1, 2]),
+    (Resampling(4), FLOW[1:], [1]), (Resampling(4), FLOW[2:], []), (Resampling(4, times=0), KARRAS, []),
+    (Resampling(4, 0.0), KARRAS, []), (Resampling(1), KARRAS, [])], ids=str)
+def test_particles_are_drawn_where_an_image_is_decided(resampling: Resampling, sigmas: list, places: list):
+    """From 15 to 2 standard deviations of the data, and never when a single step is left."""
+    assert resampling.turns(sigmas, 0.5 if sigmas is KARRAS else 1.0) == places
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"strength": -0.1}, {"strength": 1.1}, {"times": -1}])

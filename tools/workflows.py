@@ -463,7 +463,8 @@ model makes by itself now and then.""", (0, 0))
     page.add("SaveImage", "The best image", images=Out(ranked), filename_prefix="ppap")
     page.group("6  Four particles for each image")
     guided = page.add("PPAPGuidedKSampler", model=model, terms=terms, positive=nothing, negative=nothing,
-                      latent_image=latent, seed=21, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple", particles=4)
+                      latent_image=latent, seed=21, steps=20, cfg=1.0, sampler_name="euler", scheduler="simple", particles=4,
+                      give_up=0.75)
     page.column()
     made = Out(page.add("VAEDecode", samples=Out(guided), vae=vae))
     page.add("PreviewImage", "Guided, with particles", images=made)

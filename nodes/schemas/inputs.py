@@ -76,11 +76,12 @@ def particle_inputs() -> list[io.Input]:
     """Inputs of a `Resampling`, and whether the terms also guide."""
     return [io.Int.Input("particles", default=1, min=1, max=64, optional=True,
                          tooltip="How many images are sampled at once for each one, of which the terms choose the best. "
-                                 "While they are sampled, better ones take the place of worse ones. Takes so many times as "
+                                 "With give_up, better ones take the place of worse ones on the way. Takes so many times as "
                                  "long, and the memory of a batch so many times as large. Neutral: 1."),
-            io.Float.Input("give_up", default=0.75, min=0.0, max=1.0, step=0.05, optional=True, **folded(),
-                           tooltip="How many particles are given up each time. 1: all go on from the best one. Neutral: 0, "
-                                   "none; the best one is taken at the end."),
+            io.Float.Input("give_up", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, **folded(),
+                           tooltip="How many particles are given up each time. Where the terms guide too, 0 is best; where "
+                                   "they only choose, try 0.75. 1: all go on from the best one. Neutral: 0, none; the best "
+                                   "one is taken at the end."),
             io.Int.Input("draws", default=4, min=0, max=1000, optional=True, **folded(),
                          tooltip="How often particles are given up, while it is decided what the image shows: not in pure "
                                  "noise, and not when only details are left. Neutral: 0."),

@@ -164,7 +164,7 @@ class PPAPGuidedKSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, terms, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise,
-                max_rms, vae=None, live_preview=False, particles=1, give_up=0.0, draws=4, terms_guide=True):
+                max_rms, vae=None, live_preview=False, particles=1, give_up=0.75, draws=4, terms_guide=True):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
         if particles == 1 and terms_guide:
             latent, report = guidance.sample_guided(model, terms, max_rms, vae, latent_image, settings, live_preview)

@@ -78,7 +78,7 @@ def particle_inputs() -> list[io.Input]:
                          tooltip="How many images are sampled at once for each one, of which the terms choose the best. "
                                  "With give_up, better ones take the place of worse ones on the way. Takes so many times as "
                                  "long, and the memory of a batch so many times as large. Neutral: 1."),
-            io.Float.Input("give_up", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, **folded(),
+            io.Float.Input("give_up", default=0.75, min=0.0, max=1.0, step=0.05, optional=True, **folded(),
                            tooltip="How many particles are given up each time. Where the terms guide too, 0 is best; where "
                                    "they only choose, try 0.75. 1: all go on from the best one. Neutral: 0, none; the best "
                                    "one is taken at the end."),

@@ -128,11 +128,11 @@ class Lesson:
         read = partial(self.read_fast if config.fast else self.read, options.team.part)
         with (torch.inference_mode(False), self.bank.trainable(self.index) as parameters,
               ReadAhead(read, config.steps) as batches):
+            weights: dict[str, Tensor] = dict(zip(self.bank.weights(self.index), parameters, strict=True))
             if config.patience:
                 plateau = Plateau(PlateauRule(config.steps, CHECK_EVERY, config.patience), config.lr,
-                                  partial(options.team.of_first, self.check()))
+                                  partial(options.team.of_first, self.check()), weights)
                 rate, options = AdamW(plateau.rate), plateau.added_to(options)
-            weights: dict[str, Tensor] = dict(zip(self.bank.weights(self.index), parameters, strict=True))
             return optimize(weights, partial(self.mean_loss, options.team, batches), config.steps, rate,
                             f"expert {self.index} of {self.guider.name}", options)
 

@@ -81,7 +81,7 @@ def test_presets_grow_and_unknown_ones_are_refused():
 def walk(measures: list[float], steps: int = 100, stop_after: int | None = None, **options):
     """A training under a rule, with these measures; returns the losses, what is trained, and its learning rates."""
     point, rates, left = torch.zeros(3, requires_grad=True), [], iter(measures)
-    plateau = Plateau(PlateauRule(steps, 5, 2), 0.1, lambda: next(left))
+    plateau = Plateau(PlateauRule(steps, 5, 2), 0.1, lambda: next(left), {"point": point})
 
     def on_step(step, loss, _):
         rates.append(plateau.rate(step))
@@ -101,6 +101,17 @@ def test_what_rises_no_more_ends_soon_after():
     """Checks at 0, 5, ...; the means of the 4th and 5th and of the two before are equal at step 20."""
     losses, _, rates = walk([1, 2, 3, 3, 3, 3, 9, 9, 9])
     assert len(losses) == 32 and rates[25] == 0.1 and rates[28] < 0.1
+
+
+def test_the_end_begins_with_the_best_weights():
+    """Those of the check at 10, to which the training comes back at 20; the fall of the rate is as short as ever."""
+    seen = []
+    point, measures = torch.zeros(1, requires_grad=True), iter([1, 2, 9, 1, 1])
+    plateau = Plateau(PlateauRule(100, 5, 2), 0.1, lambda: next(measures), {"point": point})
+    options = plateau.added_to(RunOptions(on_step=lambda *_: seen.append(point.item())))
+    optimize({"point": point}, lambda step: -point.sum(), 100, AdamW(lambda step: 0.1 if step < 20 else 1e-9), "x", options)
+    assert len(seen) == 25 and seen[19] > 1.8
+    assert seen[20] == pytest.approx(seen[9], abs=1e-6)
 
 
 @pytest.mark.parametrize("stopped", [3, 20, 27])

@@ -66,13 +66,13 @@ class SampledTraining(IntervalTraining):
 
 @dataclass(frozen=True)
 class Distillation(SampledTraining):
-    """The core's distillation. mirrored: as its presets are, half of the images in a mirror, and fast."""
+    """The core's distillation. varied: with variants of the images and fast, as in its presets."""
 
-    mirrored: bool = False
+    varied: bool = False
 
     def fit(self, run: Run) -> None:
         config = DistillConfig(self.steps, self.batch, self.lr, temperature=self.temperature, warm_start=self.warm_start,
-                               fast=self.mirrored, mirrored=self.mirrored)
+                               fast=self.varied, varied=self.varied)
         distill(run.world.guider, run.bank, run.images, config, run.folder,
                 StepReport(run.report, len(self.schedule), self.steps))
 

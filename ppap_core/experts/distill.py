@@ -20,7 +20,7 @@ from ..training.loop import RunOptions
 from ..training.state import steps_done
 from ..training.team import Team
 from .bank import ExpertBank
-from .lesson import DistillConfig, Lesson, OnCheck, batch_spec
+from .lesson import DistillConfig, Lesson, OnCheck, batch_spec, variants_of
 from .processes import SINGLE, Crew, assign
 from .samples import SampleStore, draw_steps
 from .teacher import TeacherAnswers, answer, kept_answers
@@ -97,7 +97,7 @@ class Distillation:
     def answers(self, watch: Watch) -> TeacherAnswers:
         """The teacher's answers for all images, made where they are not there yet."""
         with torch.inference_mode(False):
-            return kept_answers(self.guider, self.store, self.config.mirrored, watch.on_answers)
+            return kept_answers(self.guider, self.store, variants_of(self.store, self.config), watch.on_answers)
 
     def seconds_of_step(self, tick: Callable[[], None]) -> float:
         """Seconds of a training step here and now: the median of a few at a learning rate of zero, which change nothing.

@@ -8,7 +8,7 @@ import torch
 from .check import HeldOutCheck
 from .distill import Distillation
 from .examine import KnowledgeTest
-from .lesson import CHECK_EVERY
+from .lesson import CHECK_EVERY, variants_of
 from .samples import SHARD_SIZE
 from .teacher import BATCH, TeacherAnswers, answer
 
@@ -77,7 +77,7 @@ def estimate_distillation(distillation: Distillation, test: KnowledgeTest, tick:
     guider, store = distillation.guider, distillation.store
     with torch.inference_mode(False):
         if config.fast:
-            left["answers"] = TeacherAnswers(guider, store, config.mirrored).count_missing()
+            left["answers"] = TeacherAnswers(guider, store, variants_of(store, config)).count_missing()
         timed = {"answers": SHARD_SIZE / BATCH * _seconds_of(lambda: answer(guider, store.images_at(range(BATCH))).cpu()),
                  "step": distillation.seconds_of_step(tick),
                  "check": _seconds_of(HeldOutCheck(guider, distillation.bank, 0, store)) if config.patience else 0.0,

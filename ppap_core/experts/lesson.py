@@ -1,5 +1,5 @@
 """What one expert learns: to give on noisy images the output that the plain network gives on the clean ones they led to."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,11 +19,12 @@ from .fast import fast_output
 from .read_ahead import ReadAhead
 from .samples import BatchSpec, Pairs, SampleStore, draw_steps, inputs_at, trajectory_pairs
 from .teacher import Answers, kept_answers, soften
+from .variants import VARIANTS, Variant, variants_for, vary_each
 
 OnCheck = Callable[[int, float, float], None]
 """(expert, agreement of the plain network with the teacher's answers, agreement of the expert) after a check"""
 
-MIRROR = 7        # key of the draw of mirrored images among those of a seed
+VARIED = 7        # key of the draw of variants among those of a seed
 CHECK_EVERY = 50  # steps between two looks at held-out agreement
 
 
@@ -39,14 +40,14 @@ class DistillConfig:
     warm_start: bool = False  # start as the neighbour of less noise ended; else as the plain network
     patience: int = 0         # checks whose mean held-out distance has to fall, or the end comes early; 0: all steps
     fast: bool = False        # the teacher answers once for each image, and in bfloat16 where that is fast; rounds otherwise
-    mirrored: bool = False    # half of the images in a mirror, with what led to them: fewer are learned by heart
+    varied: bool = False      # each image also in a mirror and shifted, with what led to it, see `variants_for`
 
     def fingerprint_fields(self) -> dict[str, object]:
         """Fields for files and `digest`, with the constants by which version 0.1.0 recognises saved work."""
         return {"steps": self.steps, "batch": self.batch, "lr": self.lr, "seed": self.seed, "save_every": 100,
                 "temperature": self.temperature, "fresh_noise": False, "warm_start": self.warm_start,
                 **({"patience": self.patience} if self.patience else {}),
-                **{name: True for name in ("fast", "mirrored") if getattr(self, name)}}
+                **{name: True for name in ("fast", "varied") if getattr(self, name)}}
 
 
 def uses_warm_start(view: str) -> bool:
@@ -74,21 +75,21 @@ def sample_batch(bank: ExpertBank, index: int, store: SampleStore, step: int, co
     """
     batch = batch_spec(config, step, part)
     pairs = trajectory_pairs(store, bank.schedule, index, batch, bank.view)
-    if not config.mirrored:
-        return pairs
-    mirrored = draw_mirrored(index, batch)
-    return Pairs(in_mirror(pairs.images, mirrored), in_mirror(pairs.inputs, mirrored), pairs.sigma)
+    variants = variants_of(store, config)
+    chosen = draw_variants(variants, index, batch)
+    return Pairs(vary_each(pairs.images, variants, chosen), vary_each(pairs.inputs, variants, chosen), pairs.sigma)
 
 
-def draw_mirrored(index: int, batch: BatchSpec) -> Tensor:
-    """Which images of a batch of expert `index` are seen in a mirror, (B,) bool: a pure function of the arguments."""
+def variants_of(store: SampleStore, config: DistillConfig) -> tuple[Variant, ...]:
+    """Variants in which an expert sees each image of a store; the first is the image itself."""
+    return variants_for(len(store)) if config.varied else VARIANTS[:1]
+
+
+def draw_variants(variants: Sequence[Variant], index: int, batch: BatchSpec) -> Tensor:
+    """Numbers of the variants in which expert `index` sees a batch, (B,) long: a pure function of the arguments."""
     first, parts = batch.part
-    return torch.rand(batch.size, generator=seeded(batch.seed, index, batch.step, MIRROR))[first::parts] < 0.5
-
-
-def in_mirror(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Images or latents (B, C, h, w), with left and right exchanged where `mirrored` (B,) says so."""
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    generator = seeded(batch.seed, index, batch.step, VARIED)
+    return torch.randint(len(variants), (batch.size,), generator=generator)[first::parts]
 
 
 def distill_expert(guider: Guider, bank: ExpertBank, index: int, store: SampleStore,
@@ -106,7 +107,7 @@ class FastBatch(NamedTuple):
     """A batch for one expert, without the images that its inputs led to."""
 
     numbers: Tensor   # (B,) of the images
-    mirrored: Tensor  # (B,) bool: whether in a mirror, as the inputs are
+    variants: Tensor  # (B,) numbers of the variants of them that the inputs led to
     inputs: Tensor    # (B, C, h, w)
     sigma: Tensor     # (B,), all in the interval of the expert
 
@@ -124,7 +125,7 @@ class Lesson:
         config, rate = self.config, AdamW(partial(cosine, self.config.lr, self.config.steps))
         options = options.identified(_run_id(self.guider, self.bank, self.index, self.store, config))
         if config.fast and self.answers is None:
-            self.answers = kept_answers(self.guider, self.store, config.mirrored)
+            self.answers = kept_answers(self.guider, self.store, variants_of(self.store, config))
         read = partial(self.read_fast if config.fast else self.read, options.team.part)
         with (torch.inference_mode(False), self.bank.trainable(self.index) as parameters,
               ReadAhead(read, config.steps) as batches):
@@ -149,8 +150,9 @@ class Lesson:
         batch = batch_spec(self.config, step, part)
         steps = draw_steps(self.store, self.bank.schedule, self.index, batch)
         inputs, sigma = inputs_at(self.store, steps, self.bank.view)
-        mirrored = draw_mirrored(self.index, batch) if self.config.mirrored else torch.zeros(len(steps), dtype=torch.bool)
-        return FastBatch(steps[:, 0], mirrored, in_mirror(inputs, mirrored), sigma)
+        variants = variants_of(self.store, self.config)
+        chosen = draw_variants(variants, self.index, batch)
+        return FastBatch(steps[:, 0], chosen, vary_each(inputs, variants, chosen), sigma)
 
     def loss(self, pairs: Pairs) -> Tensor:
         """Losses (B,) on a batch, to which the plain network answers anew."""
@@ -160,7 +162,7 @@ class Lesson:
         """Losses (B,) on a batch, by the kept answers."""
         assert self.answers
         inputs, sigma = batch.inputs.to(self.device), batch.sigma.to(self.device)
-        teacher = soften(self.guider, self.answers(batch.numbers, batch.mirrored), self.config.temperature)
+        teacher = soften(self.guider, self.answers(batch.numbers, batch.variants), self.config.temperature)
         student = with_experts(self.guider, self.bank)
         return TASKS[self.guider.task].distance(fast_output(student, student.to_image(inputs, sigma), sigma), teacher)
 

@@ -8,9 +8,9 @@ AS_SET = "as set"
 PRESETS: dict[str, dict[str, Any]] = {
     AS_SET: {},
     "as set, fast": {"fast": True},
-    "quick look": {"steps": 300, "fast": True, "mirrored": True},
-    "good": {"steps": 1000, "patience": 3, "fast": True, "mirrored": True},
-    "thorough": {"steps": 4000, "patience": 6, "fast": True, "mirrored": True},
+    "quick look": {"steps": 300, "fast": True, "varied": True},
+    "good": {"steps": 1000, "patience": 3, "fast": True, "varied": True},
+    "thorough": {"steps": 4000, "patience": 6, "fast": True, "varied": True},
 }
 """Name -> fields of a `DistillConfig`."""
 

@@ -17,6 +17,7 @@ from ppap_core.experts.lesson import DistillConfig, distill_expert, sample_batch
 from ppap_core.experts.presets import AS_SET, PRESETS, with_preset
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore
 from ppap_core.experts.teacher import FOLDER, TeacherAnswers
+from ppap_core.experts.variants import VARIANTS, vary
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.hashing import digest
@@ -158,17 +159,17 @@ def test_kept_answers_are_those_of_each_step(store, task):
     answers = TeacherAnswers(guider, store)
     assert answers.count_missing() == 1
     answers.fill()
-    rows, mirrored = torch.tensor([5, 63, 5, 0]), torch.tensor([False, True, True, False])
-    images = store.images_at(rows)
+    rows, chosen = torch.tensor([5, 63, 5, 0]), torch.tensor([0, 1, 1, 0])
+    images, changed = store.images_at(rows), chosen == 1
     expected, in_mirror = guider.predict(images, clean(rows)), guider.predict(images.flip(3), clean(rows))
     assert answers.count_missing() == 0 and TeacherAnswers(guider, store).count_missing() == 0
-    torch.testing.assert_close(TeacherAnswers(guider, store)(rows, torch.zeros(4, dtype=torch.bool)), expected)
-    answers = TeacherAnswers(guider, store, mirrored=True)
+    torch.testing.assert_close(TeacherAnswers(guider, store)(rows, torch.zeros(4, dtype=torch.long)), expected)
+    answers = TeacherAnswers(guider, store, VARIANTS[:2])
     assert answers.count_missing() == 1
     answers.fill()
-    found = answers(rows, mirrored)
-    torch.testing.assert_close(found[mirrored], in_mirror[mirrored])
-    torch.testing.assert_close(found[~mirrored], expected[~mirrored])
+    found = answers(rows, chosen)
+    torch.testing.assert_close(found[changed], in_mirror[changed])
+    torch.testing.assert_close(found[~changed], expected[~changed])
     assert not torch.allclose(expected[1], in_mirror[1])
 
 
@@ -187,26 +188,27 @@ def test_the_teacher_answers_once_for_each_image(store, monkeypatch):
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_half_of_a_batch_is_in_a_mirror(store, view):
-    """With its inputs; which half depends on the step."""
+def test_a_varied_batch_shows_variants_with_their_inputs(store, view):
+    """Which ones depends on the step, and not on the processes that share it."""
     bank, config = make_bank(small_guider(), view), replace(CONFIG, batch=64)
-    plain = sample_batch(bank, 1, store, 5, config)
-    pairs, later = (sample_batch(bank, 1, store, step, replace(config, mirrored=True)) for step in (5, 6))
-    turned = (pairs.images != plain.images).flatten(1).any(1)
-    assert 16 < int(turned.sum()) < 48 and torch.equal(pairs.sigma, plain.sigma)
-    for part, usual in zip(pairs[:2], plain[:2], strict=True):
-        assert torch.equal(part[turned], usual[turned].flip(3)) and torch.equal(part[~turned], usual[~turned])
-    halves = [sample_batch(bank, 1, store, 5, replace(config, mirrored=True), (index, 2)) for index in range(2)]
+    varied = replace(config, varied=True)
+    plain, pairs = (sample_batch(bank, 1, store, 5, each) for each in (config, varied))
+    seen = set()
+    for image, inputs, usual, usual_inputs in zip(*pairs[:2], *plain[:2], strict=True):
+        [number] = [number for number, variant in enumerate(VARIANTS) if torch.equal(vary(usual[None], variant)[0], image)]
+        assert torch.equal(vary(usual_inputs[None], VARIANTS[number])[0], inputs)
+        seen.add(number)
+    assert seen == {*range(len(VARIANTS))} and torch.equal(pairs.sigma, plain.sigma)
+    halves = [sample_batch(bank, 1, store, 5, varied, (index, 2)) for index in range(2)]
     assert all(torch.equal(half.images, pairs.images[index::2]) for index, half in enumerate(halves))
-    assert not torch.equal(later.images, sample_batch(bank, 1, store, 6, config).images)
 
 
-def test_mirrored_answers_are_kept_for_a_fast_training(store):
+def test_answers_to_variants_are_kept_for_a_fast_training(store):
     """Losses are those of a teacher that answers in each step, but for rounding."""
-    guider, sharp = small_guider(), {"temperature": 0.25, "lr": 1e-4, "mirrored": True}
+    guider, sharp = small_guider(), {"temperature": 0.25, "lr": 1e-4, "varied": True}
     fast, slow = (distill(guider, make_bank(guider), store, replace(config, **sharp)) for config in (FAST, CONFIG))
-    unmirrored = distill(guider, make_bank(guider), store, replace(CONFIG, **sharp | {"mirrored": False}))
-    for each, usual, other in zip(fast, slow, unmirrored, strict=True):
+    unvaried = distill(guider, make_bank(guider), store, replace(CONFIG, **sharp | {"varied": False}))
+    for each, usual, other in zip(fast, slow, unvaried, strict=True):
         assert each == pytest.approx(usual, rel=0.05) and usual != other
 
 

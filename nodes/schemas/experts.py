@@ -130,10 +130,10 @@ class PPAPDistilExperts(io.ComfyNode):
                     io.Combo.Input("preset", options=[*PRESETS], default=AS_SET, optional=True,
                                    tooltip="How long to train. A quick look takes 300 steps, good up to 1000 and thorough "
                                            "up to 4000, in place of the number above; good and thorough end an expert early "
-                                           "where images held out show that it learns no more. They see half of the "
-                                           "images in a mirror, so that fewer go further, and are fast: the plain network "
-                                           "answers once for each image, and the device computes in 16 bits where it is "
-                                           "good at that. Neutral: as set."),
+                                           "where images held out show that it learns no more. They see each image in "
+                                           "a mirror and shifted, too, so that fewer images go further, and are fast: the "
+                                           "plain network answers once for each, and the device computes in 16 bits where "
+                                           "it is good at that. Neutral: as set."),
                     io.Float.Input("minutes", default=0.0, min=0.0, max=100_000.0, step=0.5, optional=True,
                                    tooltip="End after so many minutes with what is reached, the time divided among the "
                                            "experts. Queued again with more minutes, it goes on from there. Neutral: 0, no "

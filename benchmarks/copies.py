@@ -103,7 +103,7 @@ def copy_of(kind: str, picture: Tensor) -> CopyGuider:
         missing = torch.zeros(1, side, side)
         missing[:, side // 4:3 * side // 4, side // 4:3 * side // 4] = 1
         target = without_missing(guider, target, missing)
-    return guider.aim(target)
+    return replace(guider, target=target)
 
 
 def restored(space: Space, guider: CopyGuider, way: Way, seeds: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core import (
+    Denoiser,
     GuidanceSettings,
     Guider,
     NoiseInterval,
@@ -87,8 +88,8 @@ def pad_circularly(net: nn.Module, circular: bool) -> None:
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             layer.padding_mode = "circular" if circular else "zeros"
-            both = layer.padding[0], layer.padding[1]
-            layer._reversed_padding_repeated_twice = [both[1], both[1], both[0], both[0]]  # type: ignore[assignment]
+            down, across = (int(pixels) for pixels in layer.padding)
+            layer._reversed_padding_repeated_twice = [across, across, down, down]
 
 
 def shifted_passes(denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor) -> Tensor:
@@ -111,6 +112,7 @@ def term(name: str, bench: ExactBench, sigmas: Tensor, decode: Decode | None) ->
 def pixel_images(bench: ExactBench, name: str, way: Way, numbers: Sequence[int]) -> Tensor:
     """Images (B, 3, 32, 32) of the pixel world."""
     world = pixel_world()
+    assert isinstance(world.denoiser, nn.Module)
     pad_circularly(world.denoiser, way.padded)
     _, sigmas = world.start(numbers, bench.steps)
     return world.sample(numbers, bench.steps, [term(name, bench, sigmas, None)] if way.sees else []).clamp(-1, 1)
@@ -120,7 +122,7 @@ def latent_images(bench: ExactBench, name: str, way: Way, numbers: Sequence[int]
     """Images (B, 3, 128, 128) of the flow."""
     world, sigmas = latent_world(), flow_sigmas(bench.steps)
     pad_circularly(world.autoencoder, way.padded)
-    denoise = partial(world.denoise, hint=encoded_depth(world, numbers)) if way.controlled else world.denoise
+    denoise: Denoiser = partial(world.denoise, hint=encoded_depth(world, numbers)) if way.controlled else world.denoise
     if way.shifted:
         denoise = partial(shifted_passes, denoise)
     if way.sees:

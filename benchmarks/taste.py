@@ -83,9 +83,9 @@ class Flowers:
         """Accuracies as means over splits and over all choices of so many classes."""
         heads = [self._head(bench, chosen, count, split) for split in range(bench.splits)
                  for chosen in combinations(range(5), classes)]
-        others, left_out, seconds, copies = torch.tensor(heads, dtype=torch.float64).mean(0).tolist()
+        others, left_out, seconds, copies, off = torch.tensor(heads, dtype=torch.float64).mean(0).tolist()
         return {"kind": "flowers", "classes": classes, "count": count, "others": others, "left_out": left_out,
-                "seconds": seconds, "copies": copies, "heads": len(heads)}
+                "seconds": seconds, "copies": copies, "off": off, "heads": len(heads)}
 
     def _head(self, bench: TasteBench, chosen: tuple[int, ...], count: int, split: int) -> tuple[float, ...]:
         order = torch.randperm(len(self.labels) // 5, generator=torch.Generator().manual_seed(split))
@@ -98,7 +98,7 @@ class Flowers:
         named = fit.logits(self.embeddings[others, 0]).argmax(1)
         right = (named == torch.arange(len(chosen)).repeat_interleave(len(others) // len(chosen))).double().mean()
         left_out = (fit.probabilities.argmax(1) == labels).double().mean()
-        return float(right), float(left_out), seconds, float(uses_copies)
+        return float(right), float(left_out), seconds, float(uses_copies), float((left_out - right).abs())
 
 
 def load_flowers(bench: TasteBench) -> Flowers:
@@ -228,6 +228,7 @@ def taste_bench(bench: TasteBench, folder: Path, report: Report) -> list[Result]
 
 FLOWERS = (Column("classes", "{classes}"), Column("photographs of each", "{count}"),
            Column("right on the others", "{others:.1%}"), Column("right when left out", "{left_out:.1%}"),
+           Column("apart, in one head", "{off:.0%}"),
            Column("seconds to fit", "{seconds:.2f}"), Column("heads", "{heads}"))
 GUIDED = (Column("wanted", "{wanted}", numeric=False), Column("how", "{how}", numeric=False),
           Column("weight", "{weight}"), Column("head: right on other scenes", "{others}"),

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import randn
 from helpers.real import guider_folder, networks
 
 from benchmarks import taste
@@ -21,7 +22,7 @@ def test_small_scenes_have_small_objects():
 
 def test_embeddings_that_tell_are_told_apart():
     labels = torch.arange(5).repeat_interleave(8)
-    clear = Flowers(torch.eye(5)[labels][:, None] + 0.05 * torch.randn(40, 1, 5), labels)
+    clear = Flowers(torch.eye(5)[labels][:, None] + 0.02 * randn(40, 1, 5), labels)
     row = clear.measured(TINY, 2, 3)
     assert row["others"] == row["left_out"] == 1.0 and row["heads"] == 10
 

@@ -66,13 +66,16 @@ class SampledTraining(IntervalTraining):
 
 @dataclass(frozen=True)
 class Distillation(SampledTraining):
-    """The core's distillation. varied: with variants of the images and fast, as in its presets."""
+    """The core's distillation. varied: with variants of the images and fast, as in its presets. patience: as theirs."""
 
     varied: bool = False
+    patience: int = 0
 
     def fit(self, run: Run) -> None:
+        if self.patience:
+            hold_out(run.world, run.images, held_out_count(self.images))
         config = DistillConfig(self.steps, self.batch, self.lr, temperature=self.temperature, warm_start=self.warm_start,
-                               fast=self.varied, varied=self.varied)
+                               fast=self.varied, varied=self.varied, patience=self.patience)
         distill(run.world.guider, run.bank, run.images, config, run.folder,
                 StepReport(run.report, len(self.schedule), self.steps))
 

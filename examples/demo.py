@@ -34,6 +34,7 @@ from ppap_core import (
 from ppap_core.experts.examine import measure_knowledge
 from ppap_core.experts.knowledge import describe_knowledge, remember
 from ppap_core.experts.lesson import uses_warm_start
+from ppap_core.experts.presets import with_preset
 from ppap_core.experts.samples import held_out_count
 from ppap_core.guiders.latents import VIEWS, View
 from ppap_core.schedules import FALLING, Ramp
@@ -44,7 +45,7 @@ from ppap_core.viz.plots import Axes, Points, line_plot
 
 SAMPLES, STEPS, IMAGES = 1024, 16, 128
 EXPERTS = 5
-TRAINING = DistillConfig(steps=300, lr=2e-3)
+TRAINING = with_preset(DistillConfig(lr=2e-3), "quick look")
 WEIGHT = 0.7          # of normalized terms: near the best of the benchmark
 THROUGH_WEIGHT = 0.3  # of those whose gradient goes through the model
 FALLS = Schedule(ramp=Ramp(NoiseInterval(SIGMA_MIN, SIGMA_MAX), *FALLING))  # with the noise, as new terms of the nodes do

@@ -53,22 +53,20 @@ class ChoosingBench:
 
 
 BEST, PARTICLES = Resampling(4, 0.0), Resampling(4)
-GUIDED = {"guidance": "prediction"}
-THROUGH = {"guidance": "through"}
 WAYS = (
     Way("unguided"),
     Way("best of 4", particles=BEST),
     Way("best seed of 12", looked=12),
     Way("particles", particles=PARTICLES),
-    Way("guidance", **GUIDED),
-    Way("guidance, best of 4", particles=BEST, **GUIDED),
-    Way("guidance, particles", particles=PARTICLES, **GUIDED),
+    Way("guidance", guidance="prediction"),
+    Way("guidance, best of 4", particles=BEST, guidance="prediction"),
+    Way("guidance, particles", particles=PARTICLES, guidance="prediction"),
     Way("in whole nats, particles", particles=PARTICLES, scorer="rounded"),
-    Way("guidance through the model", **THROUGH),
-    Way("guidance in 64 steps", steps=64, **GUIDED),
+    Way("guidance through the model", guidance="through"),
+    Way("guidance in 64 steps", steps=64, guidance="prediction"),
     Way("particles, all from the best", particles=Resampling(4, 1.0)),
     Way("right or wrong, particles", particles=PARTICLES, scorer="answer"),
-    Way("guidance through the model, best of 2", particles=Resampling(2, 0.0), **THROUGH),
+    Way("guidance through the model, best of 2", particles=Resampling(2, 0.0), guidance="through"),
 )
 
 

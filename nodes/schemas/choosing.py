@@ -79,7 +79,7 @@ class PPAPBestSeeds(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, terms, seed, candidates, count, steps, cfg, sampler_name, scheduler, positive, negative,
-                latent_image, denoise=1.0, vae=None):
+                latent_image, denoise, vae=None):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
         search = seeds.SeedSearch(model, terms, latent_image, settings, vae)
         ranking, images = search.rank(candidates)

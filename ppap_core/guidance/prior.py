@@ -6,7 +6,7 @@ guiders take it for their targets. The point may be anything that an image can b
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .terms import Term
 
 WAVE, WAVES = 0.25, 3  # how far the noise levels swing, as a share of what is left of the fall, and how often
 
+AnyTerm = TypeVar("AnyTerm")
 Render = Callable[[Tensor], Tensor]
 """Points (B, ...) -> images (B, C, H, W); differentiable, each image from its own point only"""
 
@@ -218,11 +219,15 @@ def renoise_and_sample(denoise: Denoiser, image: Tensor, sigma: float, sigma_min
     return sample_euler(denoise, image + sigma * noise, karras_sigmas(steps, min(sigma_min, sigma), sigma))
 
 
-def repeat_term(term: Term, particles: int) -> Term:
-    """The term for a batch that is repeated `particles` times: its values for single images are repeated; 1: as it is."""
-    guider = term.guider
+def repeat_term(term: AnyTerm, particles: int) -> AnyTerm:
+    """The term for a batch that is repeated `particles` times: its values for single images are repeated; 1: as it is.
+
+    term: a `Term`, or another dataclass with a guider and a mask.
+    """
+    changed: Any = term
+    guider = changed.guider
     guider = replace(guider, target=_repeat(guider.target, particles), prompt=_repeat(guider.prompt, particles))
-    return replace(term, guider=guider, mask=_repeat(term.mask, particles))
+    return replace(changed, guider=guider, mask=_repeat(changed.mask, particles))
 
 
 def _repeat(value: Tensor | None, particles: int) -> Tensor | None:

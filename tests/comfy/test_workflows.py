@@ -167,7 +167,8 @@ def test_the_workflows_show_every_useful_node(server: Server):
     info = server.get("/object_info")
     shown = {each["class_type"] for name in WORKFLOW_NAMES for each in workflow(name, info).values()}
     need_files, for_larger_images = {"PPAPDownloadGuider", "PPAPLoadExperts", "PPAPAimAtText"}, {"PPAPCutOuts"}
-    assert shown & NODES == NODES - need_files - for_larger_images
+    for_text_encoders = {"PPAPPromptList"}
+    assert shown & NODES == NODES - need_files - for_larger_images - for_text_encoders
 
 
 def test_an_older_workflow_gets_neutral_values(server: Server):

@@ -70,7 +70,7 @@ class PPAPBestSeeds(io.ComfyNode):
                     *sampler_inputs(), positive_input(), negative_input(),
                     io.Latent.Input("latent_image", tooltip="An empty latent, or one to start from. Its first image counts; "
                                                             "so many as it holds are sampled at once."),
-                    io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, **folded(),
+                    io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, **folded(),
                                    tooltip="As in the KSampler that follows. Neutral for new images: 1, all is made anew."),
                     vae_input()],
             outputs=[io.Latent.Output(tooltip="For a KSampler with the same seed, which makes the best candidates in full."),
@@ -79,7 +79,7 @@ class PPAPBestSeeds(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, terms, seed, candidates, count, steps, cfg, sampler_name, scheduler, positive, negative,
-                latent_image, denoise=1.0, vae=None):
+                latent_image, denoise, vae=None):
         settings = SamplerSettings(seed, steps, cfg, sampler_name, scheduler, positive, negative, denoise)
         search = seeds.SeedSearch(model, terms, latent_image, settings, vae)
         ranking, images = search.rank(candidates)

@@ -100,7 +100,7 @@ def test_a_target_of_each_image_goes_with_it(pixels: PixelWorld, images: Tensor)
 
 def best_seeds(world: PixelWorld, **changes: Any) -> tuple:
     settings = {"model": world.model, "terms": world.term(), "seed": 5, "candidates": 8, "count": 2, "steps": 4, "cfg": 1.0,
-                "sampler_name": "euler", "scheduler": "karras", "positive": world.conditioning,
+                "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0, "positive": world.conditioning,
                 "negative": world.conditioning, "latent_image": world.latent, **changes}
     return world.comfy("PPAPBestSeeds", **settings)
 
@@ -129,7 +129,7 @@ def test_seeds_of_latents_are_judged_as_in_guidance(latents: LatentWorld, vae: b
                           factor_at_start=1.0, factor_at_end=1.0, view="own")[0]
     latent, picture, _ = latents.comfy(
         "PPAPBestSeeds", model=model, terms=terms, seed=3, candidates=4, count=1, steps=2, cfg=1.0, sampler_name="euler",
-        scheduler="simple", positive=latents.nothing, negative=latents.nothing,
+        scheduler="simple", denoise=1.0, positive=latents.nothing, negative=latents.nothing,
         latent_image={"samples": torch.zeros(2, 16, 12, 16)}, vae=latents.vae if vae else None)
     assert picture.ndim == 4 and picture.std() > 0.01
     if not vae:
@@ -140,7 +140,7 @@ def test_seeds_of_latents_are_judged_as_in_guidance(latents: LatentWorld, vae: b
 def test_seeds_of_videos_are_judged_by_all_frames(bench: Workbench):
     scene = bench.scene("Wan 2.1")
     latent, picture, text = bench.comfy("PPAPBestSeeds", **scene.conditioned(), terms=bench.terms(1.0), seed=1, candidates=3,
-                                        count=2, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple")
+                                        count=2, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
     assert latent["samples"].shape == (2, *scene.latent["samples"].shape[1:]) and len(text.splitlines()) == 3
     assert picture.isfinite().all()
 

@@ -20,7 +20,8 @@ def test_the_record_has_all_that_the_pack_uses():
 
 
 @pytest.mark.parametrize(("symbol", "before", "words"), [
-    ("comfy.sample.sample", "model, gone=", "comfy.sample.sample, which nodes/bridge/distillation.py uses, takes (model,"),
+    ("comfy.sample.sample", "model, gone=",
+     "comfy.sample.sample, which nodes/bridge/distillation.py and nodes/bridge/seeds.py uses, takes (model,"),
     ("comfy.sample.sample", None, ""), ("comfy.sd.VAE", "value", "and took (value)")])
 def test_a_release_that_moves_something_is_told(bench: Workbench, symbol: str, before: str | None, words: str):
     said = differences({"9.9": {symbol: before}}, "10.0")

@@ -270,7 +270,7 @@ def folder(comfy, monkeypatch):
         (place / name).write_text("{}")
     reads = []
 
-    def read(found, answer):
+    def read(found, answer, find_backbone):
         reads.append((found.name, answer))
         guider = comfy.pack.ppap_core.tinyworld.loaders.load_guider("class")
         return replace(guider, name=found.name)

@@ -360,3 +360,9 @@ def test_image_processors_of_the_library(place: Path, config: dict):
 @given(OTHER_SIZES.flatmap(lambda size: changed(PROCESSOR | {"size": size})))
 def test_image_processors_that_nobody_knows(place: Path, config: dict):
     harmless(lambda: sees(config, place), place, ValueError)
+
+
+def test_a_key_that_no_text_can_hold_is_told(tmp_path: Path):
+    """Half of a surrogate pair, as JSON may have it."""
+    (tmp_path / "config.json").write_text('{"\\\\ud800": null}')
+    assert not harmless(lambda: load_guider(tmp_path), tmp_path, ValueError, names="has the keys")

@@ -69,8 +69,9 @@ def require_loadable(folder: Path, names: Collection[str], name: str) -> Loader:
     config = read_config(folder)
     loader = next((loader for key, loader in LOADERS.items() if key in config), None)
     if loader is None:
-        raise ValueError(f"{name}/config.json has the keys {', '.join(list(config)[:6])}: expected 'architecture' (timm) "
-                         "or 'architectures' (transformers); copy the network's whole folder")
+        keys = ", ".join(map(bare, list(config)[:6]))
+        raise ValueError(f"{name}/config.json has the keys {keys}: expected 'architecture' (timm) or 'architectures' "
+                         "(transformers); copy the network's whole folder")
     loader.check(folder, name)
     weight_names(name, names, read_index(folder))
     return loader

@@ -127,7 +127,8 @@ def _advice(measured: Sequence[Knowledge]) -> str:
     if not compared:
         return ""
     if not by_heart:
-        return "More images would hardly help: experts know others as well as those that they learned from."
+        return ("Experts know others as well as the images that they learned from: longer training comes before more "
+                "images would help.")
     _, learned, others = max(by_heart)
     return (f"More images would help in {len(by_heart)} of {len(compared)}: experts know those that they learned from "
             f"better than others, {learned:.0%} and {others:.0%} where most so.")

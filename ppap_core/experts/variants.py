@@ -33,9 +33,10 @@ def variants_for(images: int) -> tuple[Variant, ...]:
 def vary(images: Tensor, variant: Variant) -> Tensor:
     """A variant of images or latents (B, C, h, w); of latents it is that of their images, to half a value."""
     images = images.flip(-1) if variant.mirrored else images
+    if not variant.down and not variant.right:
+        return images
     height, width = images.shape[-2:]
-    rows, columns = _shifted(height, variant.down), _shifted(width, variant.right)
-    return images if variant == (variant.mirrored, 0, 0) else images[..., rows[:, None], columns]
+    return images[..., _shifted(height, variant.down)[:, None], _shifted(width, variant.right)]
 
 
 def _shifted(size: int, share: float) -> Tensor:
@@ -46,6 +47,8 @@ def _shifted(size: int, share: float) -> Tensor:
 
 def vary_each(images: Tensor, variants: Sequence[Variant], chosen: Tensor) -> Tensor:
     """The chosen variant of each of some images or latents (B, C, h, w). chosen: numbers of variants, (B,) long."""
+    if len(variants) == 1:
+        return vary(images, variants[0])
     varied = images.clone()
     for number, variant in enumerate(variants):
         places = (chosen == number).nonzero()[:, 0]

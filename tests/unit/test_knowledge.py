@@ -173,7 +173,7 @@ def test_whether_more_images_would_help_is_said():
     remember(bank, (general, by_heart))
     assert "More images would help in 1 of 2" in describe_knowledge(bank) and "81% and 58%" in describe_knowledge(bank)
     remember(bank, (general, KNOWN))
-    assert "More images would hardly help" in describe_knowledge(bank)
+    assert "longer training comes before more images" in describe_knowledge(bank)
     remember(bank, (CEILING, KNOWN))
     assert "images would" not in describe_knowledge(bank)
 

@@ -98,8 +98,8 @@ class PPAPDistilExperts(io.ComfyNode):
                     GuiderType.Input("guider", tooltip="A plain guider. It needs no target, and keeps one that it has."),
                     io.Combo.Input("view", options=[*reversed(VIEWS)],
                                    tooltip="What the experts look at: the model's denoised prediction, which does with "
-                                           "fewer images, or the noisy image itself (as in the paper), which wants thousands "
-                                           "of images and a sampler that renews noise, such as euler_ancestral."),
+                                           "fewer images, or the noisy image itself (as in the paper), which wants "
+                                           "thousands of images and a sampler that renews noise, such as euler_ancestral."),
                     io.Int.Input("experts", default=5, min=1, max=64,
                                  tooltip="Number of noise ranges; each gets an equal share of the samples' steps."),
                     io.Float.Input("sigma_min", default=0.0, min=0.0, max=1e4, step=0.001,

@@ -96,6 +96,13 @@ def pick_images(image: Tensor, order: Tensor) -> Tensor:
     return image[order.to(image.device)]
 
 
+def mask_of(image: Tensor, chosen: Tensor) -> Tensor:
+    """Return a MASK (N, H, W) of the images of an IMAGE: 1 all over for those of the indices, 0 for the others."""
+    mask = torch.zeros(image.shape[:3])
+    mask[chosen] = 1
+    return mask
+
+
 def pick_latent(latent: dict, order: Tensor, count: int) -> dict:
     """Return the latents of a LATENT in an order. count: of the images that stand for it.
 

@@ -37,7 +37,10 @@ class PPAPRankImages(io.ComfyNode):
                      io.String.Output(display_name="text", tooltip="A line for each image, the best one first."),
                      io.Float.Output(display_name="scores", is_output_list=True,
                                      tooltip="How much better than the mean each image is, in standard deviations, the best "
-                                             "one first.")])
+                                             "one first."),
+                     io.Mask.Output(display_name="mask", tooltip="A mask for each image as it came: white all over for the "
+                                                                 "best, black for the others. Inverted, in Set Latent Noise "
+                                                                 "Mask, it samples all but the best again.")])
 
     @classmethod
     def execute(cls, image, terms, count, latent=None):
@@ -45,7 +48,7 @@ class PPAPRankImages(io.ComfyNode):
         best = ranking.order[:count]
         picked = choosing.pick_latent(latent, best, len(image)) if latent else choosing.blocked("latent")
         return io.NodeOutput(choosing.pick_images(image, best), picked, choosing.pick_images(image, ranking.order),
-                             ranking.describe(), ranking.standing[ranking.order].tolist(),
+                             ranking.describe(), ranking.standing[ranking.order].tolist(), choosing.mask_of(image, best),
                              ui=progress.show_note(ranking.describe(most=SHOWN)))
 
 

@@ -38,12 +38,13 @@ def energies(world: PixelWorld, images: Tensor, guider: Any) -> Tensor:
 # Rank Images
 
 def test_images_are_sorted_by_the_energy_of_a_term(pixels: PixelWorld, images: Tensor):
-    best, _, ordered, text, scores = ranked(pixels, images, pixels.term(), count=2)
+    best, _, ordered, text, scores, mask = ranked(pixels, images, pixels.term(), count=2)
     order = energies(pixels, images, pixels.guider).argsort()
     assert torch.equal(ordered, images[order]) and torch.equal(best, images[order[:2]])
     assert all(f"image {index + 1}:" in line for index, line in zip(order.tolist(), text.splitlines(), strict=True))
     assert scores == sorted(scores, reverse=True) and abs(sum(scores)) < 1e-4
     assert "met to" in text and "energy" in text
+    assert mask.shape == images.shape[:3] and torch.equal(mask.mean((1, 2)).nonzero().flatten(), order[:2].sort().values)
 
 
 def test_a_negative_weight_turns_the_order_round(pixels: PixelWorld, images: Tensor):
@@ -52,7 +53,7 @@ def test_a_negative_weight_turns_the_order_round(pixels: PixelWorld, images: Ten
 
 
 def test_weights_of_0_keep_the_order(pixels: PixelWorld, images: Tensor):
-    _, _, ordered, text, scores = ranked(pixels, images, pixels.term(weight=0.0))
+    _, _, ordered, text, scores, _ = ranked(pixels, images, pixels.term(weight=0.0))
     assert torch.equal(ordered, images) and scores == [0.0] * 6 and "weight 0" in text
 
 
@@ -94,6 +95,13 @@ def test_a_target_of_each_image_goes_with_it(pixels: PixelWorld, images: Tensor)
     guider = pixels.plain.aim(torch.arange(20) % 8)
     order = energies(pixels, many, guider).argsort(stable=True)
     assert torch.equal(ranked(pixels, many, pixels.term(guider))[2], many[order])
+
+
+def test_all_but_the_best_are_sampled_again(pixels: PixelWorld, images: Tensor):
+    mask = ranked(pixels, images, pixels.term(), count=2)[-1]
+    [latent] = pixels.comfy("SetLatentNoiseMask", samples={"samples": six(pixels)}, mask=1 - mask)
+    changed = (pixels.sample(latent_image=latent, seed=6) - latent["samples"]).abs().amax((1, 2, 3))
+    assert torch.equal(changed < 1e-3, mask.amax((1, 2)) > 0)
 
 
 # Best Seeds

@@ -114,6 +114,9 @@ continues across its border when laid beside itself, and for the colours of a pa
 
 Each works on its own side: the ControlNet changes the conditioning, Steer the model. The order does not matter.
 
+Steer leaves a trace of the seam beside a ControlNet, and so does the VAE. **Meet Exactly** takes it away from the finished \
+images.
+
 The last pictures show an image four times, two by two: look for the seams.""", (0, 0))
     model, nothing, latent, vae = _world(page)
     network = Out(page.add("ControlNetLoader", control_net_name="tinyworld_depth.safetensors"))
@@ -134,9 +137,14 @@ The last pictures show an image four times, two by two: look for the seams.""", 
     controlled = (model, Out(control), latent, vae)
     _, plain = _sample(page, "ControlNet alone", model, controlled, 11)
     page.column()
-    sampled, images = _sample(page, "Both", steered, controlled, 11, "SaveImage")
+    sampled, images = _sample(page, "Both", steered, controlled, 11)
+    page.column()
+    rule = Out(page.add("PPAPRule", "Rule: seamless tiling", rule="seamless tiling"))
+    exact = Out(page.add("PPAPFinish", image=images, guider=rule))
+    page.add("SaveImage", "Both, exactly", images=exact, filename_prefix="ppap")
     page.group("5  Each laid beside itself")
-    for title, picture in (("ControlNet alone, two by two", plain), ("Both, two by two", images)):
+    for title, picture in (("ControlNet alone, two by two", plain), ("Both, two by two", images),
+                           ("Exactly, two by two", exact)):
         page.column()
         beside = Out(page.add("ImageStitch", "Beside itself", image1=picture, image2=picture, direction="right"))
         tiled = Out(page.add("ImageStitch", "Below itself", image1=beside, image2=beside, direction="down"))

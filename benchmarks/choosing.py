@@ -1,5 +1,5 @@
 """Choosing against guiding at equal passes of the model: best of several, best seeds, particles, guidance, and both."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ppap_core import Denoiser, Guider, NoiseInterval, Prediction, Term, guided, sample_euler
+from ppap_core import Denoiser, GuidanceSettings, Guider, NoiseInterval, Prediction, Term, guided, sample_euler
 from ppap_core.guidance.choice import Choice
 from ppap_core.guidance.particles import Resampling, best_rows, first_noise, sample_particles
 from ppap_core.guidance.prior import repeat_term
 from ppap_core.noise import EVERYWHERE
 from ppap_core.schedules import FALLING, Ramp, Schedule
-from ppap_core.tinyworld.loaders import SIGMA_MAX, SIGMA_MIN
 
 from .evaluation import Evaluator
+from .few_steps import FewStepWorld, load_few_step_world
 from .report import Column, Report, cached_json, markdown
 from .report import Row as Result
 from .tiny_world import NOISE, TinyWorld, load_world
@@ -34,6 +34,8 @@ class Way:
     ahead: int = 4
     particles: Resampling = Resampling()
     scorer: str = ""         # without a gradient: "answer", right or wrong alone, "rounded" to whole nats; "": as it is
+    world: str = "pixels"    # or "latents"
+    decoded: bool = False    # whether latents are judged through their decoder, not by their linear colours
 
     @property
     def passes(self) -> int:
@@ -53,7 +55,7 @@ class ChoosingBench:
 
 
 BEST, PARTICLES = Resampling(4, 0.0), Resampling(4)
-WAYS = (
+IN_BOTH = (
     Way("unguided"),
     Way("best of 4", particles=BEST),
     Way("best seed of 12", looked=12),
@@ -63,11 +65,19 @@ WAYS = (
     Way("guidance, particles", particles=PARTICLES, guidance="prediction"),
     Way("in whole nats, particles", particles=PARTICLES, scorer="rounded"),
     Way("guidance through the model", guidance="through"),
+)
+WAYS = (
+    *IN_BOTH,
     Way("guidance in 64 steps", steps=64, guidance="prediction"),
     Way("particles, all from the best", particles=Resampling(4, 1.0)),
     Way("right or wrong, particles", particles=PARTICLES, scorer="answer"),
     Way("guidance through the model, best of 2", particles=Resampling(2, 0.0), guidance="through"),
+    *(replace(way, name=f"in latents: {way.name}", world="latents") for way in IN_BOTH),
+    Way("in latents: particles, decoded", particles=PARTICLES, world="latents", decoded=True),
+    Way("in latents: guidance, best of 4, decoded", particles=BEST, guidance="prediction", world="latents", decoded=True),
 )
+WORLDS: dict[str, Callable[[], TinyWorld | FewStepWorld]] = {"pixels": load_world,
+                                                             "latents": partial(load_few_step_world, "flow")}
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Coarse:
 class Run:
     """One way in a world."""
 
-    world: TinyWorld
+    world: TinyWorld | FewStepWorld
     bench: ChoosingBench
     way: Way
 
@@ -97,14 +107,25 @@ class Run:
         through = self.way.guidance == "through"
         guider = self.world.aimed(self.world.guider, wanted)
         guider = replace(guider, net=Coarse(guider, self.way.scorer)) if self.way.scorer else guider
-        falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(SIGMA_MIN, SIGMA_MAX), *FALLING))  # as a new term has it
+        sigmas = self.world.start([0], self.way.steps)[1]
+        falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(float(sigmas[-2]), float(sigmas[0])), *FALLING))  # as new terms
         weight = self.bench.through if through else self.bench.prediction
         return [Term(guider, weight, falling, normalized=True, backprop_through_model=through)]
 
     def denoiser(self, terms: Sequence[Term], count: int) -> Denoiser:
         """The model for so many particles of each image."""
         guiding = [repeat_term(term, count) for term in terms] if self.way.guidance else []
-        return guided(self.world.denoise, guiding)
+        return guided(self.world.denoise, guiding, GuidanceSettings(sigma_data=self.world.sigma_data))
+
+    def choice(self, terms: Sequence[Term], count: int) -> Choice:
+        """What chooses among so many particles of each image."""
+        if self.way.decoded:
+            terms = [replace(term, guider=replace(term.guider, decode=self._decode)) for term in terms]
+        return Choice(terms, count)
+
+    def _decode(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        assert isinstance(self.world, FewStepWorld)
+        return self.world.decode(latents)
 
     def sample(self, numbers: Sequence[int], wanted: Wanted) -> Tensor:
         """An image for each number."""
@@ -113,7 +134,8 @@ class Run:
         noise = start / sigmas[0]
         if self.way.looked:
             noise = self._best_noise(noise, seeds, terms)
-        return sample_particles(self.denoiser(terms, count), Choice(terms, count), noise, sigmas, self.way.particles, seeds)
+        return sample_particles(self.denoiser(terms, count), self.choice(terms, count), noise, sigmas, self.way.particles,
+                                seeds, self.world.sigma_data)
 
     def _best_noise(self, noise: Tensor, seeds: Sequence[int], terms: Sequence[Term]) -> Tensor:
         """Of several noises for each image the one that leads to the best one in few steps."""
@@ -121,7 +143,7 @@ class Run:
         sigmas = self.world.start(seeds[:1], self.way.ahead)[1]
         images = sample_euler(self.denoiser(terms, self.way.looked), every * sigmas[0], sigmas)
         clean = images.new_zeros(len(images))
-        return every[best_rows(Choice(terms, self.way.looked)(Prediction(images, clean, images)))]
+        return every[best_rows(self.choice(terms, self.way.looked)(Prediction(images, clean, images)))]
 
     def result(self, evaluator: Evaluator) -> Result:
         """Measurements, by judges that never guide and never choose."""
@@ -136,12 +158,16 @@ def choosing_bench(bench: ChoosingBench, folder: Path, report: Report, only: Seq
     """
     if unknown := {*only} - {way.name for way in WAYS}:
         raise ValueError(f"there is no way '{min(unknown)}': expected some of {'; '.join(way.name for way in WAYS)}")
-    world, rows = load_world(), []
-    evaluator = world.evaluator(bench.scenes)
-    for way in WAYS:
-        if not only or way.name in only:
-            name = config_hash({"bench": str(bench), "way": str(replace(way, name=""))})
-            rows.append(cached_json(folder / f"{name}.json", partial(Run(world, bench, way).result, evaluator)))
+    rows = []
+    for name, load in WORLDS.items():
+        ways = [way for way in WAYS if way.world == name and (not only or way.name in only)]
+        if not ways:
+            continue
+        world = load()
+        evaluator = world.evaluator(bench.scenes)
+        for way in ways:
+            file = config_hash({"bench": str(bench), "way": str(replace(way, name=""))})
+            rows.append(cached_json(folder / f"{file}.json", partial(Run(world, bench, way).result, evaluator)))
             report(f"{rows[-1]}")
     return rows
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from benchmarks.choosing import WAYS, ChoosingBench, Run, Way, choosing_bench
+from benchmarks.few_steps import load_few_step_world
 from benchmarks.tiny_world import TinyWorld, load_world
+from ppap_core import Prediction
 from ppap_core.guidance.particles import Resampling
 
 
@@ -20,7 +22,8 @@ def sampled(world: TinyWorld, way: Way) -> torch.Tensor:
 
 def test_ways_are_compared_at_equal_passes():
     passes = {way.name: way.passes for way in WAYS}
-    assert {passes[name] for name in passes if name not in ("unguided", "guidance", "guidance through the model")} == {64}
+    once = ("unguided", "guidance", "guidance through the model")
+    assert {passes[name] for name in passes if name.removeprefix("in latents: ") not in once} == {64}
     assert len(passes) == len(WAYS)
 
 
@@ -31,6 +34,20 @@ def test_a_way_makes_other_images_than_plain_sampling(world: TinyWorld, way: dic
     images = sampled(world, way)
     assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
     assert way.scorer or not torch.equal(images, sampled(world, Way("plain", steps=3)))
+
+
+def test_latents_are_chosen_by_colours_or_through_the_decoder():
+    ways = [way for way in WAYS if way.decoded]
+    for way in (replace(way, steps=2, particles=Resampling(2, 0.0)) for way in ways):
+        run = Run(load_few_step_world("flow"), ChoosingBench(), way)
+        colours = replace(run, way=replace(way, decoded=False))
+        wanted = run.world.wanted([3])
+        state = run.world.start([1, 2], 2)[0] / 1000
+        standing, by_colours = (each.choice(each.terms(wanted), 2)(Prediction(state, torch.zeros(2), state))
+                                for each in (run, colours))
+        assert standing.shape == (1, 2) and standing.isfinite().all() and by_colours.isfinite().all()
+        assert run.sample([3], wanted).shape == (1, 16, 16, 16)
+    assert ways
 
 
 def test_a_row_that_is_not_there_is_refused(tmp_path):

@@ -53,7 +53,7 @@ def state_folder(guider: Guider, bank: ExpertBank, folder_of: FolderOf) -> Path:
     for other, names in (*_noted(folder.parent, note), *_former(guider, bank, folder_of)):
         log.info("the distillation of %s goes on from %s, which names the layers differently", guider.name, other.name)
         for file in sorted(other.glob("expert_*.state.safetensors")):
-            with suppress(ValueError, KeyError):  # an expert whose state cannot be read begins anew
+            with suppress(ValueError, LookupError, TypeError, AttributeError):  # an expert of a spoilt state begins anew
                 _copy_state(file, folder / file.name, bank, names)
         break
     write_json(folder / NOTE, note)
@@ -89,6 +89,8 @@ def _former(guider: Guider, bank: ExpertBank, folder_of: FolderOf) -> Iterator[t
 def _copy_state(file: Path, copy: Path, bank: ExpertBank, names: Names) -> None:
     """Write a state of the same training anew, with the names and the order of this release."""
     tensors, run_id = load_tensors(file)
+    if run_id["index"] not in range(len(bank.schedule)):
+        raise ValueError(f"{file.name} is the state of no expert")
     layers = match_layers(run_id["lora"]["targets"], names)
     trained = rename_adapters(without_prefix("trained", tensors), layers)
     order = list(bank.weights(run_id["index"]))

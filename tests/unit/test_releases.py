@@ -286,6 +286,19 @@ def test_another_distillation_does_not_go_on(tmp_path, change: str):
     assert distillation.steps == list(range(16))
 
 
+@pytest.mark.parametrize("described", [{"lora": None}, {"lora": [1]}, {"lora": {"targets": None}},
+                                       {"lora": {"targets": [1]}}, {"index": 99}, {"index": None}, {"index": "1"}], ids=str)
+def test_a_state_of_a_strange_description_begins_anew(tmp_path, described: dict):
+    distillation = Distillation(tmp_path)
+    with pytest.raises(Stopped):
+        distillation.run(before(), stop=11)
+    for file in tmp_path.glob("states/*/*.state.safetensors"):
+        tensors, header = load_tensors(file)
+        save_tensors(file, tensors, header | described)
+    distillation.run(After(before()).eval())
+    assert distillation.steps == list(range(16))
+
+
 def test_a_distillation_of_former_names_goes_on(tmp_path):
     """Version 0.1.0 left no note: the library knows what it called the layers before."""
     distillation = Distillation(tmp_path)

@@ -43,11 +43,12 @@ def _world(page: Page, count: int = 4, classes: str = "") -> tuple[Out, Out, Out
 
 
 def _sample(page: Page, title: str, model: Out, world: tuple, seed: int, shown: str = "PreviewImage",
-            steps: int = 20, sampler: str = "euler") -> tuple[Out, Out]:
+            steps: int = 20, sampler: str = "euler", denoise: float = 1.0) -> tuple[Out, Out]:
     """Nodes that sample, decode and show; the latents and the images."""
     _, nothing, latent, vae = world
     sampled = page.add("KSampler", f"KSampler: {title.lower()}", model=model, positive=nothing, negative=nothing,
-                       latent_image=latent, seed=seed, steps=steps, cfg=1.0, sampler_name=sampler, scheduler="simple")
+                       latent_image=latent, seed=seed, steps=steps, cfg=1.0, sampler_name=sampler, scheduler="simple",
+                       denoise=denoise)
     images = page.add("VAEDecode", samples=Out(sampled), vae=vae)
     page.add(shown, title, images=Out(images), **({"filename_prefix": "ppap"} if shown == "SaveImage" else {}))
     return Out(sampled), Out(images)
@@ -412,29 +413,28 @@ training.""", (0, 0))
 
 def variety(page: Page) -> None:
     page.note("Read me", """## Seeds that do not look alike
-High cfg, LoRAs and turbo models cost variety, up to nearly the same picture for every seed. **Variety** keeps the images \
-of a batch unlike each other: each moves away from the others while its layout is still being decided.
+Image to image, high cfg, LoRAs and turbo models cost variety, up to nearly the same picture for every seed. Here all images \
+begin with one picture. **Variety** keeps the images of a batch unlike each other: each moves away from the others while its \
+layout is still being decided.
 
 In what they should differ is up to the guider that you connect to Variety: without one, in layout; the rule *colours* \
 spreads palettes, a classifier subjects. Connect the pictures of earlier runs as *unlike*, and new ones keep away from them \
 too.
 
 **Steer** has the same as *unlike each other*.""", (0, 0))
-    model, nothing, latent, vae = _world(page, 8)
-    model = Out(page.add("LoraLoaderModelOnly", "The turbo LoRA", model=model, lora_name="tinyworld_turbo.safetensors",
-                         strength_model=1.0))
-    world = (model, nothing, latent, vae)
-    page.group("2  One palette makes them alike")
-    alike = Out(page.add("PPAPSteer", model=model, towards="colours of a palette", strength="medium",
-                         **{"towards.palette": "#1d3557:5, #ffd166"}))
+    model, nothing, one, vae = _world(page, 1)
+    page.group("2  The picture that all begin with")
+    picture, _ = _sample(page, "The picture", model, (model, nothing, one, vae), 21)
+    begin = Out(page.add("RepeatLatentBatch", samples=picture, amount=8))
     page.group("3  Unlike each other")
     apart = Out(page.add("PPAPVariety"))
-    terms = Out(page.add("PPAPGuidanceTerm", guider=apart, weight=0.3))
-    varied = Out(page.add("PPAPApplyGuidance", model=alike, terms=terms))
+    terms = Out(page.add("PPAPGuidanceTerm", guider=apart, weight=0.5))
+    varied = Out(page.add("PPAPApplyGuidance", model=model, terms=terms))
     page.group("4  The same seeds without and with it")
-    _sample(page, "In one palette", alike, world, 8, steps=4)
+    world = (model, nothing, begin, vae)
+    _sample(page, "Much the same", model, world, 5, denoise=0.65)
     page.column()
-    sampled, _ = _sample(page, "Unlike each other", varied, world, 8, "SaveImage", steps=4)
+    sampled, _ = _sample(page, "Unlike each other", varied, world, 5, "SaveImage", denoise=0.65)
     _report(page, 5, varied, sampled)
 
 

@@ -17,7 +17,7 @@ SIDE, LARGEST, COLUMNS = 128, 256, 8  # pixels of a picture on the sheet; larger
 
 BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "baked": ("Without", "Baked, without Steer"),
-                    "best": ("The first four seeds", "The best four seeds"),
+                    "best": ("The first four seeds", "Guided, with particles"),
                     "colourise": ("The grey picture", "In colour, exactly"),
                     "depth": ("Without guidance", "Same depth as the reference"),
                     "enlarge": ("The small picture", "Enlarged, exactly"),
@@ -40,7 +40,7 @@ BEFORE_AND_AFTER = {"autoguidance": ("Without", "With autoguidance"),
                     "strengths": ("Off", "Strong"),
                     "trained_guider": ("Without", "Steered towards close-ups"),
                     "turbo": ("Without guidance", "Steered towards stars"),
-                    "variety": ("In one palette", "Unlike each other"),
+                    "variety": ("Much the same", "Unlike each other"),
                     "with_controlnet": ("ControlNet alone", "Both")}
 
 

@@ -57,16 +57,20 @@ def drawn(graph: dict) -> dict[str, int]:
     for key, each in graph.items():
         if each["class_type"] in ("SaveImage", "PreviewImage"):
             decoded = graph[each["inputs"]["images"][0]]
-            if decoded["class_type"] == "ImageScaleBy":
+            while decoded["class_type"] in ("ImageScaleBy", "PPAPFinish"):
                 decoded = graph[decoded["inputs"]["image"][0]]
             if decoded["class_type"] == "VAEDecode":
-                source = graph[decoded["inputs"]["samples"][0]]
-                while "latent_image" in source["inputs"]:  # of one sampler, or of one after another
-                    if source["class_type"] == "PPAPBestSeeds":
-                        break
-                    source = graph[source["inputs"]["latent_image"][0]]
-                found[key] = source["inputs"].get("count") or source["inputs"]["batch_size"]
+                found[key] = count_of(graph, graph[decoded["inputs"]["samples"][0]])
     return found
+
+
+def count_of(graph: dict, latent: dict) -> int:
+    """How many images come out of a node, behind a sampler or several, one after another."""
+    inputs = latent["inputs"]
+    if latent["class_type"] == "RepeatLatentBatch":
+        return inputs["amount"] * count_of(graph, graph[inputs["samples"][0]])
+    return (inputs.get("count") or inputs.get("batch_size")
+            or count_of(graph, graph[inputs["latent_image"][0]]))
 
 
 def test_each_workflow_has_a_thumbnail_and_a_line_in_the_readme():

@@ -413,9 +413,9 @@ training.""", (0, 0))
 
 def variety(page: Page) -> None:
     page.note("Read me", """## Seeds that do not look alike
-Image to image, high cfg, LoRAs and turbo models cost variety, up to nearly the same picture for every seed. Here all images \
-begin with one picture. **Variety** keeps the images of a batch unlike each other: each moves away from the others while its \
-layout is still being decided.
+Image to image, high cfg, LoRAs and turbo models cost variety, up to nearly the same picture for every seed. Here all \
+images begin with one picture. **Variety** keeps the images of a batch unlike each other: each moves away from the others \
+while its layout is still being decided.
 
 In what they should differ is up to the guider that you connect to Variety: without one, in layout; the rule *colours* \
 spreads palettes, a classifier subjects. Connect the pictures of earlier runs as *unlike*, and new ones keep away from them \

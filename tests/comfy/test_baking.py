@@ -53,6 +53,16 @@ def test_baking_at_a_rate_of_0_changes_nothing(pixels: PixelWorld):
     assert torch.equal(pixels.sample(model), pixels.sample())
 
 
+def test_a_preset_stands_for_numbers(pixels: PixelWorld, monkeypatch: pytest.MonkeyPatch):
+    presets = pixels.comfy.pack.ppap_core.experts.presets.BAKING_PRESETS
+    monkeypatch.setitem(presets, "quick look", {"steps": 3, "rank": 4})
+    samples = guided_samples(pixels)
+    made, by_numbers, as_set = (pixels.sample(bake(pixels, "preset", samples, **changes))
+                                for changes in ({"preset": "quick look"}, {"steps": 3, "rank": 4}, {"preset": "as set"}))
+    assert torch.equal(made, by_numbers) and torch.equal(as_set, pixels.sample(bake(pixels, "preset", samples)))
+    assert not torch.equal(made, as_set)
+
+
 def test_a_baking_that_was_cancelled_goes_on(pixels: PixelWorld, monkeypatch: pytest.MonkeyPatch):
     import comfy.model_management as management
 

@@ -14,7 +14,7 @@ from ppap_core.experts.distill import Distillation, Watch, distill
 from ppap_core.experts.estimate import Estimate, estimate_distillation
 from ppap_core.experts.examine import KnowledgeTest
 from ppap_core.experts.lesson import DistillConfig, distill_expert, sample_batch
-from ppap_core.experts.presets import AS_SET, PRESETS, with_preset
+from ppap_core.experts.presets import AS_SET, BAKING_PRESETS, PRESETS, with_preset
 from ppap_core.experts.samples import SHARD_SIZE, SampleStore
 from ppap_core.experts.teacher import FOLDER, TeacherAnswers
 from ppap_core.experts.variants import VARIANTS, vary
@@ -22,6 +22,7 @@ from ppap_core.guiders.guider import clean
 from ppap_core.guiders.tasks import TASKS
 from ppap_core.io.hashing import digest
 from ppap_core.schedules import ExpertSchedule
+from ppap_core.training.finetune import FineTune
 from ppap_core.training.loop import AdamW, RunOptions, optimize
 from ppap_core.training.plateau import Plateau, PlateauRule
 
@@ -75,6 +76,16 @@ def test_presets_grow_and_unknown_ones_are_refused():
     assert steps == sorted(set(steps))
     with says(ValueError, "no preset 'best'", "quick look"):
         with_preset(CONFIG, "best")
+
+
+def test_presets_of_baking_grow_and_keep_the_rest():
+    own = FineTune(7, 3, 5, 0.1, 9)
+    assert with_preset(own, AS_SET, BAKING_PRESETS) == own
+    made = [with_preset(own, name, BAKING_PRESETS) for name in BAKING_PRESETS]
+    assert [(each.steps, each.rank) for each in made] == [(7, 3), (150, 16), (600, 16), (1500, 64)]
+    assert {(each.batch, each.lr, each.seed) for each in made} == {(5, 0.1, 9)}
+    with says(ValueError, "no preset 'as set, fast'", "thorough"):
+        with_preset(own, "as set, fast", BAKING_PRESETS)
 
 
 # An end where nothing rises

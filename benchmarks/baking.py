@@ -2,7 +2,7 @@
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ppap_core import (
     Guider,
-    NoiseInterval,
     SampleStore,
     Term,
     Trajectories,
@@ -23,8 +22,7 @@ from ppap_core import (
 )
 from ppap_core.experts.bake import Learned, Student, bake, guided_error, held_out_of
 from ppap_core.guiders.guider import clean
-from ppap_core.noise import EVERYWHERE
-from ppap_core.schedules import FALLING, Ramp, Schedule
+from ppap_core.schedules import falling
 from ppap_core.tinyworld.latents import SPACE
 from ppap_core.tinyworld.scenes import CLASSES, draw
 from ppap_core.training.finetune import FineTune
@@ -47,7 +45,8 @@ AIMS = ("star", "palette", "symmetry")
 TOGETHER = ("star", "palette")  # aims whose LoRAs are added to one model
 BOTH = "pixels: both"
 TIMED = 16  # images whose sampling is timed
-WHOLE, SHORT, SMALL = FineTune(600, 16, 16), FineTune(150, 16, 16), FineTune(600, 2, 16)
+WHOLE, SHORT, SMALL, LARGE = FineTune(600, 16, 16), FineTune(150, 16, 16), FineTune(600, 2, 16), FineTune(1500, 64, 16)
+FURTHER = {"pixels: star": (SHORT, SMALL), "pixels: symmetry": (LARGE,), "latents: symmetry": (LARGE,)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class BakingBench:
     samples: int = 512   # images of the guided model to learn from
     steps: int = 16      # of the sampler
     batch: int = 64      # images that are sampled at once
-    trainings: tuple[FineTune, ...] = (WHOLE, SHORT, SMALL)  # the later ones for stars of pixels only
+    training: FineTune = WHOLE
+    further: dict[str, tuple[FineTune, ...]] = field(default_factory=lambda: FURTHER)  # of some cases, at full strength
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class Case:
     def term(self) -> Term:
         """What guides."""
         levels = self.world.start([NOISE], self.bench.steps)[1]
-        falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(float(levels[-2]), float(levels[0])), *FALLING))
+        schedule = falling(levels.tolist())
         if self.aim == "star":
-            return Term(self.world.guider.aim(torch.tensor([STAR])), 0.3, falling, normalized=True,
+            return Term(self.world.guider.aim(torch.tensor([STAR])), 0.3, schedule, normalized=True,
                         backprop_through_model=True)
         decode = SPACE.colors if self.name == "latents" else None
-        return Term(replace(self.rule, decode=decode), 0.5, falling, normalized=True)
+        return Term(replace(self.rule, decode=decode), 0.5, schedule, normalized=True)
 
     @property
     def evaluator(self) -> Evaluator:
@@ -173,10 +173,9 @@ def rows_of(case: Case, report: Report) -> dict[str, list[Result]]:
     rows = [{"way": "unguided", "ratio": 1.0, **case.measure(case.samples(), evaluator)},
             {"way": "guided", "ratio": case.time_ratio(case, [case.term]),
              **case.measure(case.samples([case.term]), evaluator)}]
-    trainings = case.bench.trainings if (case.name, case.aim) == ("pixels", "star") else case.bench.trainings[:1]
-    for config in trainings:
+    for config in (case.bench.training, *case.bench.further.get(f"{case.name}: {case.aim}", ())):
         updates, learned = train(case, config, report)
-        for strength in (1.0, 0.5) if config == trainings[0] else (1.0,):
+        for strength in (1.0, 0.5) if config == case.bench.training else (1.0,):
             baked = merged(case, updates, strength)
             way = f"baked, {config.steps} steps, rank {config.rank}, strength {strength:g}"
             rows.append({"way": way, "ratio": baked.time_ratio(case), **case.measure(baked.samples(), evaluator), **learned})
@@ -187,7 +186,7 @@ def rows_of(case: Case, report: Report) -> dict[str, list[Result]]:
 def rows_of_both(bench: BakingBench, folder: Path, report: Report) -> dict[str, list[Result]]:
     """Stars and a palette by two baked LoRAs beside each other: a row for each aim."""
     cases = [Case(bench, load_world(), "pixels", aim, folder / f"pixels_{aim}") for aim in TOGETHER]
-    together = reduce(lambda case, other: merged(case, train(other, bench.trainings[0], report)[0], 1.0), cases, cases[0])
+    together = reduce(lambda case, other: merged(case, train(other, bench.training, report)[0], 1.0), cases, cases[0])
     rows = []
     for case in cases:
         both = replace(case, world=together.world)

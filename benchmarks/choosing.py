@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ppap_core import Denoiser, GuidanceSettings, Guider, NoiseInterval, Prediction, Term, guided, sample_euler
+from ppap_core import Denoiser, GuidanceSettings, Guider, Prediction, Term, guided, sample_euler
 from ppap_core.guidance.choice import Choice
 from ppap_core.guidance.particles import Resampling, best_rows, first_noise, sample_particles
 from ppap_core.guidance.prior import repeat_term
-from ppap_core.noise import EVERYWHERE
-from ppap_core.schedules import FALLING, Ramp, Schedule
+from ppap_core.schedules import falling
 
 from .evaluation import Evaluator
 from .few_steps import FewStepWorld, load_few_step_world
@@ -108,9 +107,8 @@ class Run:
         guider = self.world.aimed(self.world.guider, wanted)
         guider = replace(guider, net=Coarse(guider, self.way.scorer)) if self.way.scorer else guider
         sigmas = self.world.start([0], self.way.steps)[1]
-        falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(float(sigmas[-2]), float(sigmas[0])), *FALLING))  # as new terms
         weight = self.bench.through if through else self.bench.prediction
-        return [Term(guider, weight, falling, normalized=True, backprop_through_model=through)]
+        return [Term(guider, weight, falling(sigmas.tolist()), normalized=True, backprop_through_model=through)]
 
     def denoiser(self, terms: Sequence[Term], count: int) -> Denoiser:
         """The model for so many particles of each image."""

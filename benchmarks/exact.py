@@ -17,9 +17,6 @@ from ppap_core import (
     Denoiser,
     GuidanceSettings,
     Guider,
-    NoiseInterval,
-    Ramp,
-    Schedule,
     Term,
     guided,
     image_target,
@@ -28,9 +25,8 @@ from ppap_core import (
 )
 from ppap_core.guiders.exact import meet, off_by
 from ppap_core.guiders.guider import Decode
-from ppap_core.noise import EVERYWHERE
 from ppap_core.rng import seeded_noise
-from ppap_core.schedules import FALLING
+from ppap_core.schedules import falling
 from ppap_core.tinyworld.latents import SPACE
 from ppap_core.tinyworld.scenes import draw
 from ppap_core.viz.colors import palette
@@ -105,8 +101,7 @@ def shifted_passes(denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor) -> 
 
 def term(name: str, bench: ExactBench, sigmas: Tensor, decode: Decode | None) -> Term:
     """The term of a rule as nodes have it by default."""
-    falls = Ramp(NoiseInterval(float(sigmas[-2]), float(sigmas[0])), *FALLING)
-    return Term(replace(aimed(name), decode=decode), bench.weight, Schedule(EVERYWHERE, falls), normalized=True)
+    return Term(replace(aimed(name), decode=decode), bench.weight, falling(sigmas.tolist()), normalized=True)
 
 
 def pixel_images(bench: ExactBench, name: str, way: Way, numbers: Sequence[int]) -> Tensor:

@@ -8,8 +8,6 @@ from torch import Tensor
 from ppap_core import (
     Denoiser,
     Guider,
-    NoiseInterval,
-    Ramp,
     Schedule,
     Term,
     TrainingFree,
@@ -20,8 +18,8 @@ from ppap_core import (
 from ppap_core.guidance.restoration import DiffPIR, ImplicitPrior, sample_diffpir, sample_implicit_prior
 from ppap_core.guidance.shift import posterior_std
 from ppap_core.guiders.operators import Measurement, likelihood_guider, squared_error_guider
-from ppap_core.noise import EVERYWHERE, PIXEL_SIGMA_DATA
-from ppap_core.schedules import ALWAYS, FALLING
+from ppap_core.noise import PIXEL_SIGMA_DATA
+from ppap_core.schedules import ALWAYS, falling
 
 
 class Case(NamedTuple):
@@ -54,8 +52,7 @@ def with_term(make: Callable[[Measurement], Guider], through: bool, case: Case, 
 
 def with_new_term(through: bool, case: Case, setting: Setting) -> Tensor:
     """Faces guided by one term as nodes have it by default: balanced, from twice its weight to nothing."""
-    falls = Ramp(NoiseInterval(float(case.sigmas[-2]), float(case.sigmas[0])), *FALLING)
-    term = Term(likelihood_guider(case.measurement), setting["weight"], Schedule(EVERYWHERE, falls), normalized=True,
+    term = Term(likelihood_guider(case.measurement), setting["weight"], falling(case.sigmas.tolist()), normalized=True,
                 backprop_through_model=through)
     return sample_renewing(guided(case.denoise, [term]), case.x, case.sigmas, setting["share"], case.seeds)
 

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppap_core import Guider, NoiseInterval, Term, TrainedGuider, class_target, load_guider, train_guider
+from ppap_core import Guider, Term, TrainedGuider, class_target, load_guider, train_guider
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.train import best_fit, embed
-from ppap_core.noise import EVERYWHERE
-from ppap_core.schedules import FALLING, Ramp, Schedule
+from ppap_core.schedules import falling
 from ppap_core.tinyworld import loaders as tinyworld
 from ppap_core.tinyworld.scenes import Scenes, draw
 
@@ -168,8 +167,8 @@ class SizeBench:
         """Measurements of images that are led to a size by a head."""
         trained = self.head(way.task, way.count)
         aimed = trained.guider.aim(class_target(trained.guider, wanted))
-        falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(tinyworld.SIGMA_MIN, tinyworld.SIGMA_MAX), *FALLING))
-        images = self.sampled([Term(aimed, way.weight, falling, normalized=True, backprop_through_model=way.through)])
+        schedule = falling(self.world.start([NOISE], self.bench.steps)[1].tolist())
+        images = self.sampled([Term(aimed, way.weight, schedule, normalized=True, backprop_through_model=way.through)])
         return {"kind": "guided", "wanted": wanted, **asdict(way),
                 "others": self.accuracy(trained.guider), "left_out": trained.accuracy, **self.judged(images, wanted)}
 

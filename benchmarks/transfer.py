@@ -13,15 +13,13 @@ from ppap_core import (
     ExpertSchedule,
     Guider,
     LoraSpec,
-    NoiseInterval,
     SampleStore,
-    Schedule,
     Term,
     base_network,
     distill,
     with_experts,
 )
-from ppap_core.schedules import FALLING, Ramp
+from ppap_core.schedules import falling
 from ppap_core.tinyworld.scenes import draw
 from ppap_core.viz.plots import Axes, line_plot
 
@@ -119,8 +117,7 @@ class TransferRun:
         if cell.guide == NOTHING:
             return []
         sigmas, through = self.family.models[cell.model].sigmas, cell.way == "through the model"
-        ramp = Ramp(NoiseInterval(float(sigmas[-2]), float(sigmas[0])), *FALLING)
-        return [Term(self.guide(cell.guide).aim(labels), WAYS[cell.way], Schedule(ramp=ramp), normalized=True,
+        return [Term(self.guide(cell.guide).aim(labels), WAYS[cell.way], falling(sigmas.tolist()), normalized=True,
                      backprop_through_model=through)]
 
     def store(self, model: str) -> SampleStore:

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppap_core import GuidanceSettings, Guider, NoiseInterval, Term, guided, rule_guider, sample_euler
+from ppap_core import GuidanceSettings, Guider, Term, guided, rule_guider, sample_euler
 from ppap_core.guiders.guider import clean
 from ppap_core.guiders.variety import unlike
-from ppap_core.noise import EVERYWHERE
 from ppap_core.rng import seeded_noise
-from ppap_core.schedules import FALLING, Ramp, Schedule
+from ppap_core.schedules import falling
 from ppap_core.tinyworld.latents import SPACE
 from ppap_core.tinyworld.loaders import condition
 from ppap_core.tinyworld.scenes import CLASSES
@@ -103,9 +102,8 @@ class Run:
     def term(self) -> Term:
         """A term of Variety as new nodes have it, which compares layouts."""
         sigmas = self.world.start([0], self.case.steps)[1]
-        falling = Schedule(EVERYWHERE, Ramp(NoiseInterval(float(sigmas[-2]), float(sigmas[0])), *FALLING))
         layout = replace(rule_guider("layout"), decode=SPACE.colors if isinstance(self.world, FewStepWorld) else None)
-        return Term(unlike(layout), self.weight, falling, normalized=True)
+        return Term(unlike(layout), self.weight, falling(sigmas.tolist()), normalized=True)
 
     def sample(self, numbers: Sequence[int]) -> Tensor:
         """Images, or latents, of these numbers."""

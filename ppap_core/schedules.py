@@ -122,4 +122,9 @@ class Schedule:
         return self.ramp(sigma) if sigma in self.window else 0.0
 
 
+def falling(sigmas: Sequence[float]) -> Schedule:
+    """The schedule of new terms: `FALLING` along the steps of a sampler. sigmas: its noise levels, descending to 0."""
+    return Schedule(ramp=Ramp(NoiseInterval(sigmas[-2], sigmas[0]), *FALLING))
+
+
 ALWAYS = Schedule()

@@ -21,7 +21,8 @@ from ppap_core import (
 from ppap_core.experts.examine import measure_knowledge
 from ppap_core.experts.knowledge import describe_knowledge, remember
 from ppap_core.experts.lesson import distill_loss
-from ppap_core.experts.samples import BatchSpec, Pairs, held_out_count, trajectory_pairs
+from ppap_core.experts.pairs import Pairs, trajectory_pairs
+from ppap_core.experts.samples import BatchSpec, held_out_count
 from ppap_core.noise import expand
 from ppap_core.rng import seeded
 from ppap_core.training.loop import RunOptions

@@ -4,7 +4,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppap_core.experts.samples import BatchSpec, Pairs, SampleStore
+from ppap_core.experts.pairs import Pairs
+from ppap_core.experts.samples import BatchSpec, SampleStore
 from ppap_core.noise import expand
 from ppap_core.rng import seeded
 from ppap_core.schedules import ExpertSchedule

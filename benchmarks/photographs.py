@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppap_core import TASKS, ExpertBank, ExpertSchedule, Guider, LoraSpec, base_network, load_guider, to_vp
-from ppap_core.experts.samples import Pairs
+from ppap_core.experts.pairs import Pairs
 from ppap_core.guiders.guider import clean
 from ppap_core.noise import NoiseInterval, expand
 from ppap_core.rng import seeded

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ppap_core import ExpertBank, ExpertSchedule, Guider, SampleStore, to_vp
-from ppap_core.experts.samples import BatchSpec, Pairs
+from ppap_core.experts.pairs import Pairs
+from ppap_core.experts.samples import BatchSpec
 from ppap_core.io.files import with_prefix, without_prefix
 from ppap_core.noise import expand
 from ppap_core.rng import seeded

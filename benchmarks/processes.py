@@ -15,8 +15,9 @@ from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.distill import distill
 from ppap_core.experts.lesson import DistillConfig
 from ppap_core.experts.processes import Crew, launched_crew
-from ppap_core.experts.samples import SampleStore, Trajectories
+from ppap_core.experts.samples import SampleStore
 from ppap_core.experts.source import schedule_for
+from ppap_core.experts.trajectories import Trajectories
 from ppap_core.tinyworld.loaders import SIZE, load_guider
 
 EXPERTS, BATCH, STEPS, IMAGES = 5, 32, 100, 256

@@ -26,7 +26,8 @@ from .experts.lesson import DistillConfig
 from .experts.readout import ReadoutNetwork, new_readout, reading, with_readout
 from .experts.readout_distill import FeatureSamples, distill_readout
 from .experts.readout_file import load_readout, save_readout
-from .experts.samples import SampleStore, Trajectories, TrajectoryRecorder
+from .experts.samples import SampleStore
+from .experts.trajectories import Trajectories, TrajectoryRecorder
 from .guidance.autoguidance import Autoguidance, autoguided
 from .guidance.choice import Choice, standings
 from .guidance.gradients import Prediction

@@ -22,10 +22,11 @@ from ...ppap_core.experts.lesson import DistillConfig
 from ...ppap_core.experts.origin import Origin, describe_origin, remember_origin, shared_name
 from ...ppap_core.experts.readout import ReadoutNetwork, with_readout
 from ...ppap_core.experts.readout_file import is_readout_file, load_readout, save_readout
-from ...ppap_core.experts.samples import SampleStore, Trajectories, TrajectoryRecorder, held_out_count
+from ...ppap_core.experts.samples import SampleStore, held_out_count
 from ...ppap_core.experts.source import Source, save_source
 from ...ppap_core.experts.source import schedule_for as schedule_for_store
 from ...ppap_core.experts.states import distillation_digest, state_folder
+from ...ppap_core.experts.trajectories import Trajectories, TrajectoryRecorder
 from ...ppap_core.guiders.guider import Guider
 from ...ppap_core.guiders.latents import LatentSpace, View
 from ...ppap_core.io.hashing import digest

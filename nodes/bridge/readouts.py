@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ...ppap_core.experts.knowledge import remember
 from ...ppap_core.experts.lesson import DistillConfig
+from ...ppap_core.experts.pairs import Pairs, trajectory_pairs
 from ...ppap_core.experts.readout import ReadoutNetwork, new_readout, require_readable, with_readout
 from ...ppap_core.experts.readout_distill import FeatureSamples, distill_readout
 from ...ppap_core.experts.readout_knowledge import measure_readout
-from ...ppap_core.experts.samples import BatchSpec, Pairs, trajectory_pairs
+from ...ppap_core.experts.samples import BatchSpec
 from ...ppap_core.guiders.guider import Guider, clean
 from ...ppap_core.guiders.latents import PIXELS
 from ...ppap_core.guiders.tasks import TASKS

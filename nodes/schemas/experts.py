@@ -5,7 +5,7 @@ from ...ppap_core.experts.adapters import LoraSpec
 from ...ppap_core.experts.bank import with_experts
 from ...ppap_core.experts.lesson import DistillConfig, uses_warm_start
 from ...ppap_core.experts.presets import AS_SET, PRESETS, with_preset
-from ...ppap_core.experts.samples import STEPS_PER_TRAJECTORY
+from ...ppap_core.experts.trajectories import STEPS_PER_TRAJECTORY
 from ...ppap_core.guiders.latents import VIEWS
 from ..bridge import distillation, paths, progress, prompts, tensors
 from ..bridge.distillation import Limits, SampleGenerator

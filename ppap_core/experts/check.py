@@ -9,7 +9,8 @@ from ..guiders.tasks import TASKS
 from ..schedules import ExpertSchedule
 from .bank import ExpertBank, with_experts
 from .examine import BATCH, LEARNED_FROM, plain_judge
-from .samples import BatchSpec, Pairs, SampleStore, pairs_at, steps_in, trajectory_pairs
+from .pairs import Pairs, pairs_at, steps_in, trajectory_pairs
+from .samples import BatchSpec, SampleStore
 from .teacher import answer, soften
 
 STEPS = 128  # of the held-out ones, at most: evenly chosen

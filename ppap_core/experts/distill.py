@@ -21,8 +21,9 @@ from ..training.state import steps_done
 from ..training.team import Team
 from .bank import ExpertBank
 from .lesson import DistillConfig, Lesson, OnCheck, batch_spec, variants_of
+from .pairs import draw_steps
 from .processes import SINGLE, Crew, assign
-from .samples import SampleStore, draw_steps
+from .samples import SampleStore
 from .teacher import TeacherAnswers, answer, kept_answers
 
 log = logging.getLogger(__name__)

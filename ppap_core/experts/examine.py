@@ -11,7 +11,8 @@ from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
 from .bank import ExpertBank, with_experts
 from .knowledge import Knowledge
-from .samples import Pairs, SampleStore, pairs_at, steps_in
+from .pairs import Pairs, pairs_at, steps_in
+from .samples import SampleStore
 
 BATCH = 16         # images that a network judges at once
 LEARNED_FROM = 64  # images that stand in where none are held out

@@ -16,8 +16,9 @@ from ..training.team import Team
 from .bank import ExpertBank, with_experts
 from .check import HeldOutCheck
 from .fast import fast_output
+from .pairs import Pairs, draw_steps, inputs_at, trajectory_pairs
 from .read_ahead import ReadAhead
-from .samples import BatchSpec, Pairs, SampleStore, draw_steps, inputs_at, trajectory_pairs
+from .samples import BatchSpec, SampleStore
 from .teacher import Answers, kept_answers, soften
 from .variants import VARIANTS, Variant, variants_for, vary_each
 

@@ -19,8 +19,9 @@ from ..rng import seeded
 from ..training.loop import RunOptions, optimize
 from .distill import OnDistillStep
 from .lesson import DistillConfig
+from .pairs import Pairs, pairs_at, steps_in
 from .readout import Features, ReadoutHead, ReadoutNetwork
-from .samples import Pairs, SampleStore, pairs_at, steps_in
+from .samples import SampleStore
 
 KEPT = torch.bfloat16  # type of features that wait for the training, which has the range of float32
 SMALLEST_STD = 1e-6    # of a channel that is always the same

@@ -8,9 +8,9 @@ from ..guiders.guider import Guider, clean
 from ..guiders.tasks import TASKS
 from .examine import BATCH, LEARNED_FROM, Agreements, commonest_answer, joined, summarize
 from .knowledge import Knowledge
+from .pairs import pairs_at, steps_in
 from .readout import ReadoutNetwork
 from .readout_distill import FeatureSamples, maps_at, output_like
-from .samples import pairs_at, steps_in
 
 
 def measure_readout(guider: Guider, readout: ReadoutNetwork, samples: FeatureSamples) -> tuple[Knowledge | None, ...]:

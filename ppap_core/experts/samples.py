@@ -3,9 +3,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +11,10 @@ from torch import Tensor
 from ..io.files import ensure_manifest
 from ..io.folders import claim
 from ..io.values import is_whole, shown
-from ..noise import to_vp
 from ..rng import seeded
-from ..sampling import Denoiser
-from ..schedules import ExpertSchedule
 from .shards import SHARD_SIZE, Shards
+from .trajectories import Trajectories
 
-STEPS_PER_TRAJECTORY = 6  # steps kept of each trajectory
 HELD_OUT = "unseen"       # folder inside a store
 HELD_OUT_SEEDS = 2**31    # from the first image to learn from to the first one held out: torch's noise repeats after 2**32
 HELD_OUT_SHARE = 8        # images to learn from for each one held out
@@ -29,50 +24,8 @@ WAITING_SECONDS = 0.1     # between two looks at what other processes make
 
 log = logging.getLogger(__name__)
 
-
-class Trajectories(NamedTuple):
-    """K steps on the way to each of B images."""
-
-    sigmas: Tensor    # (B, K) noise levels
-    noisy_vp: Tensor  # (B, K, C, h, w) noisy states in VP scaling: inputs of experts of the noisy view
-    denoised: Tensor  # (B, K, C, h, w) predictions: inputs of experts of the denoised view
-
-
 Generate = Callable[[list[int]], tuple[Tensor, Trajectories]]
 """seeds -> images (n, 3, H, W) in [-1, 1], one for each seed, and their trajectories"""
-
-
-class TrajectoryRecorder:
-    """Records the inputs and predictions of a model while it is sampled, with any sampler."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def record(self, x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
-        """Record one call: the VE state (B, C, h, w), its noise level (B,), and the prediction (B, C, h, w)."""
-        self.calls.append((sigma.cpu(), to_vp(x, sigma).half().cpu(), denoised.half().cpu()))
-
-    def wrap(self, denoise: Denoiser) -> Denoiser:
-        """A denoiser that returns what `denoise` does and records it."""
-        return partial(self._call, denoise)
-
-    def _call(self, denoise: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
-        denoised = denoise(x, sigma)
-        self.record(x, sigma, denoised)
-        return denoised
-
-    def trajectories(self, seeds: Sequence[int], kept: int = STEPS_PER_TRAJECTORY) -> Trajectories:
-        """Per image, one seeded step from each of `kept` equal segments of its trajectory; clears the recording.
-
-        seeds: one for each image of the batch, (B,). ValueError if nothing was recorded.
-        """
-        calls, self.calls = self.calls, []
-        if not calls:
-            raise ValueError("the model was not asked once: choose at least one step")
-        draws = torch.stack([torch.rand(kept, generator=seeded(seed, 3)) for seed in seeds])
-        steps = ((torch.arange(kept) + draws) * len(calls) / kept).long().clamp_max(len(calls) - 1)  # (B, K)
-        rows = torch.arange(len(seeds))[:, None]
-        return Trajectories(*(torch.stack(part, 1)[rows, steps] for part in zip(*calls, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -86,18 +39,6 @@ class BatchSpec:
     size: int
     seed: int = 0
     part: tuple[int, int] = (0, 1)
-
-
-class Pairs(NamedTuple):
-    """A batch for one expert: inputs for the student, and the images they led to, for the teacher."""
-
-    images: Tensor  # (B, 3, H, W) in [-1, 1]
-    inputs: Tensor  # (B, C, h, w)
-    sigma: Tensor   # (B,), all in the interval of the expert
-
-    def to(self, device: torch.device | str) -> "Pairs":
-        """Copy to a device."""
-        return Pairs(*(part.to(device) for part in self))
 
 
 class SampleStore:
@@ -218,47 +159,6 @@ def _require_complete(images: Tensor, trajectories: Trajectories) -> None:
     if not all(bool(torch.isfinite(part).all()) for part in (images, *trajectories)):
         raise ValueError("the model generated NaN or infinite values, in its images or on the way to them: expected finite "
                          "ones; try another precision or another sampler")
-
-
-def trajectory_pairs(store: SampleStore, schedule: ExpertSchedule, index: int, batch: BatchSpec, view: str) -> Pairs:
-    """Random steps in the interval of expert `index`, with the images they led to: a pure function of the arguments.
-
-    view: "noisy" or "denoised". ValueError if the store has no step in the interval.
-    """
-    return pairs_at(store, draw_steps(store, schedule, index, batch), view)
-
-
-def draw_steps(store: SampleStore, schedule: ExpertSchedule, index: int, batch: BatchSpec) -> Tensor:
-    """Random (image, step) in the interval of expert `index`, (size, 2) long, as for `trajectory_pairs`."""
-    steps = steps_in(store, schedule, index)
-    if len(steps) == 0:
-        raise ValueError(f"no step of the images lies between sigma {schedule[index].lo:.4g} and {schedule[index].hi:.4g}, "
-                         f"where expert {index} is to learn: generate samples with more steps, or use fewer experts")
-    chosen = torch.randint(len(steps), (batch.size,), generator=seeded(batch.seed, index, batch.step))
-    first, parts = batch.part
-    return steps[chosen[first::parts]]
-
-
-def steps_in(store: SampleStore, schedule: ExpertSchedule, index: int) -> Tensor:
-    """(image, step) of every kept step in the interval of expert `index`, (n, 2) long."""
-    return store.shards.cached((schedule.edges, index), _find_steps, store.sigmas, schedule, index)
-
-
-def _find_steps(sigmas: Tensor, schedule: ExpertSchedule, index: int) -> Tensor:
-    inner = torch.tensor(schedule.edges[1:-1], dtype=torch.float64)
-    return (torch.bucketize(sigmas.double(), inner, right=True) == index).nonzero()
-
-
-def pairs_at(store: SampleStore, steps: Tensor, view: str) -> Pairs:
-    """The pairs of some (image, step) of a store, (n, 2) long. view: "noisy" or "denoised"."""
-    return Pairs(store.images_at(steps[:, 0]), *inputs_at(store, steps, view))
-
-
-def inputs_at(store: SampleStore, steps: Tensor, view: str) -> tuple[Tensor, Tensor]:
-    """Inputs of experts (n, C, h, w) at some (image, step), (n, 2) long, and their noise levels (n,)."""
-    image, step = steps.T
-    inputs = store.shards.read("noisy" if view == "noisy" else "denoised", image, step)
-    return inputs.float(), store.sigmas[image, step]
 
 
 def held_out_count(images: int) -> int:

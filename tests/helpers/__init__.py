@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppap_core.experts.samples import Trajectories, TrajectoryRecorder
+from ppap_core.experts.trajectories import Trajectories, TrajectoryRecorder
 from ppap_core.guiders.guider import Guider, IgnoreSigma
 from ppap_core.guiders.preprocess import Preprocess
 from ppap_core.noise import expand

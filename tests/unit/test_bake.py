@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ppap_core import SampleStore
 from ppap_core.experts.bake import Learned, Student, bake, guided_error, held_out_of, random_steps
-from ppap_core.experts.samples import HELD_OUT_SEEDS, Trajectories
+from ppap_core.experts.samples import HELD_OUT_SEEDS
+from ppap_core.experts.trajectories import Trajectories
 from ppap_core.noise import expand, from_vp, to_vp
 from ppap_core.training.finetune import FineTune
 from ppap_core.training.lora import with_adapters

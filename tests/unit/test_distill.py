@@ -26,15 +26,9 @@ from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.check import teacher_distance
 from ppap_core.experts.distill import distill
 from ppap_core.experts.lesson import DistillConfig, distill_expert, distill_loss, sample_batch
-from ppap_core.experts.samples import (
-    SHARD_SIZE,
-    BatchSpec,
-    Pairs,
-    SampleStore,
-    Trajectories,
-    TrajectoryRecorder,
-    trajectory_pairs,
-)
+from ppap_core.experts.pairs import Pairs, trajectory_pairs
+from ppap_core.experts.samples import SHARD_SIZE, BatchSpec, SampleStore
+from ppap_core.experts.trajectories import Trajectories, TrajectoryRecorder
 from ppap_core.guidance.gradients import Prediction
 from ppap_core.guidance.shift import guidance_shift
 from ppap_core.guidance.terms import Term

@@ -14,7 +14,7 @@ from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank, save_bank
 from ppap_core.experts.lesson import distill_loss
-from ppap_core.experts.samples import Pairs
+from ppap_core.experts.pairs import Pairs
 from ppap_core.guiders.guider import Guider, clean
 from ppap_core.guiders.loaders import load_guider
 from ppap_core.guiders.loaders.transformers_outputs import semantic_logits

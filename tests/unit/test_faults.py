@@ -21,7 +21,8 @@ from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network
 from ppap_core.experts.checkpoint import save_bank
 from ppap_core.experts.lesson import DistillConfig, distill_expert
-from ppap_core.experts.samples import SHARD_SIZE, SampleStore, Trajectories
+from ppap_core.experts.samples import SHARD_SIZE, SampleStore
+from ppap_core.experts.trajectories import Trajectories
 from ppap_core.guidance.prior import PriorConfig, PriorObjective, run_prior
 from ppap_core.guidance.terms import Term
 from ppap_core.io.files import DamagedFileError, read_header, save_tensors

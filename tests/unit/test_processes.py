@@ -13,8 +13,9 @@ from ppap_core.experts.bank import ExpertBank
 from ppap_core.experts.checkpoint import load_bank
 from ppap_core.experts.origin import Origin, origin_of
 from ppap_core.experts.processes import assign
-from ppap_core.experts.samples import SHARD_SIZE, SampleStore, Trajectories
+from ppap_core.experts.samples import SHARD_SIZE, SampleStore
 from ppap_core.experts.source import FILE, Source, load_source, save_source, schedule_for
+from ppap_core.experts.trajectories import Trajectories
 from ppap_core.guiders.latents import LatentSpace
 from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.tinyworld.loaders import load_guider

@@ -32,7 +32,8 @@ from ppap_core import (
     sample_euler,
     sample_training_free,
 )
-from ppap_core.experts.samples import BatchSpec, trajectory_pairs
+from ppap_core.experts.pairs import trajectory_pairs
+from ppap_core.experts.samples import BatchSpec
 from ppap_core.guiders.guider import clean
 from ppap_core.rng import seeded
 from ppap_core.tinyworld.loaders import load_denoiser, load_guider

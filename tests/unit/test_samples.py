@@ -7,18 +7,10 @@ import pytest
 import torch
 from helpers import full_disk, gaussian_denoise, level, made_up_trajectories, randn, says
 
-from ppap_core.experts.samples import (
-    SHARD_SIZE,
-    STEPS_PER_TRAJECTORY,
-    BatchSpec,
-    SampleStore,
-    Trajectories,
-    TrajectoryRecorder,
-    from_uint8,
-    to_uint8,
-    trajectory_pairs,
-)
+from ppap_core.experts.pairs import trajectory_pairs
+from ppap_core.experts.samples import SHARD_SIZE, BatchSpec, SampleStore, from_uint8, to_uint8
 from ppap_core.experts.source import schedule_for
+from ppap_core.experts.trajectories import STEPS_PER_TRAJECTORY, Trajectories, TrajectoryRecorder
 from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.noise import to_vp
 from ppap_core.rng import seeded_noise

@@ -13,7 +13,8 @@ from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank
 from ppap_core.experts.distill import distill
 from ppap_core.experts.lesson import DistillConfig
-from ppap_core.experts.samples import SHARD_SIZE, SampleStore, TrajectoryRecorder
+from ppap_core.experts.samples import SHARD_SIZE, SampleStore
+from ppap_core.experts.trajectories import TrajectoryRecorder
 from ppap_core.guidance.prior import PriorConfig, PriorObjective, run_prior
 from ppap_core.guidance.terms import Term
 from ppap_core.noise import expand

@@ -15,8 +15,10 @@ from helpers.faults import as_nobody, contents, finish, killed_after, needs_fork
 
 from ppap_core.cli import main
 from ppap_core.experts import shards
-from ppap_core.experts.samples import HELD_OUT, BatchSpec, SampleStore, Trajectories, pairs_at, steps_in
+from ppap_core.experts.pairs import pairs_at, steps_in
+from ppap_core.experts.samples import HELD_OUT, BatchSpec, SampleStore
 from ppap_core.experts.shards import CHECKSUM, SHARD_SIZE, Shards
+from ppap_core.experts.trajectories import Trajectories
 from ppap_core.experts.upkeep import describe_store, merge_stores, open_store, verify_store
 from ppap_core.io.files import load_tensors, save_tensors
 from ppap_core.io.folders import claim

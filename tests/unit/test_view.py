@@ -10,7 +10,8 @@ from ppap_core.experts.adapters import LoraSpec
 from ppap_core.experts.bank import ExpertBank, base_network, with_experts
 from ppap_core.experts.checkpoint import load_bank, save_bank
 from ppap_core.experts.lesson import DistillConfig, distill_expert, sample_batch
-from ppap_core.experts.samples import SHARD_SIZE, SampleStore, Trajectories, TrajectoryRecorder
+from ppap_core.experts.samples import SHARD_SIZE, SampleStore
+from ppap_core.experts.trajectories import Trajectories, TrajectoryRecorder
 from ppap_core.guidance.gradients import Prediction, energy_gradient
 from ppap_core.guidance.memory import gradient_bytes
 from ppap_core.guidance.shift import GuidanceSettings, guidance_shift

@@ -78,7 +78,8 @@ class PPAPAimAtImage(io.ComfyNode):
         return io.Schema(
             node_id="PPAPAimAtImage", display_name="Aim at Image", category=CATEGORY,
             **also_found_as("depth control", "style transfer", "reference image", "image guidance", "structure",
-                            "color match", "same pose", "similar image", "colorize", "upscale", "restore", "inpaint"),
+                            "color match", "same pose", "similar image", "colorize", "super resolution", "restore",
+                            "repair image"),
             description="Shows a guider an image that it should recognise again: the same depth, regions, class, style, "
                         "structure, colours, or whatever else it looks for.",
             inputs=[GuiderType.Input("guider", tooltip="Any network or rule that looks at images, with or without experts."),

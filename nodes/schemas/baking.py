@@ -47,8 +47,7 @@ class PPAPBakeGuidance(io.ComfyNode):
         return paths.validate(paths.new_lora_file, name)
 
     @classmethod
-    def execute(cls, model, samples, positive, name, steps, rank, batch_size, learning_rate, seed,
-                preset=AS_SET):
+    def execute(cls, model, samples, positive, name, steps, rank, batch_size, learning_rate, seed, preset=AS_SET):
         config = with_preset(FineTune(steps, rank, batch_size, learning_rate, seed), preset, BAKING_PRESETS)
         baked, losses, learned = Baking(model, positive, samples, name, config).run()
         plot = loss_plot({"loss": losses}, "Baking: error of the prediction, against the guided one")

@@ -69,8 +69,7 @@ def count_of(graph: dict, latent: dict) -> int:
     inputs = latent["inputs"]
     if latent["class_type"] == "RepeatLatentBatch":
         return inputs["amount"] * count_of(graph, graph[inputs["samples"][0]])
-    return (inputs.get("count") or inputs.get("batch_size")
-            or count_of(graph, graph[inputs["latent_image"][0]]))
+    return inputs.get("count") or inputs.get("batch_size") or count_of(graph, graph[inputs["latent_image"][0]])
 
 
 def test_each_workflow_has_a_thumbnail_and_a_line_in_the_readme():

@@ -43,9 +43,10 @@ class PixelWorld:
         return self.sample(model, **changes)
 
     def samples(self, **changes: Any) -> Any:
-        """A small store of generated samples."""
+        """A small store of generated samples, 32 at once."""
+        many = {"samples": self.latent["samples"][:1].repeat(32, 1, 1, 1)}
         settings = {"name": "some", "count": 64, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "karras",
-                    "seed": 0, "model": self.model, "positive": self.conditioning, "latent_image": self.latent, **changes}
+                    "seed": 0, "model": self.model, "positive": self.conditioning, "latent_image": many, **changes}
         return self.comfy("PPAPGenerateSamples", **settings)[0]
 
     def experts(self, **changes: Any) -> Any:

@@ -1,6 +1,6 @@
 """Images unlike each other, and the best of many."""
 from ..pages import Out, Page
-from .parts import add_report, add_sampling, add_world
+from .parts import add_comparison, add_report, add_sampling, add_world
 
 
 def variety(page: Page) -> None:
@@ -24,9 +24,7 @@ too.
     varied = Out(page.add("PPAPApplyGuidance", model=model, terms=terms))
     page.group("4  The same seeds without and with it")
     world = (model, nothing, begin, vae)
-    add_sampling(page, "Much the same", model, world, 5, denoise=0.65)
-    page.column()
-    sampled, _ = add_sampling(page, "Unlike each other", varied, world, 5, "SaveImage", denoise=0.65)
+    sampled = add_comparison(page, ("Much the same", "Unlike each other"), varied, world, 5, denoise=0.65)
     add_report(page, 5, varied, sampled)
 
 

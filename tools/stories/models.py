@@ -1,6 +1,6 @@
 """Models of few steps, of one frame, and with guidance baked in."""
 from ..pages import Out, Page
-from .parts import add_report, add_sampling, add_world
+from .parts import add_comparison, add_report, add_sampling, add_world
 
 
 def turbo(page: Page) -> None:
@@ -26,9 +26,7 @@ another guider: **Download Guider** fetches one.""", (0, 0))
     terms = Out(page.add("PPAPGuidanceTerm", guider=star, weight=0.4, gradient="through the model", substeps=4))
     steered = Out(page.add("PPAPApplyGuidance", model=model, terms=terms))
     page.group("3  The same seed without and with guidance")
-    add_sampling(page, "Without guidance", model, world, 8, steps=4)
-    page.column()
-    latent, _ = add_sampling(page, "Steered towards stars", steered, world, 8, "SaveImage", steps=4)
+    latent = add_comparison(page, ("Without guidance", "Steered towards stars"), steered, world, 8, steps=4)
     add_report(page, 4, steered, latent)
 
 
@@ -56,9 +54,7 @@ VAE. **Generate Samples** and **Distill Experts** work as for any other model; o
     model = Out(page.add("PPAPSteer", model=shaped, towards="colours of a palette", strength="soft",
                          **{"towards.palette": "#1d3557:5, #ffd166"}))
     page.group("3  The same seed without and with guidance")
-    add_sampling(page, "Without guidance", world[0], world, 8)
-    page.column()
-    sampled, _ = add_sampling(page, "A star, in these colours", model, world, 8, "SaveImage")
+    sampled = add_comparison(page, ("Without guidance", "A star, in these colours"), model, world, 8)
     add_report(page, 4, model, sampled)
 
 

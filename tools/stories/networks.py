@@ -1,6 +1,6 @@
 """Networks of one's own: from a folder, from a few pictures, and heads that read a model's features."""
 from ..pages import Out, Page
-from .parts import add_pixels, add_report, add_sampling, add_world
+from .parts import add_comparison, add_pixels, add_report, add_sampling, add_world
 
 
 def own_classifier(page: Page) -> None:
@@ -105,7 +105,5 @@ For real pictures take an embedding that knows them: DINOv2, CLIP or any network
     terms = Out(page.add("PPAPGuidanceTerm", guider=aimed, weight=0.2, gradient="through the model"))
     steered = Out(page.add("PPAPApplyGuidance", model=model, terms=terms))
     page.group("5  The same seed without and with it")
-    add_sampling(page, "Without", model, world, 8)
-    page.column()
-    sampled, _ = add_sampling(page, "Steered towards close-ups", steered, world, 8, "SaveImage")
+    sampled = add_comparison(page, ("Without", "Steered towards close-ups"), steered, world, 8)
     add_report(page, 6, steered, sampled)

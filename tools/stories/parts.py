@@ -13,7 +13,7 @@ def add_world(page: Page, count: int = 4, classes: str = "") -> tuple[Out, Out, 
 
 
 def add_sampling(page: Page, title: str, model: Out, world: tuple, seed: int, shown: str = "PreviewImage",
-            steps: int = 20, sampler: str = "euler", denoise: float = 1.0) -> tuple[Out, Out]:
+                 steps: int = 20, sampler: str = "euler", denoise: float = 1.0) -> tuple[Out, Out]:
     """Nodes that sample, decode and show; the latents and the images."""
     _, nothing, latent, vae = world
     sampled = page.add("KSampler", f"KSampler: {title.lower()}", model=model, positive=nothing, negative=nothing,
@@ -24,7 +24,15 @@ def add_sampling(page: Page, title: str, model: Out, world: tuple, seed: int, sh
     return Out(sampled), Out(images)
 
 
+def add_comparison(page: Page, titles: tuple[str, str], steered: Out, world: tuple, seed: int, **settings: float) -> Out:
+    """The same seeds by a world's model and by a steered one, beside each other; the latents of the second."""
+    add_sampling(page, titles[0], world[0], world, seed, **settings)
+    page.column()
+    return add_sampling(page, titles[1], steered, world, seed, "SaveImage", **settings)[0]
+
+
 def add_report(page: Page, number: int, model: Out, latent: Out) -> None:
+    """Nodes that say and draw what steering did, in a group of this number."""
     page.group(f"{number}  What steering did")
     report = Out(page.add("PPAPGuidanceReport", model=model, latent=latent))
     page.add("PPAPReadGuidance", report=report)

@@ -1,6 +1,6 @@
 """Steering in few nodes: colours, strengths, masks, a series, tiles."""
 from ..pages import Out, Page
-from .parts import add_report, add_sampling, add_world
+from .parts import add_comparison, add_report, add_sampling, add_world
 
 
 def steer(page: Page) -> None:
@@ -18,9 +18,7 @@ a text and depth, which a network sees.""", (0, 0))
     model = Out(page.add("PPAPSteer", model=world[0], towards="colours of a palette",
                          **{"towards.palette": "#1d3557:5, #ffd166"}))
     page.group("3  The same seed without and with it")
-    add_sampling(page, "Without", world[0], world, 8)
-    page.column()
-    latent, _ = add_sampling(page, "With these colours", model, world, 8, "SaveImage")
+    latent = add_comparison(page, ("Without", "With these colours"), model, world, 8)
     page.show_in_app({model.node: ["towards", "towards.palette", "strength", "factor"]}, [len(page.nodes)])
     add_report(page, 4, model, latent)
 
@@ -42,9 +40,7 @@ are.
     model = Out(page.add("PPAPSteer", "Steer: these colours", model=world[0], towards="colours of an image",
                          strength="strong", **{"towards.image": colors}))
     page.group("4  The series without and with them")
-    add_sampling(page, "Without", world[0], world, 5)
-    page.column()
-    latent, _ = add_sampling(page, "The series", model, world, 5, "SaveImage")
+    latent = add_comparison(page, ("Without", "The series"), model, world, 5)
     add_report(page, 5, model, latent)
 
 
@@ -121,9 +117,7 @@ meet.
     third = Out(page.add("PPAPGuidanceTerm", "Guidance Term: a star", guider=star, terms=second))
     model = Out(page.add("PPAPApplyGuidance", model=world[0], terms=third))
     page.group("6  The same seed without and with all three")
-    add_sampling(page, "Without", world[0], world, 8)
-    page.column()
-    latent, _ = add_sampling(page, "A star, lit from the left", model, world, 8, "SaveImage")
+    latent = add_comparison(page, ("Without", "A star, lit from the left"), model, world, 8)
     add_report(page, 7, model, latent)
 
 

@@ -36,18 +36,15 @@ def test_a_way_makes_other_images_than_plain_sampling(world: TinyWorld, way: dic
     assert way.scorer or not torch.equal(images, sampled(world, Way("plain", steps=3)))
 
 
-def test_latents_are_chosen_by_colours_or_through_the_decoder():
-    ways = [way for way in WAYS if way.decoded]
-    for way in (replace(way, steps=2, particles=Resampling(2, 0.0)) for way in ways):
-        run = Run(load_few_step_world("flow"), ChoosingBench(), way)
-        colours = replace(run, way=replace(way, decoded=False))
-        wanted = run.world.wanted([3])
-        state = run.world.start([1, 2], 2)[0] / 1000
-        standing, by_colours = (each.choice(each.terms(wanted), 2)(Prediction(state, torch.zeros(2), state))
-                                for each in (run, colours))
-        assert standing.shape == (1, 2) and standing.isfinite().all() and by_colours.isfinite().all()
-        assert run.sample([3], wanted).shape == (1, 16, 16, 16)
-    assert ways
+@pytest.mark.parametrize("way", [way for way in WAYS if way.decoded], ids=lambda way: way.name)
+def test_latents_are_chosen_by_colours_or_through_the_decoder(way: Way):
+    run = Run(load_few_step_world("flow"), ChoosingBench(), replace(way, steps=2, particles=Resampling(3, 0.0)))
+    colours, wanted = replace(run, way=replace(run.way, decoded=False)), run.world.wanted([3])
+    state = run.world.start([1, 2, 3], 2)[0] / 1000
+    decoded, linear = (each.choice(each.terms(wanted), 3)(Prediction(state, torch.zeros(3), state))
+                       for each in (run, colours))
+    assert decoded.shape == (1, 3) and not torch.allclose(decoded, linear, atol=1e-3)
+    assert run.sample([3], wanted).shape == (1, 16, 16, 16)
 
 
 def test_a_row_that_is_not_there_is_refused(tmp_path):
